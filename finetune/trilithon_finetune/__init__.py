@@ -1,0 +1,1 @@
+"""Adaptation of served models. Nothing is implemented yet in this version."""

@@ -1,0 +1,1 @@
+"""The parallel core: many ranks, one model. Importing it loads no torch; its rooms do."""
