@@ -1,0 +1,68 @@
+# The one door, for people and for CI.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL := smollm2-135m-instruct
+
+.PHONY: help install run test test-slow test-gpu lint format bench proto docs clean
+
+help:
+	@echo "make install    the environment for serving, in $(VENV)"
+	@echo "make run        install, fetch $(MODEL), serve it on 127.0.0.1 (HTTP 8000, gRPC 8001)"
+	@echo "make test       install the development tools and run every check that CI runs"
+	@echo "make test-slow  the tests that take minutes (soak, real-model matrices)"
+	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make lint       ruff, mypy, import-linter, generated files up to date"
+	@echo "make bench      the serving benchmark against transformers, in one run"
+	@echo "make proto      regenerate the protobuf code;  make docs  regenerate the reference tables"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[serve]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable ".[dev]"
+	@touch $@ $(VENV)/.installed-serve
+
+install: $(VENV)/.installed-serve
+
+run: install
+	@$(BIN)/trilithon pull $(MODEL)
+	@$(BIN)/trilithon serve $(MODEL)
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow --timeout 3600
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/pytest -m gpu
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python clients/proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(VENV)/.installed-dev
+	$(BIN)/python clients/proto/generate.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/serving.py
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
