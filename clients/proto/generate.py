@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpc_tools import protoc
+from grpc_tools import protoc  # type: ignore[import-untyped]  # ships no stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 API_PROTOS = ROOT / "clients" / "proto"
