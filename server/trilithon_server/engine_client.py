@@ -1,0 +1,304 @@
+"""
+The front's end of an engine: one Unix socket to the leader, many requests over it.
+
+    submit() --> bounded queue (counted here) --> leader --> one StepResult a step --> each request's EngineStream
+
+A request is *queued* from `submit` until the leader says it has started. When the engine is lost, every stream ends
+with `Unavailable(engine_lost)` at once and the client connects again as soon as a new leader listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from trilithon.errors import Overloaded, TrilithonError, Unavailable
+from trilithon_server.config import LimitsConfig
+from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.frames import encode_frame, read_frame
+from trilithon_server.engine_stream import EngineStream
+
+__all__ = ["EngineClient", "EngineState", "EngineStream"]
+
+EngineState = Literal["loading", "ready", "draining", "lost", "failed"]
+
+RETRY_AFTER_S = (1.0, 30.0)  # bounds of every Retry-After
+_RATE_WINDOW_S = 10.0
+_CONNECT_INTERVAL_S = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class EngineClient:
+    """
+    One engine as the service sees it. All methods belong to one asyncio loop.
+
+    Args:
+        name: the engine's name in the configuration.
+        socket_path: where its leader listens; may appear later and again after a restart.
+        limits: bounds of the queue and of unread streams.
+    """
+
+    def __init__(self, *, name: str, socket_path: Path, limits: LimitsConfig) -> None:
+        self.name = name
+        self.state: EngineState = "loading"
+        self.cause = ""
+        """Why the engine was lost or failed, for logs and the admin page; never for clients."""
+        self.hello: wire.Hello | None = None
+        self.stats: wire.Stats | None = None
+        self.queued_requests = 0
+        self.queued_tokens = 0
+        self.losses: dict[str, int] = {}
+        """Engine losses by kind of cause (killed, exited, hung, stalled, connection)."""
+        self.step_listeners: list[Callable[[wire.StepResult], None]] = []
+        self.last_progress_s = time.monotonic()
+        self._path = socket_path
+        self._limits = limits
+        self._streams: dict[int, EngineStream] = {}
+        self._next_handle = 1
+        self._writer: asyncio.StreamWriter | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._draining = False
+        self._held_down = False  # lost by the supervisor's word: no reconnect to a dying leader
+        self._steps: deque[tuple[float, int]] = deque()
+        self._step_tokens = 0
+        self._startup_seconds = 5.0  # until a leader has told
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> None:
+        """Begin to connect; returns at once. `state` becomes `ready` when the leader has said hello."""
+        self._task = asyncio.create_task(self._run(), name=f"engine-{self.name}")
+
+    async def stop(self) -> None:
+        """Disconnect and end every stream; idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._fail_streams(lambda stream: self._shutting_down(stream))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the engine holds, queued ones included."""
+        return len(self._streams)
+
+    def submit(self, submit: wire.Submit) -> EngineStream:
+        """
+        Put a request into the bounded queue; assigns `submit.handle`.
+
+        Raises:
+            Overloaded: `queue_full`, with the time after which a retry can succeed.
+            Unavailable: `loading`, `draining` or `engine_lost`.
+        """
+        self._admit(len(submit.prompt), submit.request_id)
+        submit.handle = self._next_handle
+        frame = encode_frame(wire.ToEngine(submit=submit))
+        self._next_handle += 1
+        stream = EngineStream(submit, limits=self._limits, send_abort=self._send_abort)
+        if not self._streams:
+            self.last_progress_s = time.monotonic()
+        self._streams[stream.handle] = stream
+        self._idle.clear()
+        self.queued_requests += 1
+        self.queued_tokens += stream.prompt_tokens
+        assert self._writer is not None  # `ready` implies a connection
+        self._writer.write(frame)
+        return stream
+
+    def check_admission(self, prompt_tokens: int, *, requests: int = 1) -> None:
+        """Raise what `submit` would raise for `requests` requests of `prompt_tokens` together."""
+        self._admit(prompt_tokens, "", requests=requests)
+
+    def retry_after_s(self) -> float:
+        """Seconds after which the queue should have room: queued tokens / recent token rate, from 1 to 30."""
+        self._forget_old_steps()
+        low, high = RETRY_AFTER_S
+        rate = self._step_tokens / _RATE_WINDOW_S
+        return high if rate == 0 else min(high, max(low, self.queued_tokens / rate))
+
+    def send_control(self, kind: wire.Control.Kind.ValueType) -> None:
+        """Send a control message to the leader, if there is one."""
+        self._write(wire.ToEngine(control=wire.Control(kind=kind)))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those in flight go on."""
+        self._draining = True
+        if self.state == "ready":
+            self.state = "draining"
+
+    async def wait_idle(self) -> None:
+        """Return once no request is in flight."""
+        await self._idle.wait()
+
+    def abort_all(self, cause: str) -> None:
+        """Ask the engine to drop every request; with cause `shutdown` they finish as SHUTDOWN."""
+        for stream in list(self._streams.values()):
+            stream.abort(cause)
+
+    def fail_all_shutdown(self) -> None:
+        """End every stream now with `server_shutting_down`, without waiting for the engine."""
+        self._fail_streams(lambda stream: self._shutting_down(stream))
+
+    def engine_event(self, state: EngineState, *, cause: str = "", kind: str = "") -> None:
+        """The supervisor's word on this engine: `loading`, `ready`, `lost` or `failed`."""
+        if state in ("lost", "failed"):
+            self._held_down = True
+            self._lose(state, cause, kind)
+            if self._writer is not None:
+                self._writer.transport.abort()
+        elif state == "loading":
+            self._held_down = False
+            if self.state in ("lost", "failed"):
+                self.state = "loading"
+
+    # -- connection -----------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            if not self._held_down:
+                try:
+                    reader, self._writer = await asyncio.open_unix_connection(str(self._path))
+                except OSError:
+                    pass  # not listening yet, or not any more: the supervisor knows why
+                else:
+                    await self._serve_connection(reader)
+            await asyncio.sleep(_CONNECT_INTERVAL_S)
+
+    async def _serve_connection(self, reader: asyncio.StreamReader) -> None:
+        assert self._writer is not None
+        reason = "the leader closed the connection"
+        try:
+            while True:
+                self._dispatch(await read_frame(reader))
+        except asyncio.IncompleteReadError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = f"the connection to the leader failed: {error}"
+        finally:
+            self._writer.transport.abort()
+            self._writer = None
+            if self.hello is not None and self.state not in ("lost", "failed"):
+                self._lose("lost", reason, "connection")
+            self.hello = None
+
+    def _dispatch(self, message: wire.FromEngine) -> None:
+        if message.HasField("hello"):
+            self.hello = message.hello
+            self.cause = ""
+            self._startup_seconds = sum(message.hello.startup_seconds.values())
+            self.state = "draining" if self._draining else "ready"
+            return
+        step = message.step
+        now = time.monotonic()
+        self.last_progress_s = now
+        self.stats = step.stats
+        self._steps.append((now, step.stats.step_tokens))
+        self._step_tokens += step.stats.step_tokens
+        for delta in step.deltas:
+            stream = self._streams.get(delta.handle)
+            if stream is None:
+                continue  # failed here meanwhile, for example as a slow reader
+            stream.push(delta)
+            if stream.queued and (delta.HasField("started") or stream.finished):
+                self._dequeue(stream)
+            if stream.finished:
+                self._forget(stream)
+        self._forget_old_steps()
+        for listener in self.step_listeners:
+            listener(step)
+
+    def _forget_old_steps(self) -> None:
+        horizon = time.monotonic() - _RATE_WINDOW_S
+        while self._steps and self._steps[0][0] < horizon:
+            self._step_tokens -= self._steps.popleft()[1]
+
+    def _send_abort(self, handle: int, index: int, cause: str) -> None:
+        self._write(wire.ToEngine(abort=wire.Abort(handle=handle, index=index, cause=cause)))
+
+    def _write(self, message: wire.ToEngine) -> None:
+        if self._writer is not None:
+            self._writer.write(encode_frame(message))
+
+    # -- admission and loss ---------------------------------------------------------------------------------
+
+    def _admit(self, tokens: int, request_id: str, *, requests: int = 1) -> None:
+        if self.state != "ready":
+            raise self._not_ready(request_id)
+        limits = self._limits
+        if self.queued_requests + requests > limits.max_queue_requests:
+            limit = f"{limits.max_queue_requests} requests"
+        elif self.queued_requests and self.queued_tokens + tokens > limits.max_queue_tokens:
+            limit = f"{limits.max_queue_tokens} tokens"
+        else:
+            return
+        wait_s = self.retry_after_s()
+        message = (
+            f"the queue must hold at most {limit}. Given: {self.queued_requests} requests with {self.queued_tokens} "
+            f"tokens waiting. Retry in {wait_s:.0f} s."
+        )
+        raise Overloaded(message, code="queue_full", request_id=request_id, retry_after_s=wait_s)
+
+    def _not_ready(self, request_id: str) -> Unavailable:
+        if self._draining:
+            message = "the server is draining and takes no new requests."
+            return Unavailable(message, code="draining", request_id=request_id, retry_after_s=5.0)
+        if self.state == "loading":
+            wait_s = self._restart_estimate_s()
+            return Unavailable("the model is loading.", code="loading", request_id=request_id, retry_after_s=wait_s)
+        return self._engine_lost(request_id, may_retry=self.state != "failed")
+
+    def _engine_lost(self, request_id: str, *, may_retry: bool) -> Unavailable:
+        return Unavailable(
+            "the engine lost one of its ranks and cannot answer.",
+            code="engine_lost",
+            hint="The same request can be sent again." if may_retry else "",
+            request_id=request_id,
+            retry_after_s=self._restart_estimate_s() if may_retry else None,
+        )
+
+    def _shutting_down(self, stream: EngineStream) -> Unavailable:
+        retry_after_s = None if stream.streamed else 5.0
+        message = "the server is shutting down."
+        return Unavailable(
+            message, code="server_shutting_down", request_id=stream.request_id, retry_after_s=retry_after_s
+        )
+
+    def _restart_estimate_s(self) -> float:
+        """What the last start took, from 1 to 30 s."""
+        return min(RETRY_AFTER_S[1], max(RETRY_AFTER_S[0], self._startup_seconds))
+
+    def _lose(self, state: EngineState, cause: str, kind: str) -> None:
+        if self.state not in ("lost", "failed"):
+            self.losses[kind] = self.losses.get(kind, 0) + 1
+            _log.warning("engine_lost", extra={"engine": self.name, "cause": cause, "in_flight": self.in_flight})
+        self.state = state
+        self.cause = cause or self.cause
+        self.stats = None
+        self._fail_streams(
+            lambda stream: self._engine_lost(stream.request_id, may_retry=state == "lost" and not stream.streamed)
+        )
+
+    def _fail_streams(self, make: Callable[[EngineStream], TrilithonError]) -> None:
+        for stream in list(self._streams.values()):
+            stream.fail(make(stream))
+            self._forget(stream)
+
+    def _forget(self, stream: EngineStream) -> None:
+        self._dequeue(stream)
+        self._streams.pop(stream.handle, None)
+        if not self._streams:
+            self._idle.set()
+
+    def _dequeue(self, stream: EngineStream) -> None:
+        if stream.queued:
+            stream.queued = False
+            self.queued_requests -= 1
+            self.queued_tokens -= stream.prompt_tokens
