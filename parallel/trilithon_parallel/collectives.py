@@ -1,0 +1,233 @@
+"""
+The few collectives, the only module that calls `torch.distributed` for tensors.
+
+Every call carries a label, so that a peer's death or a timeout says what was waited for, and costs nothing along an
+axis of one rank. Out of place unless the name ends in `_`. Only SUM is used: AVG and PREMUL_SUM differ by backend.
+The autograd pairs f and g of Megatron-LM (arXiv 1909.08053, section 3) stand at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trilithon_parallel.grid import Axis
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed: a peer left or did not come in time. `label`, `axis` and `ranks` say where."""
+
+    def __init__(self, label: str, axis: Axis, cause: BaseException) -> None:
+        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        super().__init__(f"collective {label!r} over {axis.name} ranks {list(axis.ranks)} failed: {first}")
+        self.label, self.axis_name, self.ranks = label, axis.name, axis.ranks
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call: what was communicated along which axis, how many elements this rank gave."""
+
+    label: str
+    axis: str
+    op: str
+    elements: int
+    dtype: torch.dtype
+
+
+_recorders: list[list[Call]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Record every collective of this process inside the block (tests compare the list with the cost model)."""
+    calls: list[Call] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders.remove(calls)
+
+
+@contextmanager
+def _guard(op: str, label: str, axis: Axis, x: Tensor) -> Iterator[None]:
+    for calls in _recorders:
+        calls.append(Call(label, axis.name, op, x.numel(), x.dtype))
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(label, axis, error) from error
+
+
+def all_reduce(x: Tensor, axis: Axis, *, label: str, ordered: bool = False) -> Tensor:
+    """
+    Sum of `x` over the axis, in a new tensor (`x` itself where the axis has one rank).
+
+    `ordered=True` adds the shares in rank order whatever the shape, so that an element's bits do not depend on how
+    many elements travel with it (ring algorithms change the order along the tensor); it gathers, so it costs more.
+    """
+    if axis.is_trivial:
+        return x
+    if ordered and axis.size > 2:  # with two ranks a + b is the same bits in any order
+        shares = all_gather(x.unsqueeze(0), axis, dim=0, label=label)
+        total = shares[0].clone()
+        for share in shares[1:]:
+            total += share
+        return total
+    return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, label=label)
+
+
+def all_reduce_(x: Tensor, axis: Axis, *, label: str) -> Tensor:
+    """Sum over the axis in place; `x` must be contiguous."""
+    if not axis.is_trivial:
+        with _guard("all_reduce", label, axis, x):
+            dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def all_reduce_max(x: Tensor, axis: Axis, *, label: str) -> Tensor:
+    """Element-wise maximum over the axis."""
+    if axis.is_trivial:
+        return x
+    result = x.clone(memory_format=torch.contiguous_format)
+    with _guard("all_reduce_max", label, axis, x):
+        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=axis.group)
+    return result
+
+
+def all_gather(x: Tensor, axis: Axis, *, dim: int, label: str) -> Tensor:
+    """The shards of all ranks of the axis, joined along `dim` in rank order; every shard has the same shape."""
+    if axis.is_trivial:
+        return x
+    source = x.contiguous()
+    gathered = source.new_empty((axis.size, *source.shape))
+    with _guard("all_gather", label, axis, x):
+        # torch 2.13 renames these two operations and deprecates the older names: the choice is made here alone.
+        if hasattr(dist, "all_gather_single"):
+            dist.all_gather_single(gathered.view(-1), source.view(-1), group=axis.group)
+        else:
+            dist.all_gather_into_tensor(gathered.view(-1), source.view(-1), group=axis.group)
+    return gathered.flatten(0, 1) if dim == 0 else torch.cat(gathered.unbind(0), dim=dim)
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, label: str) -> Tensor:
+    """Sum over the axis, of which each rank keeps its equal share along `dim`."""
+    if axis.is_trivial:
+        return x
+    if x.shape[dim] % axis.size:
+        raise ValueError(f"reduce_scatter {label!r}: dim {dim} of {tuple(x.shape)} must be a multiple of {axis.size}.")
+    source = torch.stack(x.chunk(axis.size, dim=dim)).contiguous()
+    result = torch.empty_like(source[0])
+    with _guard("reduce_scatter", label, axis, x):
+        if hasattr(dist, "reduce_scatter_single"):
+            dist.reduce_scatter_single(result.view(-1), source.view(-1), group=axis.group)
+        else:
+            dist.reduce_scatter_tensor(result.view(-1), source.view(-1), group=axis.group)
+    return result
+
+
+def broadcast_(x: Tensor, axis: Axis, *, src: int, label: str) -> Tensor:
+    """Overwrite `x` with that of the global rank `src`, in place; shape and dtype are agreed beforehand."""
+    if not axis.is_trivial:
+        with _guard("broadcast", label, axis, x):
+            dist.broadcast(x, src=src, group=axis.group)
+    return x
+
+
+def barrier(axis: Axis, *, label: str, timeout_s: float | None = None) -> None:
+    """Wait until every rank of the axis is here."""
+    if axis.is_trivial:
+        return
+    token = torch.zeros(1, dtype=torch.int64)
+    with _guard("barrier", label, axis, token):
+        work = dist.all_reduce(token, group=axis.group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=timeout_s)) if timeout_s is not None else work.wait()
+
+
+class Pending:
+    """A send or receive under way. `wait()` ends it; the tensor must stay alive and untouched until then."""
+
+    def __init__(self, work: Any, label: str, axis: Axis, tensor: Tensor) -> None:
+        self._work, self._label, self._axis, self.tensor = work, label, axis, tensor
+
+    def wait(self, timeout_s: float | None = None) -> Tensor:
+        """Block until done, at most `timeout_s` (the group's own limit by default), and return the tensor."""
+        try:
+            if self._work is not None:
+                self._work.wait() if timeout_s is None else self._work.wait(timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise CollectiveError(self._label, self._axis, error) from error
+        return self.tensor
+
+
+def isend(x: Tensor, axis: Axis, *, dst: int, label: str, tag: int = 0) -> Pending:
+    """Start sending `x` to the global rank `dst`; gloo matches by pair, tag and order, NCCL by order alone."""
+    x = x.contiguous()
+    with _guard("send", label, axis, x):
+        return Pending(dist.isend(x, dst, group=axis.group, tag=tag), label, axis, x)
+
+
+def irecv(x: Tensor, axis: Axis, *, src: int, label: str, tag: int = 0) -> Pending:
+    """Start receiving into `x` (contiguous) from the global rank `src`."""
+    with _guard("recv", label, axis, x):
+        return Pending(dist.irecv(x, src, group=axis.group, tag=tag), label, axis, x)
+
+
+def send(x: Tensor, axis: Axis, *, dst: int, label: str, tag: int = 0, timeout_s: float | None = None) -> None:
+    """Send `x` to the global rank `dst` and wait until it has left."""
+    isend(x, axis, dst=dst, label=label, tag=tag).wait(timeout_s)
+
+
+def recv(x: Tensor, axis: Axis, *, src: int, label: str, tag: int = 0, timeout_s: float | None = None) -> Tensor:
+    """Receive into `x` from the global rank `src` and return it."""
+    return irecv(x, axis, src=src, label=label, tag=tag).wait(timeout_s)
+
+
+class _CopyToTp(torch.autograd.Function):
+    """f: identity forward, all-reduce backward. Stands before column-parallel products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch types it as Any
+        return all_reduce(grad, ctx.axis, label="f.backward"), None
+
+
+class _ReduceFromTp(torch.autograd.Function):
+    """g: all-reduce forward, identity backward. Stands after row-parallel products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, ordered: bool) -> Tensor:
+        return all_reduce(x, axis, label="g.forward", ordered=ordered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # as above
+        return grad, None, None
+
+
+def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
+    """The paper's f: the input of column-parallel products."""
+    if axis.is_trivial or not torch.is_grad_enabled():
+        return x
+    result: Tensor = _CopyToTp.apply(x, axis)
+    return result
+
+
+def reduce_from_tp(x: Tensor, axis: Axis, *, ordered: bool = False) -> Tensor:
+    """The paper's g: the output of row-parallel products. May reuse `x`, which the caller must not use again."""
+    if axis.is_trivial:
+        return x
+    if not torch.is_grad_enabled():
+        return all_reduce(x, axis, label="g", ordered=True) if ordered else all_reduce_(x.contiguous(), axis, label="g")
+    result: Tensor = _ReduceFromTp.apply(x, axis, ordered)
+    return result

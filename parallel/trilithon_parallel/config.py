@@ -1,0 +1,301 @@
+"""What a model is: one frozen description of every supported family, read from a model directory. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Family = Literal["llama", "gpt2", "bert"]
+
+# Hugging Face class name -> family. Checkpoints of other heads on the same trunk are listed by their own class name.
+ARCHITECTURES: Mapping[str, Family] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "llama",
+    "GPT2LMHeadModel": "gpt2",
+    "BertModel": "bert",
+    "BertForMaskedLM": "bert",
+}
+
+
+class ModelError(ValueError):
+    """
+    A user's mistake about a model: its files, its architecture or the layout asked for.
+
+    `code` is stable and machine readable, `message` says what, where and the value given, `hint` what to do.
+    """
+
+    def __init__(self, message: str, *, code: str = "model_invalid", hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".strip())
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies stretch beyond the trained context (`linear`, or Llama 3's `llama3`)."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """
+    One model, whatever its family. Sizes are those of the files (unpadded, unsharded).
+
+    `num_kv_heads` is the number of key/value groups; `max_context` counts tokens (prompt and output together);
+    `token_types` is 0 when the family has none; `pooling` and `normalize` matter to encoders alone.
+    """
+
+    family: Family
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_context: int
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    norm_order: Literal["pre", "post"]
+    activation: Literal["silu", "gelu", "gelu_tanh"]
+    gated_mlp: bool
+    position: Literal["rope", "learned"]
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+    token_types: int = 0
+    pooling: Literal["mean", "cls"] = "mean"
+    normalize: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def is_causal(self) -> bool:
+        """True for decoders, which generate; False for encoders."""
+        return self.family != "bert"
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value group."""
+        return self.num_heads // self.num_kv_heads
+
+
+def load_config(model_dir: Path) -> ModelConfig:
+    """
+    Read `config.json` (and `generation_config.json`, `1_Pooling/config.json` where present) of a model directory.
+
+    Raises:
+        ModelError: the directory or a file is missing or not JSON (`model_not_found`, `model_invalid`), the
+            architecture or one of its options is not supported (`model_unsupported`).
+    """
+    path = Path(model_dir) / "config.json"
+    if not Path(model_dir).is_dir():
+        raise ModelError(f"model directory {str(model_dir)!r} does not exist.", code="model_not_found",
+                         hint="Give a directory with config.json, or fetch one with `trilithon pull`.")
+    raw = _read_json(path)
+    names = raw.get("architectures") or []
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
+        raise ModelError(f"{path.name} architectures is not supported. Given: {names!r}.", code="model_unsupported",
+                         hint=f"Allowed: one of {', '.join(ARCHITECTURES)}.")
+    reader = _Reader(raw, path.name)
+    generation_path = path.with_name("generation_config.json")
+    generation = _read_json(generation_path) if generation_path.exists() else {}
+    family = ARCHITECTURES[names[0]]
+    fields = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}[family](reader, names[0])
+    if family == "bert":
+        fields |= _pooling(path.parent)
+    eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    config = ModelConfig(
+        family=family, architecture=names[0], dtype=_dtype(reader),
+        bos_id=_optional_id(generation.get("bos_token_id", raw.get("bos_token_id"))),
+        eos_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None),
+        pad_id=_optional_id(raw.get("pad_token_id")), **fields,
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise ModelError(f"{path.name} num_attention_heads must be a multiple of num_key_value_heads. "
+                         f"Given: {config.num_heads} and {config.num_kv_heads}.", hint="The file is broken.")
+    return config
+
+
+class _Reader:
+    """Typed access to one JSON object: a wrong kind or a missing key names the file and the field."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw, self.where = raw, where
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise ModelError(f"{self.where} {key} must be a positive integer. Given: {value!r}.",
+                             hint="Repair the file or export the model again.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ModelError(f"{self.where} {key} must be a positive number. Given: {value!r}.",
+                             hint="Repair the file or export the model again.")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.where} {key} must be true or false. Given: {value!r}.",
+                             hint="Repair the file or export the model again.")
+        return value
+
+    def require(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
+        """The value of `key`, which must be one that this project computes exactly."""
+        value = self.raw.get(key, default)
+        if not any(value == option and type(value) is type(option) for option in allowed):
+            raise ModelError(f"{self.where} {key} is not supported. Given: {value!r}.", code="model_unsupported",
+                             hint=f"Allowed: {', '.join(map(repr, allowed))}.")
+        return value
+
+
+def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
+    raw = reader.raw
+    hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    reader.require("hidden_act", ("silu",), "silu")
+    if architecture == "MistralForCausalLM":
+        reader.require("sliding_window", (None,), 4096)
+    if architecture == "Qwen2ForCausalLM":
+        reader.require("use_sliding_window", (False,), False)
+    attention_bias = architecture == "LlamaForCausalLM" and reader.flag("attention_bias", False)
+    theta, scaling = _rope(reader)
+    return {
+        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("num_hidden_layers"),
+        "num_heads": heads, "num_kv_heads": reader.size("num_key_value_heads", heads),
+        "head_dim": reader.size("head_dim", hidden // heads), "ffn_size": reader.size("intermediate_size"),
+        "max_context": reader.size("max_position_embeddings"), "norm": "rms",
+        "norm_eps": reader.number("rms_norm_eps", 1e-6), "norm_order": "pre", "activation": "silu", "gated_mlp": True,
+        "position": "rope", "rope_theta": theta, "rope_scaling": scaling,
+        "qkv_bias": attention_bias or architecture == "Qwen2ForCausalLM", "out_bias": attention_bias,
+        "mlp_bias": architecture == "LlamaForCausalLM" and reader.flag("mlp_bias", False),
+        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+    }
+
+
+def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from the older keys (`rope_theta`, `rope_scaling`) or the newer `rope_parameters`."""
+    raw = reader.raw
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ModelError(f"{reader.where} rope_scaling must be an object or null. Given: {parameters!r}.",
+                         hint="Repair the file or export the model again.")
+    inner = _Reader(parameters, f"{reader.where} rope_scaling")
+    theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "llama3"):
+        raise ModelError(f"{reader.where} rope_scaling.rope_type is not supported. Given: {kind!r}.",
+                         code="model_unsupported", hint="Allowed: 'default', 'linear', 'llama3'.")
+    factor = inner.number("factor", 1.0)
+    if kind == "linear":
+        return theta, RopeScaling("linear", factor)
+    return theta, RopeScaling(
+        "llama3", factor, inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0),
+        inner.size("original_max_position_embeddings", reader.size("max_position_embeddings")),
+    )
+
+
+def _gpt2(reader: _Reader, architecture: str) -> dict[str, Any]:
+    hidden, heads = reader.size("n_embd"), reader.size("n_head")
+    _divides(reader, hidden, heads, "n_embd", "n_head")
+    reader.require("scale_attn_weights", (True,), True)
+    reader.require("scale_attn_by_inverse_layer_idx", (False,), False)
+    reader.require("add_cross_attention", (False,), False)
+    activation = reader.require("activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu"), "gelu_new")
+    return {
+        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("n_layer"),
+        "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads,
+        "ffn_size": reader.size("n_inner", 4 * hidden), "max_context": reader.size("n_positions"), "norm": "layer",
+        "norm_eps": reader.number("layer_norm_epsilon", 1e-5), "norm_order": "pre",
+        "activation": "gelu" if activation == "gelu" else "gelu_tanh", "gated_mlp": False, "position": "learned",
+        "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+        "tied_embeddings": reader.flag("tie_word_embeddings", True),
+    }
+
+
+def _bert(reader: _Reader, architecture: str) -> dict[str, Any]:
+    hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    _divides(reader, hidden, heads, "hidden_size", "num_attention_heads")
+    reader.require("position_embedding_type", ("absolute",), "absolute")
+    reader.require("is_decoder", (False,), False)
+    activation = reader.require("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"), "gelu")
+    return {
+        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("num_hidden_layers"),
+        "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads,
+        "ffn_size": reader.size("intermediate_size"), "max_context": reader.size("max_position_embeddings"),
+        "norm": "layer", "norm_eps": reader.number("layer_norm_eps", 1e-12), "norm_order": "post",
+        "activation": "gelu" if activation == "gelu" else "gelu_tanh", "gated_mlp": False, "position": "learned",
+        "qkv_bias": True, "out_bias": True, "mlp_bias": True, "token_types": reader.size("type_vocab_size", 2),
+    }
+
+
+def _divides(reader: _Reader, hidden: int, heads: int, hidden_key: str, heads_key: str) -> None:
+    if hidden % heads:
+        raise ModelError(f"{reader.where} {hidden_key} must be a multiple of {heads_key}. Given: {hidden} and {heads}.",
+                         hint="The file is broken.")
+
+
+def _pooling(model_dir: Path) -> dict[str, Any]:
+    """Pooling and normalisation of a sentence-transformers directory; mean without normalisation where silent."""
+    path = model_dir / "1_Pooling" / "config.json"
+    if not path.exists():
+        return {}
+    raw = _read_json(path)
+    modes = [key for key, value in raw.items() if key.startswith("pooling_mode_") and value is True]
+    pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0] if modes else "")
+    if len(modes) != 1 or pooling is None:
+        raise ModelError(f"1_Pooling/config.json pooling mode is not supported. Given: {modes!r}.",
+                         code="model_unsupported",
+                         hint="Allowed: exactly one of pooling_mode_mean_tokens, pooling_mode_cls_token.")
+    modules = model_dir / "modules.json"
+    listed = json.loads(modules.read_text("utf-8")) if modules.exists() else []
+    return {"pooling": pooling, "normalize": any("Normalize" in str(module.get("type", "")) for module in listed)}
+
+
+def _dtype(reader: _Reader) -> Any:
+    return reader.require("dtype" if reader.raw.get("dtype") else "torch_dtype", ("float32", "bfloat16", "float16"),
+                          "float32") if reader.raw.get("dtype") or reader.raw.get("torch_dtype") else "float32"
+
+
+def _optional_id(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from `path`; the error names the file alone, never where it lies."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path.name} is missing in the model directory.", code="model_not_found",
+                         hint="A model directory holds config.json, *.safetensors and the tokenizer's files.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path.name} is not readable JSON: {error}.",
+                         hint="Copy or export the model again.") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path.name} must hold one JSON object. Given: {type(raw).__name__}.",
+                         hint="Copy or export the model again.")
+    return raw

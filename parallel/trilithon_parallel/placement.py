@@ -1,0 +1,255 @@
+"""
+Where every parameter lives: one ordered rule table, read by trainer, loader, exporter and planner alike. No torch.
+
+Canonical names are unfused, Hugging Face style, with global layer ids; they are the same on every rank, backend and
+layout, for every family (GPT-2 and BERT are renamed to them when read):
+
+    model.embed_tokens.weight  [V, H]                  model.embed_positions.weight [max_context, H]
+    model.embed_types.weight   [token_types, H]        model.embed_norm.{weight,bias} [H]              (BERT)
+    model.layers.N.self_attn.{q,k,v}_proj.{weight,bias}  [A*C | G*C | G*C, H]
+    model.layers.N.self_attn.o_proj.{weight,bias}        [H, A*C]
+    model.layers.N.mlp.{gate,up}_proj.{weight,bias}      [F, H]     (no gate where the MLP is not gated)
+    model.layers.N.mlp.down_proj.{weight,bias}           [H, F]
+    model.layers.N.input_layernorm.{weight,bias}         [H]        before attention (pre-norm families)
+    model.layers.N.post_attention_layernorm.{weight,bias} [H]       before the MLP; BERT: after attention's residual
+    model.layers.N.output_layernorm.{weight,bias}        [H]        BERT: after the MLP's residual
+    model.norm.{weight,bias}   [H]                     lm_head.weight [V, H]
+
+Files hold true sizes. A rank's tensor may be padded: heads by whole zero groups, ffn and vocabulary by zero rows or
+columns. Padding always follows the real part, so a rank's tensor is one slice of the file's tensor and then zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trilithon_parallel.config import ModelConfig, ModelError
+
+Cut = Literal["q", "kv", "ffn", "vocab"]
+Stage = Literal["first", "layer", "last"]
+
+# The vocabulary is padded to a multiple of this times tp (Megatron-LM's `make_vocab_size_divisible_by`).
+VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One rule: the names it covers, along which dim and by what they are cut (None: replicated), and their stage."""
+
+    pattern: re.Pattern[str]
+    cut: Cut | None
+    dim: int | None
+    stage: Stage
+    tied_to: str | None = None
+
+
+def _rule(pattern: str, stage: Stage, cut: Cut | None = None, dim: int | None = None,
+          tied_to: str | None = None) -> Placement:
+    return Placement(re.compile(pattern), cut, dim, stage, tied_to)
+
+
+_LAYER = r"model\.layers\.\d+\."
+RULES: tuple[Placement, ...] = (
+    _rule(r"model\.embed_tokens\.weight", "first", "vocab", 0),
+    _rule(r"model\.embed_(positions|types)\.weight", "first"),
+    _rule(r"model\.embed_norm\.(weight|bias)", "first"),
+    _rule(_LAYER + r"self_attn\.q_proj\.(weight|bias)", "layer", "q", 0),
+    _rule(_LAYER + r"self_attn\.[kv]_proj\.(weight|bias)", "layer", "kv", 0),
+    _rule(_LAYER + r"self_attn\.o_proj\.weight", "layer", "q", 1),
+    _rule(_LAYER + r"self_attn\.o_proj\.bias", "layer"),
+    _rule(_LAYER + r"mlp\.(gate|up)_proj\.(weight|bias)", "layer", "ffn", 0),
+    _rule(_LAYER + r"mlp\.down_proj\.weight", "layer", "ffn", 1),
+    _rule(_LAYER + r"mlp\.down_proj\.bias", "layer"),
+    _rule(_LAYER + r"(input|post_attention|output)_layernorm\.(weight|bias)", "layer"),
+    _rule(r"model\.norm\.(weight|bias)", "last"),
+    _rule(r"lm_head\.weight", "last", "vocab", 0, tied_to="model.embed_tokens.weight"),
+)
+
+
+def placement_of(name: str) -> Placement:
+    """The one rule that covers a canonical name; KeyError where none does."""
+    for rule in RULES:
+        if rule.pattern.fullmatch(name):
+            return rule
+    raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class LocalSizes:
+    """What one tensor-parallel rank holds: padded, sharded sizes, equal on every rank."""
+
+    heads: int
+    groups: int
+    ffn: int
+    vocab: int
+    # How many ranks hold the same key/value group (1 unless tp is above the number of groups and replication fits).
+    kv_replicas: int
+    # Key/value groups over all ranks, zero groups included and replicas counted once.
+    padded_groups: int
+
+
+def local_sizes(config: ModelConfig, tp: int) -> LocalSizes:
+    """
+    Sizes on each of `tp` ranks.
+
+    tp <= groups: groups are padded to a multiple of tp. tp > groups: groups are replicated where tp / groups is whole
+    and divides the query heads of a group, else padded to tp with zero groups.
+    """
+    groups, per_group = config.num_kv_heads, config.heads_per_group
+    ffn, vocab = -(-config.ffn_size // tp), -(-config.vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE
+    if tp > groups and tp % groups == 0 and per_group % (tp // groups) == 0:
+        return LocalSizes(config.num_heads // tp, 1, ffn, vocab, tp // groups, groups)
+    padded = -(-groups // tp) * tp
+    return LocalSizes(padded // tp * per_group, padded // tp, ffn, vocab, 1, padded)
+
+
+@dataclass(frozen=True)
+class LocalSlice:
+    """
+    How a rank's tensor is made from the file's: allocate zeros of `shape`, copy `global[slices]` to its start.
+
+    `slices` has one slice per dim of the global tensor (possibly empty, where a rank holds padding alone).
+    """
+
+    slices: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Shape of `global[slices]`; the local tensor's leading corner of this shape receives it."""
+        return tuple(s.stop - s.start for s in self.slices)
+
+
+def local_slice(name: str, global_shape: tuple[int, ...], *, config: ModelConfig, tp: int, tp_rank: int) -> LocalSlice:
+    """The part of the canonical tensor `name` that a tensor-parallel rank holds. Pure; KeyError for unknown names."""
+    rule = placement_of(name)
+    whole = tuple(slice(0, size) for size in global_shape)
+    if rule.cut is None or rule.dim is None:
+        return LocalSlice(whole, tuple(global_shape))
+    local, start = _extent(rule.cut, config, tp, tp_rank)
+    true_size = global_shape[rule.dim]
+    start = min(start, true_size)
+    cut = slice(start, min(start + local, true_size))
+    dim = rule.dim
+    return LocalSlice((*whole[:dim], cut, *whole[dim + 1:]), (*global_shape[:dim], local, *global_shape[dim + 1:]))
+
+
+def _extent(cut: Cut, config: ModelConfig, tp: int, tp_rank: int) -> tuple[int, int]:
+    """(elements a rank holds along the cut dim, the first of them in the padded global tensor)."""
+    sizes = local_sizes(config, tp)
+    if cut == "ffn":
+        return sizes.ffn, tp_rank * sizes.ffn
+    if cut == "vocab":
+        return sizes.vocab, tp_rank * sizes.vocab
+    if cut == "q":
+        return sizes.heads * config.head_dim, tp_rank * sizes.heads * config.head_dim
+    first_group = tp_rank // sizes.kv_replicas * sizes.groups
+    return sizes.groups * config.head_dim, first_group * config.head_dim
+
+
+def stage_layers(num_layers: int, pp: int) -> list[range]:
+    """
+    Layers of each pipeline stage: as even as possible, the longer stages first (the last stage has the head to run).
+
+    >>> stage_layers(5, 2)
+    [range(0, 3), range(3, 5)]
+    """
+    base, extra = divmod(num_layers, pp)
+    starts = [stage * base + min(stage, extra) for stage in range(pp + 1)]
+    return [range(starts[stage], starts[stage + 1]) for stage in range(pp)]
+
+
+def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Every canonical tensor of a model and its true shape; a tied head is not listed (it is its owner's tensor)."""
+    hidden, width = config.hidden_size, config.num_heads * config.head_dim
+    kv_width, ffn = config.num_kv_heads * config.head_dim, config.ffn_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    if config.position == "learned":
+        shapes["model.embed_positions.weight"] = (config.max_context, hidden)
+    if config.token_types:
+        shapes["model.embed_types.weight"] = (config.token_types, hidden)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.norm_order == "post":
+        shapes |= _norm("model.embed_norm", config)
+        norms = ["post_attention_layernorm", "output_layernorm"]
+    for layer in range(config.num_layers):
+        at = f"model.layers.{layer}."
+        for part, rows, columns, has_bias in (
+            ("self_attn.q_proj", width, hidden, config.qkv_bias), ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
+            ("self_attn.v_proj", kv_width, hidden, config.qkv_bias), ("self_attn.o_proj", hidden, width, config.out_bias),
+            *([("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []),
+            ("mlp.up_proj", ffn, hidden, config.mlp_bias), ("mlp.down_proj", hidden, ffn, config.mlp_bias),
+        ):
+            shapes[f"{at}{part}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{at}{part}.bias"] = (rows,)
+        for norm in norms:
+            shapes |= _norm(at + norm, config)
+    if config.norm_order == "pre":
+        shapes |= _norm("model.norm", config)
+    if config.is_causal and not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def source_name(name: str, config: ModelConfig) -> str:
+    """The tensor in the files that fills the parameter `name`: its owner's, where embeddings are tied."""
+    tied_to = placement_of(name).tied_to
+    return tied_to if tied_to is not None and config.tied_embeddings else name
+
+
+def stage_names(config: ModelConfig, *, pp: int, pp_rank: int) -> list[str]:
+    """
+    Canonical names of the parameters that one stage holds, in a fixed order.
+
+    A tied head appears (as `lm_head.weight`, filled from `source_name`) only where the embedding lives on another
+    stage; on one stage both are one parameter.
+    """
+    layers = stage_layers(config.num_layers, pp)[pp_rank]
+    names = []
+    for name in global_shapes(config):
+        stage = placement_of(name).stage
+        if stage == "layer":
+            keep = int(name.split(".")[2]) in layers
+        else:
+            keep = pp_rank == (0 if stage == "first" else pp - 1)
+        if keep:
+            names.append(name)
+    if config.is_causal and config.tied_embeddings and pp > 1 and pp_rank == pp - 1:
+        names.append("lm_head.weight")
+    return names
+
+
+def check_layout(config: ModelConfig, *, tp: int, pp: int) -> None:
+    """
+    Refuse a layout that the model does not fit, before any process starts. Pure.
+
+    Raises:
+        ModelError: `layout_invalid`, with the values that are allowed.
+    """
+    if not 1 <= tp <= config.num_heads:
+        raise ModelError(f"layout tp must be from 1 to the model's number of heads. Given: {tp}.",
+                         code="layout_invalid", hint=f"Allowed: 1 to {config.num_heads}.")
+    if not 1 <= pp <= config.num_layers:
+        raise ModelError(f"layout pp must be from 1 to the model's number of layers. Given: {pp}.",
+                         code="layout_invalid", hint=f"Allowed: 1 to {config.num_layers}.")
+
+
+def layout_waste(config: ModelConfig, tp: int) -> float:
+    """
+    Share of attention work spent on zero groups at this tp, from 0 (none) up; the start-up log says it.
+
+    Example: 3 groups at tp=2 are padded to 4, so a quarter of the attention work is padding.
+    """
+    sizes = local_sizes(config, tp)
+    return 1.0 - config.num_kv_heads / sizes.padded_groups
+
+
+def _norm(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (config.hidden_size,)}
+    if config.norm == "layer":
+        shapes[f"{name}.bias"] = (config.hidden_size,)
+    return shapes
