@@ -30,9 +30,8 @@ def minilm_dir() -> Path:
 
 
 def _real_model(name: str) -> Path:
-    from trilithon_parallel.weights.pull import PullError, pull
-
     from trilithon import _store
+    from trilithon_parallel.weights.pull import PullError, pull
 
     if name in {model.name for model in _store.list_models()}:
         return _store.resolve(name)

@@ -273,9 +273,9 @@ class SentencePieceTokenizer:
                 ids.append(self._verbatim_ids[part])
                 offsets.append((start, start + len(part)))
             elif part:
-                for piece in self._model.EncodeAsImmutableProto(part).pieces:
-                    ids.append(piece.id)
-                    offsets.append((start + piece.begin, start + piece.end))
+                mapping = self._model.EncodeAsOffsetMapping(part)
+                ids += mapping["ids"]
+                offsets += [(start + begin, start + end) for begin, end in mapping["offsets"]]
             start += len(part)
         if add_special_tokens and self._add_eos and self.eos_ids:
             ids.append(self.eos_ids[0])
