@@ -63,7 +63,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
-    logprobs_after_processing: bool = False
+    after_processing: bool = False
     stream_interval: int = 1
     constraint: Constraint | None = None
     priority: int = 0
@@ -234,6 +234,6 @@ def to_wire(
         logprobs=logprobs,
         prompt_logprobs=-1 if p.prompt_logprobs is None else p.prompt_logprobs,
         logprob_token_ids=p.logprob_token_ids,
-        logprobs_after_processing=p.logprobs_after_processing,
+        logprobs_after_processing=p.after_processing,
         constraint=None if p.constraint is None else p.constraint.to_wire(),
     )

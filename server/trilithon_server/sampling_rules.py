@@ -284,7 +284,7 @@ RULES: tuple[Rule, ...] = (
         meaning="Report these tokens' log-probabilities at every position too.",
     ),
     _flag(
-        "logprobs_after_processing",
+        "after_processing",
         "output.after_processing",
         "Log-probabilities after penalties, masks and temperature instead of the model's own. Default false.",
     ),

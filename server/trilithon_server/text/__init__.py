@@ -1,0 +1,1 @@
+"""Text in and out: chat templates, incremental detokenisation, stop strings. Imports no torch."""
