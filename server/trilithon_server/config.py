@@ -87,7 +87,7 @@ class _Node(BaseModel):
 
 
 class EngineConfig(_Node):
-    """One engine: a model directory on tp x pp ranks. `None` is filled by `config_sources.resolve_engine`."""
+    """One engine: a model directory on tp x pp ranks. `None` is filled by `config_sources.resolve`."""
 
     name: str = Field(
         default="main",
@@ -120,7 +120,7 @@ class EngineConfig(_Node):
         default=None,
         gt=0,
         le=1,
-        description="share of the available memory that all ranks may use; unset: 0.5 on cpu, 0.9 on cuda",
+        description="share of the memory that weights leave for the cache; unset: 0.5 on cpu, 0.9 on cuda",
     )
     max_batch_tokens: Size | None = Field(
         default=None, ge=16, le=1 << 20, description="tokens of one step; unset: 256 on cpu, 2048 on cuda"

@@ -18,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from google.protobuf.message import DecodeError
+
 from trilithon.errors import Overloaded, TrilithonError, Unavailable
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
-from trilithon_server.engine.frames import encode_frame, read_frame
+from trilithon_server.engine.framing import MAX_FRAME_BYTES, frame
 from trilithon_server.engine_stream import EngineStream
 
 __all__ = ["EngineClient", "EngineState", "EngineStream"]
@@ -100,7 +102,7 @@ class EngineClient:
         """
         self._admit(len(submit.prompt), submit.request_id)
         submit.handle = self._next_handle
-        frame = encode_frame(wire.ToEngine(submit=submit))
+        message = frame(wire.ToEngine(submit=submit).SerializeToString())
         self._next_handle += 1
         stream = EngineStream(submit, limits=self._limits, send_abort=self._send_abort)
         if not self._streams:
@@ -110,7 +112,7 @@ class EngineClient:
         self.queued_requests += 1
         self.queued_tokens += stream.prompt_tokens
         assert self._writer is not None  # `ready` implies a connection
-        self._writer.write(frame)
+        self._writer.write(message)
         return stream
 
     def check_admission(self, prompt_tokens: int, *, requests: int = 1) -> None:
@@ -177,7 +179,7 @@ class EngineClient:
         reason = "the leader closed the connection"
         try:
             while True:
-                self._dispatch(await read_frame(reader))
+                self._dispatch(await _read_message(reader))
         except asyncio.IncompleteReadError:
             pass
         except (OSError, ValueError) as error:
@@ -225,7 +227,7 @@ class EngineClient:
 
     def _write(self, message: wire.ToEngine) -> None:
         if self._writer is not None:
-            self._writer.write(encode_frame(message))
+            self._writer.write(frame(message.SerializeToString()))
 
     # -- admission and loss ---------------------------------------------------------------------------------
 
@@ -302,3 +304,15 @@ class EngineClient:
             stream.queued = False
             self.queued_requests -= 1
             self.queued_tokens -= stream.prompt_tokens
+
+
+async def _read_message(reader: asyncio.StreamReader) -> wire.FromEngine:
+    """One message; IncompleteReadError when the leader closed, ValueError for bytes that are no message."""
+    length = int.from_bytes(await reader.readexactly(4), "big")
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame must have at most {MAX_FRAME_BYTES} bytes. Given: {length}.")
+    body = await reader.readexactly(length)
+    try:
+        return wire.FromEngine.FromString(body)
+    except DecodeError as error:
+        raise ValueError(f"not a message of the engine: {error}") from None
