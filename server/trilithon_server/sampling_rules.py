@@ -202,7 +202,7 @@ RULES: tuple[Rule, ...] = (
         name="bad_words",
         proto="penalties.bad_words",
         check=strings("max_bad_words", max_bytes=1024),
-        text="must be at most {max_bad_words} non-empty strings of at most 64 tokens each",
+        text="must be at most {max_bad_words} non-empty strings of at most {max_bad_word_tokens} tokens each",
         schema={"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 256},
         meaning="Texts that must not appear, with or without a leading space.",
     ),
@@ -225,8 +225,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="stop",
         proto="stopping.stop",
-        check=strings("max_stop", max_bytes=256, single=True),
-        text="must be at most {max_stop} non-empty strings of at most 256 UTF-8 bytes",
+        check=strings("max_stop", max_bytes="max_stop_bytes", single=True),
+        text="must be at most {max_stop} non-empty strings of at most {max_stop_bytes} UTF-8 bytes",
         schema={
             "anyOf": [
                 {"type": "string", "minLength": 1, "maxLength": 64},
@@ -254,8 +254,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="truncate_prompt_tokens",
         proto="prompt.truncate_tokens",
-        check=whole(0, "max_output"),
-        text="must be from 0 (do not truncate) to {max_output}",
+        check=whole(0, "max_prompt"),
+        text="must be from 0 (do not truncate) to {max_prompt}",
         schema={"type": "integer", "minimum": 0},
         meaning="Keep only this many tokens of the prompt, the last ones. Default 0 (never).",
     ),
@@ -278,8 +278,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="logprob_token_ids",
         proto="output.logprob_token_ids",
-        check=token_ids(64),
-        text="must hold at most 64 token ids, each below {vocab_size}",
+        check=token_ids("max_logprob_token_ids"),
+        text="must hold at most {max_logprob_token_ids} token ids, each below {vocab_size}",
         schema=_id_list(64),
         meaning="Report these tokens' log-probabilities at every position too.",
     ),

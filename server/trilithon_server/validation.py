@@ -30,22 +30,31 @@ class Bounds:
 
     vocab_size: int = 1 << 31
     max_context: int = 1 << 31
+    max_output_tokens: int | None = None
+    default_max_tokens: int = 1024
     max_n: int = 16
     max_logprobs: int = 20
-    default_max_tokens: int = 1024
+    max_logprob_token_ids: int = 64
     max_time_ms: int = 600_000
     max_priority: int = 10
     max_stop: int = 16
+    max_stop_bytes: int = 256
     max_stop_token_ids: int = 64
     max_bad_words: int = 256
+    max_bad_word_tokens: int = 64
     max_logit_bias: int = 1024
     max_allowed_ids: int = 16_384
     max_constraint_bytes: int = 65_536
 
     @property
-    def max_output(self) -> int:
-        """The most tokens that one answer may have: the window without one prompt token."""
+    def max_prompt(self) -> int:
+        """The most tokens that a prompt may have: the window without one token of answer."""
         return self.max_context - 1
+
+    @property
+    def max_output(self) -> int:
+        """The most tokens that one answer may have: the window without a token of prompt, or less if configured."""
+        return min(self.max_context - 1, self.max_output_tokens or self.max_context)
 
 
 Check = Callable[[Any, Bounds], Any]
@@ -256,7 +265,7 @@ def as_list(value: object, *, least: int, most: int) -> Sequence[Any]:
     return value
 
 
-def strings(most: int | str, *, max_bytes: int, single: bool = False) -> Check:
+def strings(most: int | str, *, max_bytes: int | str, single: bool = False) -> Check:
     """A list of non-empty strings of at most `max_bytes` UTF-8 bytes; with `single`, one string stands for a list."""
 
     def check(value: object, bounds: Bounds) -> tuple[str, ...]:
@@ -264,7 +273,12 @@ def strings(most: int | str, *, max_bytes: int, single: bool = False) -> Check:
             value = [value]
         items = as_list(value, least=0, most=int(_limit(most, bounds)))
         for i, item in enumerate(items):
-            if not isinstance(item, str) or not item or not is_text(item) or len(item.encode()) > max_bytes:
+            if (
+                not isinstance(item, str)
+                or not item
+                or not is_text(item)
+                or len(item.encode()) > _limit(max_bytes, bounds)
+            ):
                 raise Broken(item, at=f"[{i}]")
         return tuple(items)
 
