@@ -1,8 +1,8 @@
 """
 One name table per model family: what Hugging Face files call a tensor, and what we call it. Imports no torch.
 
-We have one canonical, unfused set for every family (the Llama names of Hugging Face); files keep the names that
-`transformers` writes. The table says, for each canonical name, which file tensor holds it and how:
+`placement.py` has the one canonical, unfused set for every family; files keep the names that `transformers` writes.
+The table says, for each canonical name, which file tensor holds it and how:
 
 - `Direct`: as it stands.
 - `Transposed`: stored as its transpose (GPT-2 keeps `[in, out]`).
@@ -13,11 +13,12 @@ Reading and writing use the same table, so an export is the inverse of a load.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from trilithon_parallel.config import Family, ModelConfig
+from trilithon_parallel.placement import global_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ class NameTable:
     The names of one model.
 
     Attributes:
-        sources: canonical name -> where it lies in the files, with global layer numbers; in file order.
-        prefixes: what may stand before every file name; the first is what exports write.
+        sources: canonical name -> where it lies in the files, for every tensor of `placement.global_shapes`.
+        prefixes: what may stand before the trunk's file names; the first is what exports write.
         ignorable: file names, without prefix, that may be there and are left out: unused heads and buffers. `*`
             stands for a layer number.
     """
@@ -105,157 +106,129 @@ class NameTable:
     prefixes: tuple[str, ...]
     ignorable: frozenset[str]
 
+    def spellings(self, file_name: str) -> tuple[str, ...]:
+        """Every way in which published files spell a name; exports write the first."""
+        if file_name.startswith(_HEADS):
+            return (file_name,)
+        named = tuple(prefix + file_name for prefix in self.prefixes)
+        # The first BERT files, converted from TensorFlow, kept its names for gain and shift.
+        older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        return named + tuple(
+            name.removesuffix(new) + old for name in named for new, old in older.items() if name.endswith(new)
+        )
+
     def is_ignorable(self, file_name: str) -> bool:
         """Whether a file tensor without a place in the model is known to be unneeded."""
         return any(
-            file_name.startswith(prefix) and _numbers_starred(file_name[len(prefix) :]) in self.ignorable
+            file_name.startswith(prefix) and _star_layers(file_name[len(prefix) :]) in self.ignorable
             for prefix in (*self.prefixes, "")
         )
 
 
 def name_table(config: ModelConfig) -> NameTable:
-    """The names of a model: every parameter that its config implies, no other."""
-    rules = _RULES[config.family]
-    present = [rule for rule in rules.rules if rule.when(config)]
+    """The names of a model: every tensor that its config implies, no other."""
+    family = _FAMILIES[config.family]
     sources: dict[str, Source] = {}
-    for rule in present:
-        for layer in _layers(rule, config):
-            sources[rule.canonical.replace("*", layer)] = rule.source(layer)
-    return NameTable(sources, rules.prefixes, rules.ignorable)
+    for name in global_shapes(config):
+        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        rule = family.rules[_star_layers(name)]
+        file = rule.file_name.replace("*", layer)
+        sources[name] = Fused(file, rule.part, rule.parts) if isinstance(rule, Fused) else type(rule)(file)
+    return NameTable(sources, family.prefixes, family.ignorable)
+
+
+_HEADS = ("lm_head.", "cls.")  # heads stand beside the trunk, so the trunk's prefix is not theirs
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
-    """`canonical` and `file`, with `*` for a layer number; `needs` names the config property that it depends on."""
+class _Family:
+    """`rules` maps canonical to file names, with `*` for a layer number on both sides."""
 
-    canonical: str
-    file: str
-    kind: str = "direct"
-    part: int = 0
-    needs: str = ""
-
-    def source(self, layer: str) -> Source:
-        file = self.file.replace("*", layer)
-        if self.kind == "fused":
-            return Fused(file, self.part, 3)
-        return Transposed(file) if self.kind == "transposed" else Direct(file)
-
-    def when(self, config: ModelConfig) -> bool:
-        """Whether a model of this config has the tensor."""
-        match self.needs:
-            case "":
-                return True
-            case "untied":
-                return not config.tied_embeddings
-            case "token_types":
-                return config.token_types > 0
-            case flag:
-                return bool(getattr(config, flag))
-
-
-@dataclass(frozen=True, slots=True)
-class _FamilyRules:
-    rules: tuple[_Rule, ...]
+    rules: Mapping[str, Source]
     prefixes: tuple[str, ...]
     ignorable: frozenset[str]
 
 
-def _layers(rule: _Rule, config: ModelConfig) -> Iterator[str]:
-    if "*" in rule.canonical:
-        yield from map(str, range(config.num_layers))
-    else:
-        yield ""
-
-
-def _numbers_starred(name: str) -> str:
+def _star_layers(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _pair(canonical: str, file: str, *, kind: str = "direct", bias_kind: str = "direct", part: int = 0) -> list[_Rule]:
-    """A weight and its bias."""
-    return [
-        _Rule(f"{canonical}.weight", f"{file}.weight", kind, part),
-        _Rule(f"{canonical}.bias", f"{file}.bias", bias_kind, part),
-    ]
+def _both(canonical: str, file: str) -> dict[str, Source]:
+    """A weight and its bias, as they stand."""
+    return {f"{canonical}.{part}": Direct(f"{file}.{part}") for part in ("weight", "bias")}
 
 
-def _llama() -> _FamilyRules:
-    rules = [_Rule("model.embed_tokens.weight", "model.embed_tokens.weight")]
+def _conv1d(canonical: str, file: str) -> dict[str, Source]:
+    """GPT-2's linear layer: weight stored as its transpose."""
+    return {f"{canonical}.weight": Transposed(f"{file}.weight"), f"{canonical}.bias": Direct(f"{file}.bias")}
+
+
+def _llama() -> _Family:
     layer = "model.layers.*"
-    rules.append(_Rule(f"{layer}.input_layernorm.weight", f"{layer}.input_layernorm.weight"))
-    for part, bias in (
-        ("self_attn.q_proj", "qkv_bias"),
-        ("self_attn.k_proj", "qkv_bias"),
-        ("self_attn.v_proj", "qkv_bias"),
-        ("self_attn.o_proj", "out_bias"),
-        ("mlp.gate_proj", "mlp_bias"),
-        ("mlp.up_proj", "mlp_bias"),
-        ("mlp.down_proj", "mlp_bias"),
+    rules: dict[str, Source] = {}
+    for name in (
+        "model.embed_tokens",
+        f"{layer}.input_layernorm",
+        *(f"{layer}.self_attn.{part}_proj" for part in "qkvo"),
+        f"{layer}.post_attention_layernorm",
+        *(f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")),
+        "model.norm",
+        "lm_head",
     ):
-        rules.append(_Rule(f"{layer}.{part}.weight", f"{layer}.{part}.weight"))
-        rules.append(_Rule(f"{layer}.{part}.bias", f"{layer}.{part}.bias", needs=bias))
-    rules.append(_Rule(f"{layer}.post_attention_layernorm.weight", f"{layer}.post_attention_layernorm.weight"))
-    rules.append(_Rule("model.norm.weight", "model.norm.weight"))
-    rules.append(_Rule("lm_head.weight", "lm_head.weight", needs="untied"))
-    # Old conversions saved the rotary frequencies, which are computed. A tied head may be saved as a copy.
-    return _FamilyRules(
-        tuple(rules), ("",), frozenset({"model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"})
-    )
+        rules |= _both(name, name)
+    # Old conversions saved the rotary frequencies, which are computed.
+    ignorable = {"model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"}
+    return _Family(rules, ("",), frozenset(ignorable))
 
 
-def _gpt2() -> _FamilyRules:
+def _gpt2() -> _Family:
     layer, file = "model.layers.*", "h.*"
-    rules = [
-        _Rule("model.embed_tokens.weight", "wte.weight"),
-        _Rule("model.embed_positions.weight", "wpe.weight"),
-        *_pair(f"{layer}.input_layernorm", f"{file}.ln_1"),
-    ]
-    for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
-        rules += _pair(f"{layer}.self_attn.{name}", f"{file}.attn.c_attn", kind="fused", bias_kind="fused", part=part)
-    rules += [
-        *_pair(f"{layer}.self_attn.o_proj", f"{file}.attn.c_proj", kind="transposed"),
-        *_pair(f"{layer}.post_attention_layernorm", f"{file}.ln_2"),
-        *_pair(f"{layer}.mlp.up_proj", f"{file}.mlp.c_fc", kind="transposed"),
-        *_pair(f"{layer}.mlp.down_proj", f"{file}.mlp.c_proj", kind="transposed"),
-        *_pair("model.norm", "ln_f"),
-        _Rule("lm_head.weight", "lm_head.weight", needs="untied"),
-    ]
-    # The first published files carry the causal mask as a buffer in every layer.
-    return _FamilyRules(tuple(rules), ("transformer.", ""), frozenset({"h.*.attn.bias", "h.*.attn.masked_bias"}))
-
-
-def _bert() -> _FamilyRules:
-    layer, file = "model.layers.*", "encoder.layer.*"
-    rules = [
-        _Rule("model.embed_tokens.weight", "embeddings.word_embeddings.weight"),
-        _Rule("model.embed_positions.weight", "embeddings.position_embeddings.weight"),
-        _Rule("model.embed_token_types.weight", "embeddings.token_type_embeddings.weight", needs="token_types"),
-        *_pair("model.embed_norm", "embeddings.LayerNorm"),
-        *_pair(f"{layer}.self_attn.q_proj", f"{file}.attention.self.query"),
-        *_pair(f"{layer}.self_attn.k_proj", f"{file}.attention.self.key"),
-        *_pair(f"{layer}.self_attn.v_proj", f"{file}.attention.self.value"),
-        *_pair(f"{layer}.self_attn.o_proj", f"{file}.attention.output.dense"),
-        *_pair(f"{layer}.post_attention_layernorm", f"{file}.attention.output.LayerNorm"),
-        *_pair(f"{layer}.mlp.up_proj", f"{file}.intermediate.dense"),
-        *_pair(f"{layer}.mlp.down_proj", f"{file}.output.dense"),
-        *_pair(f"{layer}.post_mlp_layernorm", f"{file}.output.LayerNorm"),
-    ]
-    # The pooler and the pretraining heads play no part in hidden states or sentence vectors.
-    heads = {
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-        "embeddings.position_ids",
-        "cls.predictions.bias",
-        "cls.predictions.transform.dense.weight",
-        "cls.predictions.transform.dense.bias",
-        "cls.predictions.transform.LayerNorm.weight",
-        "cls.predictions.transform.LayerNorm.bias",
-        "cls.predictions.decoder.weight",
-        "cls.predictions.decoder.bias",
-        "cls.seq_relationship.weight",
-        "cls.seq_relationship.bias",
+    rules: dict[str, Source] = {
+        "model.embed_tokens.weight": Direct("wte.weight"),
+        "model.embed_positions.weight": Direct("wpe.weight"),
+        "lm_head.weight": Direct("lm_head.weight"),
     }
-    return _FamilyRules(tuple(rules), ("", "bert."), frozenset(heads))
+    for i, part in enumerate("qkv"):
+        for kind in ("weight", "bias"):
+            rules[f"{layer}.self_attn.{part}_proj.{kind}"] = Fused(f"{file}.attn.c_attn.{kind}", i, 3)
+    rules |= _conv1d(f"{layer}.self_attn.o_proj", f"{file}.attn.c_proj")
+    rules |= _conv1d(f"{layer}.mlp.up_proj", f"{file}.mlp.c_fc")
+    rules |= _conv1d(f"{layer}.mlp.down_proj", f"{file}.mlp.c_proj")
+    rules |= _both(f"{layer}.input_layernorm", f"{file}.ln_1")
+    rules |= _both(f"{layer}.post_attention_layernorm", f"{file}.ln_2")
+    rules |= _both("model.norm", "ln_f")
+    # The first published files carry the causal mask as a buffer in every layer.
+    return _Family(rules, ("transformer.", ""), frozenset({"h.*.attn.bias", "h.*.attn.masked_bias"}))
 
 
-_RULES: Final[Mapping[Family, _FamilyRules]] = {"llama": _llama(), "gpt2": _gpt2(), "bert": _bert()}
+def _bert() -> _Family:
+    layer, file = "model.layers.*", "encoder.layer.*"
+    rules: dict[str, Source] = {
+        "model.embed_tokens.weight": Direct("embeddings.word_embeddings.weight"),
+        "model.embed_positions.weight": Direct("embeddings.position_embeddings.weight"),
+        "model.embed_types.weight": Direct("embeddings.token_type_embeddings.weight"),
+    }
+    rules |= _both("model.embed_norm", "embeddings.LayerNorm")
+    for part, name in (("q", "query"), ("k", "key"), ("v", "value")):
+        rules |= _both(f"{layer}.self_attn.{part}_proj", f"{file}.attention.self.{name}")
+    rules |= _both(f"{layer}.self_attn.o_proj", f"{file}.attention.output.dense")
+    rules |= _both(f"{layer}.post_attention_layernorm", f"{file}.attention.output.LayerNorm")
+    rules |= _both(f"{layer}.mlp.up_proj", f"{file}.intermediate.dense")
+    rules |= _both(f"{layer}.mlp.down_proj", f"{file}.output.dense")
+    rules |= _both(f"{layer}.output_layernorm", f"{file}.output.LayerNorm")
+    # The pooler and the pretraining heads play no part in hidden states or sentence vectors.
+    ignorable = {"embeddings.position_ids", "cls.predictions.bias"} | {
+        f"{part}.{kind}"
+        for part in (
+            "pooler.dense",
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+            "cls.seq_relationship",
+        )
+        for kind in ("weight", "bias", "gamma", "beta")
+    }
+    return _Family(rules, ("", "bert."), frozenset(ignorable))
+
+
+_FAMILIES: Final[Mapping[Family, _Family]] = {"llama": _llama(), "gpt2": _gpt2(), "bert": _bert()}
