@@ -1,0 +1,70 @@
+"""
+Compute backends behind one seam: torch operators everywhere, Transformer Engine on CUDA devices.
+
+Models ask a backend for layers and never learn which one they have; parameter names and files don't either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.layers import Product
+
+BackendName = Literal["torch", "te", "auto"]
+
+
+class Backend(Protocol):
+    """What the blocks need. `batch_invariant`: every row's bits are those it has alone, at any dtype."""
+
+    name: str
+    batch_invariant: bool
+
+    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """X W^T + b with W [out_local, in_features]; names `weight`, `bias`."""
+        ...
+
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """residual + g(X W^T) + b with W [out_features, in_local]; called with (x, residual)."""
+        ...
+
+    def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """The family's norm over H."""
+        ...
+
+    def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
+        """What stands between a norm and the column-parallel products that share its output: the paper's f."""
+        ...
+
+    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product | None:
+        """Weights joined along the output dim as one packed product; None where the backend packs nothing."""
+        ...
+
+
+def select(name: BackendName, *, batch_invariant: bool = False, device: str | torch.device = "cpu") -> Backend:
+    """
+    The backend of that name; "auto" takes Transformer Engine where it imports and the device is CUDA, else torch.
+
+    Raises:
+        ModelError: `backend_unavailable`, "te" was asked for and cannot be used; the message keeps the reason.
+    """
+    from trilithon_parallel.backend import te_ops, torch_ops
+
+    if name not in ("torch", "te", "auto"):
+        raise ModelError(f"backend is unknown. Given: {name!r}.", code="backend_unavailable",
+                         hint="Allowed: torch, te, auto.")
+    if name == "torch" or (name == "auto" and (torch.device(device).type != "cuda" or te_ops.unavailable_reason())):
+        return torch_ops.TorchBackend(batch_invariant=batch_invariant)
+    reason = te_ops.unavailable_reason()
+    if reason:
+        raise ModelError(f"backend 'te' is not available: {reason}.", code="backend_unavailable",
+                         hint="Install trilithon[gpu] on a CUDA machine, or use backend torch or auto.")
+    if batch_invariant:
+        raise ModelError("backend 'te' has no batch-invariant mode.", code="backend_unavailable",
+                         hint="Use backend torch with batch_invariant, or turn batch_invariant off.")
+    return te_ops.TransformerEngineBackend()

@@ -1,0 +1,148 @@
+"""
+The torch backend: the reference everywhere, and packed oneDNN products on CPUs.
+
+The packed operators are private to torch, so they are probed once and stand behind `Product`; `F.linear` is the
+reference that they are tested against.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilithon_parallel.collectives import copy_to_tp
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.layers import ColumnParallelLinear, LayerNorm, Product, RMSNorm, RowParallelLinear
+
+# Rows of every product in the batch-invariant mode: one shape, so one kernel and one order of additions.
+INVARIANT_ROWS = 16
+
+
+@functools.cache
+def has_native_bf16() -> bool:
+    """True where the CPU multiplies bfloat16 itself (AVX512-BF16, AMX, or AVX512 with oneDNN's help)."""
+    return _can_pack(torch.bfloat16)
+
+
+def preferred_dtype(device: str | torch.device) -> torch.dtype:
+    """The fastest dtype to serve at: bfloat16 where the device multiplies it natively, else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if has_native_bf16() else torch.float32
+
+
+@functools.cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU and this torch have the packed product for `dtype`, checked by running it once."""
+    x, weight = torch.ones(2, 32, dtype=dtype), torch.ones(16, 32, dtype=dtype)
+    try:
+        result = _OneDnnProduct(weight, None)(x)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((result == 32).all())
+
+
+class _OneDnnProduct:
+    """One product with its weight in oneDNN's blocked layout."""
+
+    def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OK.detach(), None)
+        self._bias = bias_O
+
+    def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        if residual_TO is None:
+            y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, self._weight, self._bias, "none", [], "")
+        else:
+            y_TO = torch.ops.mkldnn._linear_pointwise.binary(x_TK, residual_TO, self._weight, self._bias, "add")
+        return y_TO
+
+
+class _WidenedProduct:
+    """
+    A bfloat16 product on a CPU without bfloat16 instructions: fp32 packed weights, fp32 sums, one rounding at the end.
+
+    The same numbers as a native product (which also adds in fp32), several times faster than torch's emulation there,
+    at twice the weights' memory.
+    """
+
+    def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
+        self._product = _OneDnnProduct(weight_OK.float(), None if bias_O is None else bias_O.float())
+        self._dtype = weight_OK.dtype
+
+    def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        y_TO = self._product(x_TK.float()).to(self._dtype)
+        return y_TO if residual_TO is None else residual_TO + y_TO
+
+
+class _PlainProduct:
+    """`F.linear` over joined weights: other devices, and CPUs or dtypes without packed products."""
+
+    def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
+        self._weight, self._bias = weight_OK, bias_O
+
+    def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        y_TO = F.linear(x_TK, self._weight, self._bias)
+        return y_TO if residual_TO is None else residual_TO + y_TO
+
+
+class _TiledProduct:
+    """Batch-invariant: always `INVARIANT_ROWS` rows at once, the last tile filled with zeros."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
+        rows = x_TK.shape[0]
+        missing = -rows % INVARIANT_ROWS
+        padded = F.pad(x_TK, (0, 0, 0, missing)) if missing else x_TK
+        tiles = [self._product(tile) for tile in padded.split(INVARIANT_ROWS)]
+        y_TO = (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[:rows]
+        return y_TO if residual_TO is None else residual_TO + y_TO
+
+
+class TorchBackend:
+    """Plain torch modules; on CPUs `pack` gives oneDNN's packed products."""
+
+    name = "torch"
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
+
+    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """A `ColumnParallelLinear`."""
+        return ColumnParallelLinear(in_features, out_local, bias=bias, dtype=dtype, device=grid.device)
+
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """A `RowParallelLinear`; in the batch-invariant mode ranks' shares are added in rank order."""
+        return RowParallelLinear(in_local, out_features, bias=bias, axis=grid.tp, ordered_reduce=self.batch_invariant,
+                                 dtype=dtype, device=grid.device)
+
+    def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
+        """`RMSNorm` or `LayerNorm`."""
+        kind = RMSNorm if config.norm == "rms" else LayerNorm
+        return kind(config.hidden_size, config.norm_eps, dtype=dtype, device=grid.device)
+
+    def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
+        """The paper's f."""
+        return copy_to_tp(x_TH, axis)
+
+    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product:
+        """One product of the joined weights, packed where the CPU can."""
+        weight = (torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach())
+        parts = [b.detach() for b in biases if b is not None]
+        bias = torch.cat(parts) if parts else None
+        product: Product
+        if weight.device.type != "cpu":
+            product = _PlainProduct(weight, bias)
+        elif weight.dtype in (torch.float32, torch.bfloat16) and _can_pack(weight.dtype):
+            product = _OneDnnProduct(weight, bias)
+        elif weight.dtype in (torch.bfloat16, torch.float16) and _can_pack(torch.float32):
+            product = _WidenedProduct(weight, bias)
+        else:
+            product = _PlainProduct(weight, bias)
+        return _TiledProduct(product) if self.batch_invariant else product

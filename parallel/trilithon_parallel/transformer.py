@@ -1,0 +1,175 @@
+"""
+One config-driven block: norm, attention, norm, MLP, in the order and with the parts that the family has.
+
+Shapes: T tokens, H hidden, A query heads, G key/value groups, C channels, F feed-forward; A, G, F are local (cut by tp).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilithon_parallel.attention import AttentionView
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.layers import Product, release
+from trilithon_parallel.placement import local_sizes
+
+if TYPE_CHECKING:
+    from trilithon_parallel.backend import Backend
+
+
+class Rotary:
+    """
+    Rotary positions (Su et al. 2021), half-split layout, angles in fp32; looked up, so a token's bits don't depend on
+    its neighbours. `tables(positions)` is called once a step; every layer uses its result.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        half = config.head_dim // 2
+        inverse_C = _frequencies(config, half)
+        angles_SC = torch.outer(torch.arange(config.max_context, dtype=torch.float32), inverse_C)
+        cos_SC, sin_SC = angles_SC.cos(), angles_SC.sin()
+        # [max_context, 2, 1, C]: cosines of both halves; sines with the sign that the swapped halves need.
+        self._table = torch.stack((torch.cat((cos_SC, cos_SC), -1), torch.cat((-sin_SC, sin_SC), -1)), 1).unsqueeze(2)
+        self._table = self._table.to(device=device, dtype=dtype)
+
+    def tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, 1, C] of the step's positions."""
+        cos_T1C, sin_T1C = self._table.index_select(0, positions_T).unbind(1)
+        return cos_T1C, sin_T1C
+
+
+def rotate(x_TAC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (c, c + C/2) of channels by its position's angle."""
+    cos_T1C, sin_T1C = tables
+    low, high = x_TAC.chunk(2, -1)
+    return torch.addcmul(x_TAC * cos_T1C, torch.cat((high, low), -1), sin_T1C)
+
+
+def _frequencies(config: ModelConfig, half: int) -> Tensor:
+    """Inverse frequencies [C / 2]; `llama3` scaling as in Meta's release of Llama 3.1."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    # Turns that a channel makes within the trained context: many turns stay, few are slowed, a ramp lies between.
+    turns = scaling.original_max_context * inverse / (2 * torch.pi)
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = ramp.clamp(0.0, 1.0)
+    return inverse / scaling.factor * (1 - ramp) + inverse * ramp
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with heads cut by tp; keys and values go through the step's view."""
+
+    def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
+        super().__init__()
+        sizes = local_sizes(config, grid.tp.size)
+        self.heads, self.groups, self.head_dim = sizes.heads, sizes.groups, config.head_dim
+        self.tp, self.backend = grid.tp, backend
+        width, kv_width = sizes.heads * config.head_dim, sizes.groups * config.head_dim
+        for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
+            setattr(self, name, backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype))
+        self.o_proj = backend.row_linear(width, config.hidden_size, bias=config.out_bias, grid=grid, dtype=dtype)
+        self.fused: Product | None = None
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor, *, layer: int, rope: tuple[Tensor, Tensor] | None,
+                view: AttentionView) -> Tensor:
+        """Normed input and the residual stream, both [T, H] -> the residual stream after attention."""
+        if self.fused is not None:
+            qkv_TAC = self.fused(x_TH).view(x_TH.shape[0], -1, self.head_dim)
+            qk_TAC, v_TGC = qkv_TAC.split((self.heads + self.groups, self.groups), 1)
+        else:
+            x_TH = self.backend.enter_columns(x_TH, self.tp)
+            parts = [linear(x_TH).view(x_TH.shape[0], -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            qk_TAC, v_TGC = torch.cat(parts[:2], 1), parts[2]
+        if rope is not None:
+            qk_TAC = rotate(qk_TAC, rope)
+        q_TAC, k_TGC = qk_TAC.split((self.heads, self.groups), 1)
+        out_TAC = view.attend(layer, q_TAC, k_TGC, v_TGC)
+        result: Tensor = self.o_proj(out_TAC.reshape(x_TH.shape[0], -1), residual_TH)
+        return result
+
+    def prepare(self) -> None:
+        """Pack for serving: q, k and v become one product."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        self.fused = self.backend.pack([p.weight for p in parts], [p.bias for p in parts])
+        if self.fused is not None:
+            for part in parts:
+                release(part)
+            self.o_proj.pack(self.backend.pack)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))) or, gated, down(silu(gate(x)) * up(x)); F is cut by tp."""
+
+    def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
+        super().__init__()
+        ffn = local_sizes(config, grid.tp.size).ffn
+        self.tp, self.backend, self.activation = grid.tp, backend, config.activation
+        self.gate_proj = (backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
+                          if config.gated_mlp else None)
+        self.up_proj = backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
+        self.down_proj = backend.row_linear(ffn, config.hidden_size, bias=config.mlp_bias, grid=grid, dtype=dtype)
+        self.fused: Product | None = None
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+        """Normed input and the residual stream, both [T, H] -> the residual stream after the MLP."""
+        if self.fused is not None:
+            y_TF = self.fused(x_TH)
+            gate_TF, up_TF = y_TF.chunk(2, -1) if self.gate_proj is not None else (None, y_TF)
+        else:
+            x_TH = self.backend.enter_columns(x_TH, self.tp)
+            gate_TF, up_TF = self.gate_proj(x_TH) if self.gate_proj is not None else None, self.up_proj(x_TH)
+        hidden_TF = F.silu(gate_TF) * up_TF if gate_TF is not None else self._activate(up_TF)
+        result: Tensor = self.down_proj(hidden_TF, residual_TH)
+        return result
+
+    def _activate(self, x_TF: Tensor) -> Tensor:
+        return F.gelu(x_TF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+    def prepare(self) -> None:
+        """Pack for serving: gate and up become one product."""
+        parts = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+        self.fused = self.backend.pack([p.weight for p in parts], [p.bias for p in parts])
+        if self.fused is not None:
+            for part in parts:
+                release(part)
+            self.down_proj.pack(self.backend.pack)
+
+
+class Block(nn.Module):
+    """One layer. Pre-norm (Llama, GPT-2): norms before the parts; post-norm (BERT): after the residual sums."""
+
+    def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_pre_norm = config.norm_order == "pre"
+        self.self_attn = Attention(config, grid=grid, backend=backend, dtype=dtype)
+        self.mlp = MLP(config, grid=grid, backend=backend, dtype=dtype)
+        first, second = (("input_layernorm", "post_attention_layernorm") if self.is_pre_norm
+                         else ("post_attention_layernorm", "output_layernorm"))
+        for name in (first, second):
+            setattr(self, name, backend.norm(config, grid=grid, dtype=dtype))
+        self._norm_names = (first, second)
+
+    def forward(self, x_TH: Tensor, *, layer: int, rope: tuple[Tensor, Tensor] | None, view: AttentionView) -> Tensor:
+        """The residual stream [T, H] through one layer; `layer` counts within the stage."""
+        norm_1, norm_2 = (getattr(self, name) for name in self._norm_names)
+        if self.is_pre_norm:
+            x_TH = self.self_attn(norm_1(x_TH), x_TH, layer=layer, rope=rope, view=view)
+            result: Tensor = self.mlp(norm_2(x_TH), x_TH)
+            return result
+        x_TH = norm_1(self.self_attn(x_TH, x_TH, layer=layer, rope=rope, view=view))
+        result = norm_2(self.mlp(x_TH, x_TH))
+        return result
+
+    def prepare(self) -> None:
+        """Pack every product of the layer for serving."""
+        self.self_attn.prepare()
+        self.mlp.prepare()
