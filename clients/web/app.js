@@ -1,7 +1,7 @@
 /** The playground: wires the form, the conversation, the header and the server together. */
 
 import { Api, ApiError } from "./api.js";
-import { byId, copyText, h } from "./dom.js";
+import { byId, copyText, fit, h } from "./dom.js";
 import { FieldError, ParameterForm } from "./params.js";
 import { snippet } from "./snippets.js";
 import { closePopover } from "./tokens.js";
@@ -191,7 +191,7 @@ function send(text) {
     return;
   }
   prompt.value = "";
-  grow();
+  fit(prompt);
   if (state.mode === "chat") chat(text, body);
   else complete(text, body);
   refresh();
@@ -232,7 +232,7 @@ function complete(text, body) {
   };
   const onwards = () => {
     prompt.value = body.echo ? turn.text : text + turn.text;
-    grow();
+    fit(prompt);
     prompt.focus();
     refresh();
   };
@@ -257,7 +257,7 @@ function showEmpty() {
   if (model?.tp && model?.pp) facts.push(`tensor ${model.tp} x pipeline ${model.pp}`);
   if (model?.digest) facts.push(model.digest.slice(0, 12));
   const starters = EXAMPLES[state.mode].map((text) =>
-    h("li", {}, h("button", { type: "button", onclick: () => { prompt.value = text; grow(); prompt.focus(); refresh(); } }, text)),
+    h("li", {}, h("button", { type: "button", onclick: () => { prompt.value = text; fit(prompt); prompt.focus(); refresh(); } }, text)),
   );
   byId("empty").hidden = byId("turns").children.length > 0;
   byId("empty").replaceChildren(
@@ -297,16 +297,6 @@ function showSide(open) {
   (open ? byId("hide-side") : byId("show-side")).focus();
 }
 
-/** Let a text area be as high as its text, within limits that the style sheet sets. */
-function fit(area) {
-  area.style.setProperty("height", "auto");
-  area.style.setProperty("height", `${area.scrollHeight + 2}px`);
-}
-
-function grow() {
-  fit(prompt);
-}
-
 function setMode(mode) {
   state.mode = mode;
   params.setMode(mode);
@@ -326,7 +316,7 @@ prompt.addEventListener("keydown", (event) => {
   event.preventDefault();
   byId("composer").requestSubmit();
 });
-prompt.addEventListener("input", () => { grow(); refresh(); });
+prompt.addEventListener("input", () => { fit(prompt); refresh(); });
 system.addEventListener("input", () => { fit(system); refresh(); });
 byId("params").addEventListener("input", ({ target }) => target.matches("textarea") && fit(target));
 document.addEventListener("keydown", (event) => {

@@ -34,7 +34,7 @@ class Schemas {
     if (target.enum) return target.enum.map((value) => JSON.stringify(value)).join(" | ");
     if (target.const !== undefined) return JSON.stringify(target.const);
     const parts = target.anyOf ?? target.oneOf;
-    if (parts) return [...new Set(parts.map((part) => this.type(part)).filter((type) => type !== "null"))].join(" or ");
+    if (parts) return [...new Set(parts.map((part) => this.type(part)).filter(Boolean))].join(" or ");
     if (target.type === "array") return `array of ${this.type(target.items ?? {})}`;
     if (name && target.type === "object") return name;
     return [target.type ?? "any"].flat().filter((type) => type !== "null").join(" or ");

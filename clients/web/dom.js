@@ -38,6 +38,12 @@ export async function copyText(text, button) {
   setTimeout(() => (button.textContent = label), 1200);
 }
 
+/** Let a text area be as high as its text, within limits that the style sheet sets. */
+export function fit(area) {
+  area.style.setProperty("height", "auto");
+  area.style.setProperty("height", `${area.scrollHeight + 2}px`);
+}
+
 /** 0.1234 -> "123 ms", 12.3 -> "12.3 s". */
 export function seconds(value) {
   return value < 0.9995 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(value < 10 ? 2 : 1)} s`;

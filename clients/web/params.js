@@ -4,7 +4,7 @@
  * typed is sent as it is, so the server alone decides what is valid.
  */
 
-import { h } from "./dom.js";
+import { fit, h } from "./dom.js";
 
 const number = (name, unset, hint, { slider = null, wide = false } = {}) => ({ name, kind: "number", unset, hint, slider, wide });
 const toggle = (name, hint) => ({ name, kind: "toggle", hint });
@@ -206,6 +206,7 @@ export class ParameterForm {
       area.hidden = example === undefined;
       const untouched = area.value === "" || Object.values(EXAMPLES).includes(area.value);
       if (untouched) area.value = example ?? "";
+      if (!area.hidden) fit(area);
     });
     const row = h("div", { class: "row constraint", "data-field": field.name }, label, select, area, hint, message);
     this.#rows.set(field.name, { field, row, input: select, area, message, initial: false });

@@ -58,7 +58,7 @@ export class AnswerTurn {
     this.#legend.hidden = true;
     this.element = h(
       "li",
-      { class: "turn assistant streaming", "aria-busy": "true" },
+      { class: `turn assistant streaming${prefix ? " flow" : ""}`, "aria-busy": "true" },
       h("h3", { class: "who" }, role),
       prefix ? h("div", { class: "said given" }, prefix) : null,
       this.#body,
