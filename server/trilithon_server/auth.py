@@ -112,7 +112,8 @@ class Keyring:
                 raise KeysError(f"{path} must be a readable text file. Given: {reason}. Name another file.") from None
             if mode & 0o077:
                 raise KeysError(
-                    f"{path} must be readable by its owner alone (mode 0600). Given: mode {mode:04o}. Run: chmod 600 {path}"
+                    f"{path} must be readable by its owner alone (mode 0600). Given: mode {mode:04o}. "
+                    f"Run: chmod 600 {path}"
                 )
             if os.name == "posix" and path.stat().st_uid not in (os.geteuid(), 0):
                 raise KeysError(f"{path} must belong to the user who runs the server. Change its owner.")

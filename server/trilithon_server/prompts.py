@@ -1,0 +1,224 @@
+"""From what a request says to go on from - text, token ids or messages - to the token ids that the engine sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.sampling import SamplingParams
+from trilithon_server.served import ServedModel
+from trilithon_server.text.detokenizer import decode_all
+from trilithon_server.validation import Bounds, Broken, Violations, invalid, is_text, nearest, shown, token_id
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+INLINE_CHARS = 16_384
+"""Texts up to this size are tokenised on the loop (a few milliseconds); longer ones in a thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Messages for the model's chat template; `opening` None means: open an assistant turn unless one is continued."""
+
+    messages: Sequence[dict[str, Any]]
+    tools: Sequence[dict[str, Any]] | None = None
+    opening: bool | None = None
+    continue_final: bool = False
+
+
+Prompt = str | Sequence[int] | Conversation
+"""Text, token ids, or a conversation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A prompt as the engine gets it; `dropped` tokens were cut off its front by `truncate_prompt_tokens`."""
+
+    ids: Sequence[int]
+    dropped: int = 0
+    source: str | None = None
+
+    def text(self, model: ServedModel, *, skip_special: bool) -> str:
+        """The prompt as text, for `echo`: as it was given, or decoded when it came as ids or was cut."""
+        if self.source is not None and not self.dropped:
+            return self.source
+        return decode_all(model.texts, self.ids, skip_special=skip_special)
+
+
+async def prepare(
+    model: ServedModel, prompt: Prompt, params: SamplingParams, bounds: Bounds, *, field: str
+) -> Prepared:
+    """
+    Render, tokenise and truncate one prompt.
+
+    Args:
+        field: how the request names it, for messages.
+    Raises:
+        InvalidArgument: it is malformed or too long to be looked at.
+    """
+    source: str | None = None
+    if isinstance(prompt, str):
+        source = prompt
+        ids = await encode(model, prompt, special=params.add_bos is not False, field=field)
+        bos = model.tokenizer.bos_id
+        if params.add_bos and bos is not None and (not ids or ids[0] != bos):
+            ids = [bos, *ids]
+    elif isinstance(prompt, Conversation):
+        ids = await encode(model, render(model, prompt, field=field), special=False, field=field)
+    else:
+        ids = check_ids(prompt, bounds, field=field)
+    limit = params.truncate_prompt_tokens
+    dropped = max(0, len(ids) - limit) if limit else 0
+    return Prepared(ids=ids[dropped:], dropped=dropped, source=source)
+
+
+async def encode(model: ServedModel, text: str, *, special: bool, field: str) -> list[int]:
+    """
+    Token ids of a text.
+
+    Raises:
+        InvalidArgument: it is not sound Unicode, or has more characters than any fitting prompt.
+    """
+    most = model.max_context * model.limits.max_prompt_chars_per_token
+    if len(text) > most:
+        rule = f"must have at most {most} characters"
+        raise invalid(field, rule, given=f"{len(text)} characters", code="prompt_too_long")
+    if not is_text(text):
+        raise invalid(field, "must be sound Unicode (it holds half of a surrogate pair)")
+    if len(text) <= INLINE_CHARS:
+        return model.tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens=special)
+
+
+def check_ids(ids: Sequence[Any], bounds: Bounds, *, field: str) -> list[int]:
+    """
+    Raises:
+        InvalidArgument: an item is not a token id of the model.
+    """
+    found = Violations()
+    out: list[int] = []
+    for position, item in enumerate(ids):
+        try:
+            out.append(token_id(item, bounds, at=f"[{position}]"))
+        except Broken as broken:
+            rule = broken.rule or f"must be a token id below {bounds.vocab_size}"
+            found.add(field + broken.at, rule, given=broken.given, code=broken.code or "invalid_value")
+    found.raise_if_any()
+    return out
+
+
+def render(model: ServedModel, chat: Conversation, *, field: str = "messages") -> str:
+    """
+    The text that the model's template makes of a conversation.
+
+    Raises:
+        InvalidArgument: no template, bad messages, or the template refuses them.
+    """
+    model.require("chat")
+    assert model.template is not None  # `chat` is a capability only with one
+    check_messages(chat, model)
+    opening = not chat.continue_final if chat.opening is None else chat.opening
+    if opening and chat.continue_final:
+        raise invalid("continue_final_message", "must be false when `add_generation_prompt` is true", given=True)
+    messages = [{**message, "content": content_text(message.get("content"))} for message in chat.messages]
+    return model.template.render(
+        messages, tools=chat.tools, add_generation_prompt=opening, continue_final_message=chat.continue_final
+    )
+
+
+def content_text(content: Any) -> str:
+    """A message's content as one string; OpenAI's list of text parts is joined."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content)
+    return content or ""
+
+
+def check_messages(chat: Conversation, model: ServedModel) -> None:
+    """
+    Raises:
+        InvalidArgument: none, too many or too large messages, or an unknown role.
+    """
+    found, limits = Violations(), model.limits
+    if not 1 <= len(chat.messages) <= limits.max_messages:
+        rule = f"must hold from 1 to {limits.max_messages} messages"
+        found.add("messages", rule, given=f"{len(chat.messages)} messages")
+    for i, message in enumerate(chat.messages[: limits.max_messages]):
+        role = message.get("role")
+        if role not in ROLES:
+            shown_roles = ", ".join(ROLES[:4])
+            todo = nearest(str(role), ROLES).strip()
+            found.add(f"messages[{i}].role", f"must be one of {shown_roles}", given=role, code="chat_roles", todo=todo)
+        size = len(content_text(message.get("content")).encode("utf-8", "replace"))
+        if size > limits.max_message_bytes:
+            rule = f"must have at most {limits.max_message_bytes} bytes"
+            found.add(f"messages[{i}].content", rule, given=f"{size} bytes")
+    found.raise_if_any()
+
+
+def answer_room(
+    prepared: Prepared, params: SamplingParams, bounds: Bounds, hello: wire.Hello, *, field: str = "prompt"
+) -> int:
+    """
+    Tokens to generate at most: `max_tokens`, or what the window, the cache and the default leave.
+
+    Raises:
+        InvalidArgument: `empty_prompt`, `prompt_too_long`, `context_length_exceeded`, `kv_capacity_exceeded`, or
+            `min_tokens` above the room.
+    """
+    size, window, capacity = len(prepared.ids), bounds.max_context, hello.kv_capacity_tokens
+    found, sequences, wanted = Violations(), params.num_sequences, params.max_tokens
+    if size == 0:
+        message = f"`{field}` must not be empty. Given: 0 tokens. Set `add_bos` to true to generate from nothing."
+        found.say(field, message, code="empty_prompt", rule="must not be empty", given="0 tokens")
+        found.raise_if_any()
+    scoring = wanted == 0
+    if size > window - (0 if scoring else 1):
+        rule = f"must have at most {window - (0 if scoring else 1)} tokens"
+        todo = "Shorten it or set `truncate_prompt_tokens`."
+        found.add(field, rule, given=f"{size} tokens", code="prompt_too_long", todo=todo)
+        found.raise_if_any()
+    room = window - size
+    if wanted is not None and wanted > room:
+        message = (
+            f"prompt tokens + `max_tokens` must be at most {window}. Given: {size} prompt tokens and `max_tokens` "
+            f"{wanted}, {wanted - room} too many. Lower `max_tokens` to {room} or set `truncate_prompt_tokens`."
+        )
+        found.say("max_tokens", message, code="context_length_exceeded", limit=str(window), given=str(size + wanted))
+    share = (capacity - size) // sequences if capacity else room
+    if size > capacity > 0 or share < (1 if wanted is None else wanted):
+        asked = size + sequences * (wanted or 1)
+        message = (
+            f"one request may hold at most {capacity} cache tokens on this server. Given: {asked} "
+            f"(prompt {size} + {sequences} x {wanted or 1})."
+        )
+        found.say(field, message, code="kv_capacity_exceeded", limit=str(capacity), given=str(asked))
+    tokens = wanted if wanted is not None else min(bounds.default_max_tokens, bounds.max_output, room, share)
+    if params.min_tokens > tokens:
+        found.add("min_tokens", f"must be from 0 to `max_tokens` ({tokens})", given=params.min_tokens)
+    found.raise_if_any()
+    return tokens
+
+
+def bad_word_ids(model: ServedModel, params: SamplingParams, bounds: Bounds) -> tuple[tuple[int, ...], ...]:
+    """
+    The token sequences of `bad_words`, each with and without a leading space.
+
+    Raises:
+        InvalidArgument: a word has too many tokens.
+    """
+    found = Violations()
+    sequences: dict[tuple[int, ...], None] = {}
+    for i, word in enumerate(params.bad_words):
+        for text in (word, " " + word.lstrip(" ")):
+            ids = tuple(model.tokenizer.encode(text, add_special_tokens=False))
+            if len(ids) > bounds.max_bad_word_tokens:
+                rule = f"must have at most {bounds.max_bad_word_tokens} tokens"
+                found.add(f"bad_words[{i}]", rule, given=f"{len(ids)} tokens ({shown(word)})")
+                break
+            if ids:
+                sequences[ids] = None
+    found.raise_if_any()
+    return tuple(sequences)

@@ -1,0 +1,129 @@
+"""A model that this server offers, and who is asking for it: what every call of the service works with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trilithon.errors import InvalidArgument, Unavailable
+from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.auth import Principal
+from trilithon_server.config import LimitsConfig
+from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine_client import EngineClient
+from trilithon_server.limits import bounds_for
+from trilithon_server.text.detokenizer import TokenTexts
+from trilithon_server.text.template import ChatTemplate
+from trilithon_server.validation import Bounds
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+Capability = Literal["generate", "chat", "score", "embed", "tokenize"]
+
+
+@dataclass(kw_only=True)
+class ServedModel:
+    """
+    One model under its served name.
+
+    Args:
+        name: what requests call it.
+        engine: the ranks that run it.
+        tokenizer: of the model directory.
+        template: its chat template, or None.
+        limits: of the server.
+        encoder: whether it gives vectors rather than text.
+        pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
+        max_context: the window as configured; the engine's word counts once it is there.
+        vocab_size: rows of the embedding; the engine's word counts once it is there.
+    """
+
+    name: str
+    engine: EngineClient
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    limits: LimitsConfig
+    encoder: bool = False
+    pooling: Literal["mean", "last", "first"] = "mean"
+    normalize: bool = True
+    max_context: int = 1 << 20
+    vocab_size: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.texts = TokenTexts(self.tokenizer)
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What it can do."""
+        if self.encoder:
+            return ("embed", "tokenize")
+        chat: tuple[Capability, ...] = ("chat",) if self.template is not None else ()
+        return ("generate", *chat, "score", "tokenize")
+
+    def ready(self) -> wire.Hello:
+        """
+        The engine's word about itself.
+
+        Raises:
+            Unavailable: it is loading, draining or lost.
+        """
+        self.engine.check_admission(0, requests=0)
+        hello = self.engine.hello
+        if hello is None:
+            raise Unavailable("the model is loading.", code="loading", retry_after_s=1.0)
+        return hello
+
+    def bounds(self, principal: Principal, hello: wire.Hello) -> Bounds:
+        """What this key may ask of it."""
+        return bounds_for(self.limits, principal, vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
+
+    def require(self, capability: Capability) -> None:
+        """
+        Raises:
+            InvalidArgument: the model cannot do that.
+        """
+        if capability not in self.capabilities:
+            able = ", ".join(self.capabilities)
+            raise InvalidArgument(
+                f"model `{self.name}` cannot {capability}. It can: {able}. Name another model.",
+                code="no_chat_template" if capability == "chat" and not self.encoder else "unsupported_model",
+                hint="Use /v1/completions, or serve it with `--chat-template FILE`."
+                if capability == "chat" and not self.encoder
+                else "",
+            )
+
+    def salt(self, principal: Principal, cache_salt: str) -> bytes:
+        """What parts the prefix cache by tenant and by the request's own salt (bar S8)."""
+        return hashlib.sha256(principal.tenant.encode() + b"\0" + cache_salt.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """
+    One call of either protocol.
+
+    Args:
+        principal: who asks.
+        request_id: given or made.
+        route: the HTTP path or RPC name, for metrics.
+        arrived_s: monotonic time of arrival.
+        deadline_s: monotonic time by which the answer must be there (gRPC), or None.
+    """
+
+    principal: Principal
+    request_id: str
+    route: str
+    arrived_s: float
+    deadline_s: float | None = None
+
+
+def request_id(given: str | None) -> str:
+    """The caller's id when it is well-formed, else a new one whose order is that of time."""
+    if given and _REQUEST_ID.fullmatch(given):
+        return given
+    return f"req_{time.time_ns() // 1000:013x}{os.urandom(6).hex()}"
