@@ -1,0 +1,46 @@
+"""
+Keys of the prefix cache: a chain of hashes, one per full block of tokens.
+
+A block's key covers its tokens, their types, every block before it, the weights, the adapter and the tenant's salt, so
+equal keys mean equal keys and values in the cache, and another tenant's prompt can never match (E3, S8).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+KEY_BYTES = 16
+
+
+def root_key(*, model_digest: str, adapter_digest: str, salt: bytes) -> bytes:
+    """The parent of a prompt's first block. Lengths are hashed too, so that no two triples run together."""
+    digest = hashlib.sha256()
+    for part in (model_digest.encode(), adapter_digest.encode(), salt):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()[:KEY_BYTES]
+
+
+def block_key(parent: bytes, tokens: Sequence[int], *, types: Sequence[int] = ()) -> bytes:
+    """
+    The key of a full block. Positions need no bytes of their own: a block's place follows from its chain of parents.
+
+    >>> root = root_key(model_digest="m", adapter_digest="", salt=b"")
+    >>> block_key(root, [1, 2]) == block_key(root, [1, 2]), block_key(root, [1, 2]) == block_key(root, [2, 1])
+    (True, False)
+    """
+    digest = hashlib.sha256(parent)
+    digest.update(array("q", tokens).tobytes())
+    if types:
+        digest.update(b"types")
+        digest.update(array("q", types).tobytes())
+    return digest.digest()[:KEY_BYTES]
+
+
+def extend_chain(keys: list[bytes], tokens: Sequence[int], *, root: bytes, num_blocks: int, block_size: int) -> None:
+    """Append the keys of blocks `len(keys) .. num_blocks` of `tokens` to `keys`."""
+    for index in range(len(keys), num_blocks):
+        parent = keys[-1] if keys else root
+        keys.append(block_key(parent, tokens[index * block_size : (index + 1) * block_size]))

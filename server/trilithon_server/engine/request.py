@@ -1,0 +1,113 @@
+"""
+Requests and their sequences: arithmetic on half-open intervals, no states.
+
+    tokens      [0 ............... computed ........ scheduled ........ len(tokens))
+                 keys and values    in flight         not yet asked for
+                 in the cache       (one plan)
+
+`0 <= computed <= scheduled <= len(tokens)`. What still has one token to go is a decode, what has more is a prefill.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from trilithon_server.engine.wire_pb2 import Submit
+
+AGEING_S = 10.0  # a waiting request gains one priority level in this time
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One answer in the making: the prompt and what was generated after it."""
+
+    id: int
+    request: Request
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    scheduled: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of the leading full blocks
+    num_registered: int = 0  # leading blocks that the prefix cache has been told about
+    parked: bool = False  # waits until its request's lead has computed what they share
+    finished: bool = False
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a plan that holds this sequence has not come back yet."""
+        return self.scheduled > self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that no plan has computed or is computing."""
+        return len(self.tokens) - self.scheduled
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.request.num_prompt
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One submitted request: its sequences share the prompt, live in one plan order and are preempted together."""
+
+    id: int  # arrival order
+    connection: int
+    submit: Submit
+    arrival_s: float
+    root: bytes = b""  # parent of the prompt's first prefix-cache key
+    sequences: list[Sequence] = field(default_factory=list)
+    started_s: float | None = None
+    first_token_s: float | None = None
+    preemptions: int = 0
+    num_cached: int = 0  # prompt tokens that the prefix cache served when the request started
+    num_scored: int = 0  # prompt positions whose successor has its log-probability
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.submit.prompt)
+
+    @property
+    def live(self) -> list[Sequence]:
+        """Sequences that are not finished, by index."""
+        return [sequence for sequence in self.sequences if not sequence.finished]
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether any sequence, finished or not, is in a plan that has not come back."""
+        return any(sequence.in_flight for sequence in self.sequences)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens were asked for."""
+        return self.submit.HasField("sampling") and self.submit.sampling.prompt_logprobs >= 0
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Upper bound on the tokens of each answer."""
+        return self.submit.sampling.max_tokens
+
+    def may_read_cache(self) -> bool:
+        """A prompt whose log-probabilities are still owed must be computed, not looked up."""
+        scores_owed = self.wants_scores and self.num_scored < self.num_prompt - 1
+        return not self.submit.bypass_cache and not scores_owed
+
+    def worst_case_blocks(self, *, block_size: int, max_context: int) -> int:
+        """KV blocks held when every answer is at its longest; the last token of an answer is never in the cache."""
+        whole, rest = divmod(self.num_prompt, block_size)
+        new = max(0, min(self.max_new_tokens, max_context - self.num_prompt) - 1)
+        return whole + len(self.sequences) * math.ceil((rest + new) / block_size)
+
+
+def running_order(request: Request) -> tuple[int, int]:
+    """Best first: priority, then arrival."""
+    return -request.submit.priority, request.id
+
+
+def waiting_order(request: Request, now_s: float) -> tuple[int, int]:
+    """Best first: priority with ageing, then arrival."""
+    return -request.submit.priority - int((now_s - request.arrival_s) / AGEING_S), request.id
