@@ -1,0 +1,241 @@
+"""Between field values by JSON name and protobuf messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from google.protobuf.message import Message
+
+from trilithon._parameters import PROTO_FIELDS
+from trilithon._transport import Fields
+from trilithon.api.v1 import common_pb2, embed_pb2, generation_pb2, models_pb2, tokenize_pb2
+from trilithon.errors import InvalidArgument, Violation
+
+_EARLY = {
+    "heuristic": common_pb2.Beam.EARLY_HEURISTIC,
+    "first": common_pb2.Beam.EARLY_FIRST,
+    "never": common_pb2.Beam.EARLY_NEVER,
+}
+_POOLING = {"mean": embed_pb2.POOLING_MEAN, "last": embed_pb2.POOLING_LAST, "first": embed_pb2.POOLING_FIRST}
+_CHAT = ("tools", "add_generation_prompt", "continue_final_message")
+
+
+def generate_request(fields: Fields) -> generation_pb2.GenerateRequest:
+    """
+    The grouped message of a flat generation request.
+
+    >>> generate_request({"prompt": "Once", "max_tokens": 4}).stopping.max_tokens
+    4
+    """
+    request = generation_pb2.GenerateRequest()
+    for name, value in fields.items():
+        if name == "prompt":
+            _checked(name, value, lambda given: request.prompt.MergeFrom(prompt(given)))
+        elif name == "messages":
+            _checked(name, value, lambda given: request.prompt.chat.MergeFrom(chat(given, fields)))
+        elif name not in _CHAT:
+            _checked(name, value, partial(_set, request, name))
+    return request
+
+
+def prompt(given: Any) -> common_pb2.Prompt:
+    """A text, or token ids."""
+    if isinstance(given, str):
+        return common_pb2.Prompt(text=given)
+    return common_pb2.Prompt(tokens=common_pb2.TokenIds(ids=given))
+
+
+def chat(messages: Any, options: Fields) -> common_pb2.Chat:
+    """A conversation; `options` may hold tools and the two switches."""
+    return common_pb2.Chat(
+        messages=[
+            common_pb2.ChatMessage(
+                role=message["role"],
+                content=message.get("content") or "",
+                name=message.get("name") or "",
+                tool_calls_json=json.dumps(message["tool_calls"]) if message.get("tool_calls") else "",
+                tool_call_id=message.get("tool_call_id") or "",
+            )
+            for message in messages
+        ],
+        tools_json=[json.dumps(tool) for tool in options.get("tools") or ()],
+        add_generation_prompt=options.get("add_generation_prompt"),
+        continue_final_message=options.get("continue_final_message") or False,
+    )
+
+
+def score_request(fields: Fields) -> generation_pb2.ScoreRequest:
+    """Contexts and their continuations."""
+    request = generation_pb2.ScoreRequest(meta=_meta(fields), top=fields.get("top") or 0)
+    for item in fields["items"]:
+        request.items.append(
+            generation_pb2.ScoreItem(
+                context=prompt(item["context"]) if item.get("context") is not None else None,
+                continuations=item.get("continuations") or (),
+                continuation_tokens=[common_pb2.TokenIds(ids=ids) for ids in item.get("continuation_tokens") or ()],
+            )
+        )
+    return request
+
+
+def embed_request(fields: Fields) -> embed_pb2.EmbedRequest:
+    """Inputs to embed."""
+    return embed_pb2.EmbedRequest(
+        meta=_meta(fields),
+        inputs=[prompt(given) for given in fields["inputs"]],
+        pooling=_choice("pooling", fields.get("pooling"), _POOLING),
+        normalize=fields.get("normalize"),
+        dimensions=fields.get("dimensions") or 0,
+    )
+
+
+def detokenize_request(fields: Fields) -> tokenize_pb2.DetokenizeRequest:
+    """Lists of token ids."""
+    return tokenize_pb2.DetokenizeRequest(
+        model=fields.get("model", ""),
+        tokens=[common_pb2.TokenIds(ids=ids) for ids in fields["tokens"]],
+        keep_special_tokens=fields.get("keep_special_tokens", False),
+    )
+
+
+def render_request(fields: Fields) -> tokenize_pb2.RenderChatRequest:
+    """A conversation to render."""
+    return tokenize_pb2.RenderChatRequest(model=fields.get("model", ""), chat=chat(fields["messages"], fields))
+
+
+REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
+    "generate": generate_request,
+    "score": score_request,
+    "abort": lambda fields: generation_pb2.AbortRequest(**fields),
+    "embed": embed_request,
+    "tokenize": lambda fields: tokenize_pb2.TokenizeRequest(**fields),
+    "detokenize": detokenize_request,
+    "render": render_request,
+    "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
+    "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
+}
+"""Operation name -> its request message from field values."""
+
+RESPONSES: Mapping[str, type[Message]] = {
+    "generate": generation_pb2.GenerateResponse,
+    "score": generation_pb2.ScoreResponse,
+    "abort": generation_pb2.AbortResponse,
+    "embed": embed_pb2.EmbedResponse,
+    "tokenize": tokenize_pb2.TokenizeResponse,
+    "detokenize": tokenize_pb2.DetokenizeResponse,
+    "render": tokenize_pb2.RenderChatResponse,
+    "list_models": models_pb2.ListModelsResponse,
+    "get_model": models_pb2.Model,
+}
+"""Operation name -> its answer's message."""
+
+
+def request_message(operation: str, fields: Fields) -> Message:
+    """The request of an operation. Raises InvalidArgument when a value does not fit into its field."""
+    try:
+        return REQUESTS[operation](fields)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InvalidArgument(f"The request does not fit its message: {error}.", code="invalid_value") from None
+
+
+def message_fields(message: Message) -> dict[str, Any]:
+    """
+    A message as plain JSON-shaped values: what is not set is left out, enums are short names in small letters.
+
+    >>> message_fields(common_pb2.Usage(prompt_tokens=3))
+    {'prompt_tokens': 3}
+    """
+    return {field.name: _plain(field, value) for field, value in message.ListFields()}
+
+
+def _plain(field: Any, value: Any) -> Any:
+    if field.enum_type is not None:
+        return _enum_name(field.enum_type, value)
+    if field.message_type is not None:
+        if field.message_type.GetOptions().map_entry:
+            return dict(value)
+        if isinstance(value, Message):
+            return message_fields(value)
+        return [message_fields(item) for item in value]
+    return value if isinstance(value, int | float | str | bytes) else list(value)
+
+
+def _enum_name(enum: Any, number: int) -> str:
+    """FINISH_REASON_MAX_TOKENS of FinishReason is max_tokens; a number that this version does not know stays one."""
+    known = enum.values_by_number.get(number)
+    if known is None:
+        return str(number)
+    prefix = "".join(f"_{letter}" if letter.isupper() else letter for letter in enum.name).lstrip("_").upper()
+    return str(known.name).removeprefix(f"{prefix}_").lower()
+
+
+def _meta(fields: Fields) -> common_pb2.RequestMeta:
+    return common_pb2.RequestMeta(model=fields.get("model", ""), time_limit_ms=fields.get("time_limit_ms"))
+
+
+def _set(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None:
+    *groups, leaf = PROTO_FIELDS[name].split(".")
+    message: Any = request
+    for group in groups:
+        message = getattr(message, group)
+    if name in ("skip_special_tokens", "speculation"):
+        setattr(message, leaf, not _boolean(value))
+    elif name == "constraint":
+        request.constraint.MergeFrom(_constraint(value))
+    elif name == "early_stopping":
+        message.early = _choice(name, value, _EARLY)
+    elif name == "top_p_reset_token_ids" and not value:
+        message.no_reset = True
+    elif name == "top_k" and value == -1:
+        message.top_k = 0  # HTTP's other spelling of off
+    elif name == "stop" and isinstance(value, str):
+        message.stop.append(value)
+    elif isinstance(value, Mapping):
+        container = getattr(message, leaf)
+        for key, item in value.items():
+            container[int(key) if name == "logit_bias" else key] = item
+    elif isinstance(value, str | int | float):
+        setattr(message, leaf, value)
+    else:
+        getattr(message, leaf).extend(value)
+
+
+def _constraint(given: Mapping[str, Any]) -> common_pb2.Constraint:
+    constraint = common_pb2.Constraint()
+    kinds = [name for name in given if name != "whitespace"]
+    if len(kinds) != 1:
+        raise ValueError("must set exactly one of json_schema, json_object, regex, grammar, choice")
+    for name, value in given.items():
+        if name == "json_schema" and not isinstance(value, str):
+            constraint.json_schema = json.dumps(value)
+        elif name == "choice":
+            constraint.choice.values.extend(value)
+        else:
+            setattr(constraint, name, value)
+    return constraint
+
+
+def _choice(name: str, given: Any, known: Mapping[str, Any]) -> Any:
+    if given is None:
+        return 0
+    if given not in known:
+        raise InvalidArgument(f"`{name}` must be one of {', '.join(known)}. Given: {given!r}.", code="invalid_value")
+    return known[given]
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("must be true or false")
+    return value
+
+
+def _checked(name: str, value: Any, put: Callable[[Any], None]) -> None:
+    try:
+        put(value)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        message = f"`{name}` does not fit its field: {error}. Given: {value!r:.64}."
+        violation = Violation(field=name, code="invalid_value", message=message, given=repr(value)[:64])
+        raise InvalidArgument(message, code="invalid_value", details=[violation]) from None

@@ -1,0 +1,151 @@
+"""
+The seam between the clients and the wire: one attempt at one operation, over HTTP or gRPC.
+
+The clients above know operations, retries and results; the transports below know sockets. What crosses the seam is
+plain: field values by their JSON names down, JSON-shaped answers up, `AttemptFailed` when it went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from trilithon._types import (
+    Aborted,
+    Completions,
+    Embeddings,
+    Health,
+    Model,
+    ModelPage,
+    Rendered,
+    Scores,
+    Texts,
+    Tokenization,
+)
+from trilithon.errors import TrilithonError
+
+Fields = Mapping[str, Any]
+Event = tuple[str, Mapping[str, Any]]
+"""One event of a stream: started, delta or finished, and its fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing that a server does, and where it lives on each protocol."""
+
+    name: str
+    http: str  # method and path; {field} is taken from the fields
+    rpc: str  # service/method
+    answer: type[Any]
+    takes_time_limit: bool = False  # whether `time_limit_ms` may be sent: HTTP has no deadline of its own
+
+
+_V1 = "trilithon.api.v1."
+GENERATE = Operation(
+    "generate", "POST /v1/generate", f"{_V1}GenerationService/Generate", Completions, takes_time_limit=True
+)
+SCORE = Operation("score", "POST /v1/score", f"{_V1}GenerationService/Score", Scores, takes_time_limit=True)
+ABORT = Operation("abort", "DELETE /v1/requests/{request_id}", f"{_V1}GenerationService/Abort", Aborted)
+EMBED = Operation("embed", "POST /v1/embeddings", f"{_V1}EmbedService/Embed", Embeddings)
+TOKENIZE = Operation("tokenize", "POST /v1/tokenize", f"{_V1}TokenizeService/Tokenize", Tokenization)
+DETOKENIZE = Operation("detokenize", "POST /v1/detokenize", f"{_V1}TokenizeService/Detokenize", Texts)
+RENDER = Operation("render", "POST /v1/render", f"{_V1}TokenizeService/RenderChat", Rendered)
+LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
+GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
+HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
+OPERATIONS = (
+    GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, LIST_MODELS, GET_MODEL, HEALTH,
+)  # fmt: skip
+
+
+class AttemptFailed(Exception):
+    """One attempt went wrong; `retry` says whether another may succeed."""
+
+    def __init__(self, error: TrilithonError, *, retry: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.retry = retry
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What belongs to one try rather than to the operation."""
+
+    request_id: str
+    timeout_s: float
+    """What is left of the total."""
+    tell_server: bool = False
+    """Whether the caller chose the total, so that the server should end by itself in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the server is and how to reach it. Secrets stay out of its repr."""
+
+    url: str
+    scheme: str  # http or grpc
+    target: str  # base URL for http, host:port or unix:path for gRPC
+    uds: str = ""  # path of a Unix socket, for http
+    tls: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def metadata(self, attempt: Attempt) -> dict[str, str]:
+        """Headers (HTTP) or metadata (gRPC) of one attempt."""
+        values = {"x-request-id": attempt.request_id, **self.headers}
+        if self.api_key is not None:
+            values["authorization"] = f"Bearer {self.api_key}"
+        return values
+
+
+class EventStream(Protocol):
+    """Events of one running request; closing it ends the request."""
+
+    def __iter__(self) -> Iterator[Event]: ...
+    def close(self) -> None: ...
+
+
+class AsyncEventStream(Protocol):
+    """Events of one running request; closing it ends the request."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    async def aclose(self) -> None: ...
+
+
+class Transport(Protocol):
+    """One server, reached by one protocol, from threads."""
+
+    def call(self, operation: Operation, fields: Fields, attempt: Attempt) -> Mapping[str, Any]:
+        """One attempt; the answer, JSON-shaped. Raises AttemptFailed."""
+        ...
+
+    def stream(self, fields: Fields, attempt: Attempt) -> EventStream:
+        """One attempt at a streamed generation, accepted by the server. Raises AttemptFailed, also later."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        ...
+
+
+class AsyncTransport(Protocol):
+    """One server, reached by one protocol, from an event loop."""
+
+    async def call(self, operation: Operation, fields: Fields, attempt: Attempt) -> Mapping[str, Any]:
+        """One attempt; the answer, JSON-shaped. Raises AttemptFailed."""
+        ...
+
+    async def stream(self, fields: Fields, attempt: Attempt) -> AsyncEventStream:
+        """One attempt at a streamed generation, accepted by the server. Raises AttemptFailed, also later."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of all connections."""
+        ...
+
+
+Connect = Callable[[Settings], Transport]
