@@ -303,6 +303,11 @@ def environment_api_keys() -> str | None:
     return os.environ.get("TRILITHON_API_KEYS") or None
 
 
+def environment_runtime_dir() -> str:
+    """The user's own directory for sockets (`XDG_RUNTIME_DIR`), or an empty text."""
+    return os.environ.get("XDG_RUNTIME_DIR", "")
+
+
 def check_exposure(server: ServerConfig) -> str | None:
     """The reason why this address must not be bound (no key guards it), or None (bar S4)."""
     if is_loopback(server.host) or server.insecure or server.api_keys_file or environment_api_keys():
