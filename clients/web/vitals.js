@@ -88,14 +88,15 @@ export class Vitals {
       return;
     }
     const now = performance.now();
-    const generated = sums.get("trilithon_generated_tokens_total") ?? 0;
+    // Counted per step, so it moves while requests run; counters of requests move when they end.
+    const computed = sums.get("trilithon_step_tokens_sum") ?? 0;
     if (this.#last) {
-      const rate = Math.max(0, ((generated - this.#last.generated) * 1000) / (now - this.#last.now));
+      const rate = Math.max(0, ((computed - this.#last.computed) * 1000) / (now - this.#last.now));
       byId("vital-server").textContent = `${rate.toFixed(rate < 100 ? 1 : 0)} tok/s`;
       this.#points = [...this.#points, rate].slice(-NUM_POINTS);
       this.#draw();
     }
-    this.#last = { now, generated };
+    this.#last = { now, computed };
     for (const name of ["running", "waiting"]) {
       byId(`vital-${name}`).textContent = sums.get(`trilithon_requests_${name}`) ?? "\u2013";
     }
