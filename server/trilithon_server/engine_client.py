@@ -60,6 +60,7 @@ class EngineClient:
         """Engine losses by kind of cause (killed, exited, hung, stalled, connection)."""
         self.step_listeners: list[Callable[[wire.StepResult], None]] = []
         self.last_progress_s = time.monotonic()
+        """When the last step's result came, or the first request after a quiet time went."""
         self._path = socket_path
         self._limits = limits
         self._streams: dict[int, EngineStream] = {}
@@ -116,7 +117,7 @@ class EngineClient:
         return stream
 
     def check_admission(self, prompt_tokens: int, *, requests: int = 1) -> None:
-        """Raise what `submit` would raise for `requests` requests of `prompt_tokens` together."""
+        """Raise what `submit` would for `requests` requests of `prompt_tokens` together; 0 asks for readiness alone."""
         self._admit(prompt_tokens, "", requests=requests)
 
     def retry_after_s(self) -> float:
@@ -235,6 +236,8 @@ class EngineClient:
         if self.state != "ready":
             raise self._not_ready(request_id)
         limits = self._limits
+        if requests == 0:
+            return
         if self.queued_requests + requests > limits.max_queue_requests:
             limit = f"{limits.max_queue_requests} requests"
         elif self.queued_requests and self.queued_tokens + tokens > limits.max_queue_tokens:

@@ -15,6 +15,7 @@ from trilithon_server.config import EngineConfig, ServeConfig
 from trilithon_server.config_sources import ConfigError
 from trilithon_server.engine.spec import EngineSpec
 
+_SERVER_FILES = ("api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
