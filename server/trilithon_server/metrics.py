@@ -37,6 +37,7 @@ class RequestRecord:
     duration_s: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None

@@ -13,7 +13,7 @@ from trilithon_server.served import ServedModel
 from trilithon_server.text.detokenizer import decode_all
 from trilithon_server.validation import Bounds, Broken, Violations, invalid, is_text, nearest, shown, token_id
 
-ROLES = ("system", "user", "assistant", "tool", "developer")
+ROLES = ("system", "user", "assistant", "tool")
 
 INLINE_CHARS = 16_384
 """Texts up to this size are tokenised on the loop (a few milliseconds); longer ones in a thread."""
@@ -148,9 +148,10 @@ def check_messages(chat: Conversation, model: ServedModel) -> None:
     for i, message in enumerate(chat.messages[: limits.max_messages]):
         role = message.get("role")
         if role not in ROLES:
-            shown_roles = ", ".join(ROLES[:4])
             todo = nearest(str(role), ROLES).strip()
-            found.add(f"messages[{i}].role", f"must be one of {shown_roles}", given=role, code="chat_roles", todo=todo)
+            found.add(
+                f"messages[{i}].role", f"must be one of {', '.join(ROLES)}", given=role, code="chat_roles", todo=todo
+            )
         size = len(content_text(message.get("content")).encode("utf-8", "replace"))
         if size > limits.max_message_bytes:
             rule = f"must have at most {limits.max_message_bytes} bytes"

@@ -16,6 +16,7 @@ from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.limits import bounds_for
+from trilithon_server.metrics import RequestRecord
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate
 from trilithon_server.validation import Bounds
@@ -78,9 +79,15 @@ class ServedModel:
             raise Unavailable("the model is loading.", code="loading", retry_after_s=1.0)
         return hello
 
-    def bounds(self, principal: Principal, hello: wire.Hello) -> Bounds:
-        """What this key may ask of it."""
-        return bounds_for(self.limits, principal, vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
+    def bounds(self, principal: Principal, hello: wire.Hello, *, default_max_tokens: int | None = None) -> Bounds:
+        """What this key may ask of it; `default_max_tokens` is the route's own."""
+        return bounds_for(
+            self.limits,
+            principal,
+            vocab_size=hello.vocab_size,
+            max_context=hello.max_context_tokens,
+            default_max_tokens=default_max_tokens,
+        )
 
     def require(self, capability: Capability) -> None:
         """
@@ -113,6 +120,7 @@ class Call:
         route: the HTTP path or RPC name, for metrics.
         arrived_s: monotonic time of arrival.
         deadline_s: monotonic time by which the answer must be there (gRPC), or None.
+        record: what is counted and logged of it at its end.
     """
 
     principal: Principal
@@ -120,6 +128,7 @@ class Call:
     route: str
     arrived_s: float
     deadline_s: float | None = None
+    record: RequestRecord
 
 
 def request_id(given: str | None) -> str:

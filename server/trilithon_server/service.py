@@ -1,0 +1,367 @@
+"""
+The service: what both fronts call. A front parses and writes; everything between is here, once.
+
+    authenticate -> limit -> validate -> tokenise -> lengths -> compile constraint -> bounded queue -> stream
+
+Everything left of the bounded queue costs the engine nothing. All of it runs on one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, Unpack
+
+from trilithon.errors import DeadlineExceeded, InvalidArgument, NotFound
+from trilithon_server.assembly import Choice
+from trilithon_server.auth import Keyring
+from trilithon_server.calls import CallDetails, Calls
+from trilithon_server.config import ServeConfig, environment_api_keys
+from trilithon_server.constraint_rules import Constraint
+from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine_client import EngineStream
+from trilithon_server.generation import Generation, Part
+from trilithon_server.limits import KeyLimiter
+from trilithon_server.metrics import Metrics
+from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
+from trilithon_server.sampling import SamplingParams, to_wire, validate
+from trilithon_server.served import Call, ServedModel
+from trilithon_server.tracing import make_tracer
+from trilithon_server.validation import Bounds, Violations, invalid, nearest, shown
+
+VERSION = importlib.metadata.version("trilithon")
+
+DEADLINE_MARGIN_S = 0.05
+"""Generation stops this long (or two steps) before a client's deadline, so that the answer still arrives."""
+
+__all__ = ["ConstraintCheck", "ServedModel", "Service"]
+
+
+class ConstraintCheck(Protocol):
+    """Compiles a constraint in a process of its own, within its time and memory budget."""
+
+    async def check(self, model: str, constraint: wire.Constraint) -> None:
+        """
+        Raises:
+            InvalidArgument: `invalid_constraint` or `constraint_too_large`.
+        """
+        ...
+
+
+class Service:
+    """
+    Args:
+        config: the whole configuration.
+        models: what is served; the first is the one that an unnamed model means when it is alone.
+        metrics: of this process.
+        constraints: compiles constraints; None refuses them.
+    Raises:
+        KeysError: the keys file is not usable.
+        ValueError: traces are asked for and cannot be made.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Sequence[ServedModel],
+        metrics: Metrics,
+        *,
+        constraints: ConstraintCheck | None = None,
+    ) -> None:
+        self.config = config
+        self.limits = config.limits
+        self.models = {model.name: model for model in models}
+        self.metrics = metrics
+        file = config.server.api_keys_file
+        self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())
+        self.limiter = KeyLimiter(config.limits)
+        self.started_s = time.monotonic()
+        self.drain_hook: Callable[[float | None], None] | None = None
+        """Set by the front process: begins the drain of the whole server, as SIGTERM does."""
+        self._calls = Calls(self.keys, self.limiter, metrics, make_tracer(config.telemetry, version=VERSION))
+        self._constraints = constraints
+        self._running: dict[tuple[str, str], list[Generation | EngineStream]] = {}
+        for model in models:
+            metrics.watch_engine(model.name, model.engine)
+
+    # -- every call -----------------------------------------------------------------------------------------
+
+    def call(self, **details: Unpack[CallDetails]) -> AbstractContextManager[Call]:
+        """The frame of one call, see `Calls.open`."""
+        return self._calls.open(**details)
+
+    # -- models ---------------------------------------------------------------------------------------------
+
+    def model(self, name: str, *, call: Call | None = None) -> ServedModel:
+        """
+        The model that a request means; an empty name means the only one.
+
+        Raises:
+            NotFound: `model_not_found`, naming the choices.
+        """
+        if not name and len(self.models) == 1:
+            found: ServedModel | None = next(iter(self.models.values()))
+        else:
+            found = self.models.get(name)
+        if found is None:
+            served = ", ".join(f"`{item}`" for item in self.models)
+            hint = nearest(name, self.models)
+            what = f"no model {shown(name)}" if name else "several models are served; name one"
+            raise NotFound(f"{what}. Served here: {served}.{hint}", code="model_not_found")
+        if call is not None:
+            call.record.model = found.name
+        return found
+
+    def fingerprint(self, hello: wire.Hello) -> str:
+        """Version, layout and configuration: answers repeat only while it is the same."""
+        parts = f"{hello.model_digest} {hello.dtype} {hello.device} {hello.max_batch_tokens} {hello.block_size}"
+        digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
+        return f"tri-{VERSION}-tp{hello.tp}pp{hello.pp}-{digest}"
+
+    # -- generation -----------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        call: Call,
+        model_name: str,
+        prompts: Sequence[Prompt],
+        values: Mapping[str, Any],
+        *,
+        found: Violations | None = None,
+        stream: bool = False,
+        default_max_tokens: int | None = None,
+        field: str = "prompt",
+        always_tokens: bool = False,
+    ) -> Generation:
+        """
+        Validate, tokenise and admit; use the result as an asynchronous context manager.
+
+        Args:
+            call: from `call()`.
+            model_name: empty = the only one.
+            prompts: 1 to `limits.max_prompts`.
+            values: parameters by JSON name.
+            found: violations that the front has already found; reported together with ours.
+            stream: whether the answer is streamed.
+            default_max_tokens: of the route.
+            field: what the request calls its prompt.
+            always_tokens: keep tokens even when no log-probabilities are asked for.
+        Raises:
+            TrilithonError: refused; nothing was admitted.
+        """
+        violations = found if found is not None else Violations()
+        model = self.model(model_name, call=call)
+        model.require("generate")
+        hello = model.ready()
+        bounds = model.bounds(call.principal, hello, default_max_tokens=default_max_tokens)
+        params = validate(values, bounds, violations, stream=stream)
+        if not 1 <= len(prompts) <= self.limits.max_prompts:
+            violations.add(field, f"must hold from 1 to {self.limits.max_prompts} prompts", given=len(prompts))
+        violations.raise_if_any()
+        prepared, rooms = await self._prepare(model, prompts, params, bounds, hello, field)
+        bad_words = bad_word_ids(model, params, bounds)
+        if params.constraint is not None:
+            await self._check_constraint(model, params.constraint, min(rooms))
+        return self._admit(
+            call, model, hello, params, prepared, rooms, bad_words, always_tokens or params.return_token_ids
+        )
+
+    async def _prepare(
+        self,
+        model: ServedModel,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        bounds: Bounds,
+        hello: wire.Hello,
+        field: str,
+    ) -> tuple[list[Prepared], list[int]]:
+        prepared, rooms = [], []
+        for i, prompt in enumerate(prompts):
+            name = field if len(prompts) == 1 else f"{field}[{i}]"
+            item = await prepare(model, prompt, params, bounds, field=name)
+            rooms.append(answer_room(item, params, bounds, hello, field=name))
+            prepared.append(item)
+        return prepared, rooms
+
+    async def _check_constraint(self, model: ServedModel, constraint: Constraint, room: int) -> None:
+        if self._constraints is None:
+            raise invalid(
+                "constraint", "is not supported by this server", code="unsupported_parameter", todo="Remove it."
+            )
+        if constraint.kind == "choice":
+            sizes = [len(model.tokenizer.encode(text, add_special_tokens=False)) for text in constraint.choices]
+            if min(sizes) > room:
+                message = f"the shortest of `constraint.choice` has {min(sizes)} tokens, `max_tokens` is {room}."
+                violations = Violations()
+                violations.say("constraint.choice", message, code="constraint_too_long", given=str(min(sizes)))
+                violations.raise_if_any()
+        before_s = time.monotonic()
+        try:
+            await self._constraints.check(model.name, constraint.to_wire())
+        except InvalidArgument as error:
+            self.metrics.constraint_failures.labels(error.code).inc()
+            raise
+        finally:
+            self.metrics.constraint_compile.observe(time.monotonic() - before_s)
+
+    def _admit(
+        self,
+        call: Call,
+        model: ServedModel,
+        hello: wire.Hello,
+        params: SamplingParams,
+        prepared: Sequence[Prepared],
+        rooms: Sequence[int],
+        bad_words: tuple[tuple[int, ...], ...],
+        with_tokens: bool,
+    ) -> Generation:
+        """From here to the table of running requests nothing is awaited: a client that leaves cannot slip between."""
+        total = sum(len(item.ids) for item in prepared)
+        model.engine.check_admission(total, requests=len(prepared))
+        limit_s = self.time_left_s(call, model, params.time_limit_ms)
+        self.limiter.spend_tokens(call.principal, total)
+        parts: list[Part] = []
+        try:
+            for i, (item, room) in enumerate(zip(prepared, rooms, strict=True)):
+                seed = params.seed if params.seed is not None else secrets.randbits(63)
+                sampling = to_wire(
+                    params,
+                    seed=seed,
+                    max_tokens=room,
+                    end_token_ids=model.tokenizer.eos_ids,
+                    reset_token_ids=model.texts.sentence_ends if params.top_p_decay is not None else (),
+                    bad_words=bad_words,
+                )
+                stream = self.submit(call, model, item.ids, params, limit_s=limit_s, sampling=sampling)
+                prefix = item.text(model, skip_special=params.skip_special_tokens) if params.echo else ""
+                choices = [
+                    Choice(
+                        index=i * params.n + j,
+                        texts=model.texts,
+                        params=params,
+                        seed=seed,
+                        prefix=prefix,
+                        with_tokens=with_tokens or params.logprobs is not None,
+                    )
+                    for j in range(params.num_sequences)
+                ]
+                parts.append(Part(prepared=item, stream=stream, choices=choices))
+        except BaseException:
+            for part in parts:
+                part.stream.abort("cancelled")
+            raise
+        generation = Generation(
+            call=call,
+            model=model,
+            fingerprint=self.fingerprint(hello),
+            params=params,
+            parts=parts,
+            limit_s=limit_s,
+            metrics=self.metrics,
+            on_close=lambda closed: self.forget(call, closed),
+        )
+        self.remember(call, generation)
+        return generation
+
+    def submit(
+        self,
+        call: Call,
+        model: ServedModel,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        limit_s: float,
+        sampling: wire.Sampling | None = None,
+        pooling: wire.Pooling | None = None,
+    ) -> EngineStream:
+        """Put one prompt into the bounded queue; raises `Overloaded` or `Unavailable`."""
+        return model.engine.submit(
+            wire.Submit(
+                request_id=call.request_id,
+                prompt=ids,
+                sampling=sampling,
+                pooling=pooling,
+                cache_salt=model.salt(call.principal, params.cache_salt),
+                bypass_cache=params.bypass_cache,
+                priority=params.priority,
+                queue_timeout_ms=params.queue_timeout_ms or self.limits.default_queue_timeout_ms,
+                time_limit_ms=max(1, int(1000 * limit_s)),
+            )
+        )
+
+    def time_left_s(self, call: Call, model: ServedModel, time_limit_ms: int) -> float:
+        """
+        Seconds that the engine may work on a call: its time limit, or less by the client's deadline.
+
+        Raises:
+            DeadlineExceeded: nothing is left.
+        """
+        now = time.monotonic()
+        end_s = call.arrived_s + (time_limit_ms or self.limits.max_time_limit_ms) / 1000
+        if call.deadline_s is not None:
+            step_s = model.engine.stats.step_seconds if model.engine.stats is not None else 0.0
+            end_s = min(end_s, call.deadline_s - max(DEADLINE_MARGIN_S, 2 * step_s))
+        if end_s <= now:
+            raise DeadlineExceeded("the time limit passed before the request could be queued.", code="timeout")
+        return end_s - now
+
+    # -- running requests -----------------------------------------------------------------------------------
+
+    def remember(self, call: Call, work: Generation | EngineStream) -> None:
+        """Enter work into the table that `abort` looks in."""
+        self._running.setdefault((call.principal.tenant, call.request_id), []).append(work)
+
+    def forget(self, call: Call, work: Generation | EngineStream) -> None:
+        """Take it out again."""
+        key = (call.principal.tenant, call.request_id)
+        left = [item for item in self._running.get(key, ()) if item is not work]
+        if left:
+            self._running[key] = left
+        else:
+            self._running.pop(key, None)
+
+    def abort(self, call: Call, request_id: str) -> bool:
+        """End a request of the same tenant; whether there was one."""
+        work = self._running.get((call.principal.tenant, request_id), ())
+        for item in work:
+            item.abort("cancelled")
+        return bool(work)
+
+    def abort_all(self, model_name: str = "", cause: str = "cancelled") -> int:
+        """End every request, or those of one model; how many there were."""
+        models = [self.model(model_name)] if model_name else list(self.models.values())
+        count = sum(model.engine.in_flight for model in models)
+        for model in models:
+            model.engine.abort_all(cause)
+        return count
+
+    def reset_prefix_cache(self, model_name: str = "") -> None:
+        """Forget every cached block that no request holds."""
+        models = [self.model(model_name)] if model_name else list(self.models.values())
+        for model in models:
+            model.ready()
+            model.engine.send_control(wire.Control.RESET_PREFIX_CACHE)
+
+    # -- state ----------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that engines hold, queued ones included."""
+        return sum(model.engine.in_flight for model in self.models.values())
+
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused because the server is on its way down."""
+        return any(model.engine.state == "draining" for model in self.models.values())
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether every engine answers, and if not, why: loading, draining, lost or failed."""
+        for model in self.models.values():
+            if model.engine.state != "ready":
+                return False, model.engine.state
+        return True, "ready"
