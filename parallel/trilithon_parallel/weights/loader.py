@@ -85,6 +85,17 @@ def load_state(model_dir: Path, *, config: ModelConfig, dtype: torch.dtype | Non
     return state
 
 
+def check_weights(model_dir: Path, *, config: ModelConfig) -> None:
+    """
+    Check a directory's weights by their headers alone: names, shapes, dtypes, file sizes. Reads no data.
+
+    Raises:
+        ModelError: as for `load_stage`, but for NaN and infinity, which only reading finds.
+    """
+    with WeightFiles(model_dir) as files:
+        _Reader(files, config)
+
+
 class _Reader:
     """Reads canonical blocks out of files whose headers fit the config."""
 
