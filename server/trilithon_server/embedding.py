@@ -84,7 +84,7 @@ async def embed(
             violations.add(name, rule, given=f"{len(ready.ids)} tokens", code=code, todo=todo)
         prepared.append(ready)
     violations.raise_if_any()
-    total = sum(len(item.ids) for item in prepared)
+    total = sum(len(ready.ids) for ready in prepared)
     call.record.prompt_tokens = total
     model.engine.check_admission(total, requests=len(prepared))
     limit_s = service.time_left_s(call, model, params.time_limit_ms)
@@ -94,13 +94,13 @@ async def embed(
     out: list[Embedding] = []
     with contextlib.ExitStack() as stack:
         streams = []
-        for item in prepared:
-            stream = service.submit(call, model, item.ids, params, limit_s=limit_s, pooling=how)
+        for ready in prepared:
+            stream = service.submit(call, model, ready.ids, params, limit_s=limit_s, pooling=how)
             stack.enter_context(aborting(service, call, stream))
             streams.append(stream)
-        for item, stream in zip(prepared, streams, strict=True):
+        for ready, stream in zip(prepared, streams, strict=True):
             vector = await _read(stream)
-            out.append(Embedding(values=shorten(vector, dimensions, unit=unit), tokens=len(item.ids)))
+            out.append(Embedding(values=shorten(vector, dimensions, unit=unit), tokens=len(ready.ids)))
     return out, Usage(prompt_tokens=total, generated_tokens=0, cached_tokens=0)
 
 
