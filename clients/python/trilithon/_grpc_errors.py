@@ -31,6 +31,8 @@ def from_grpc(status: str, details: str, rich: bytes | None, *, url: str, timeou
             return unreachable(url, details)
     error = _described(status, details, rich or b"")
     retry = status in _RETRIED and not isinstance(error, BodyTooLarge)
+    if rich is not None and status == "UNAVAILABLE":
+        retry = error.retry_after_s is not None  # our servers add RetryInfo when another try can succeed
     return AttemptFailed(error, retry=retry)
 
 

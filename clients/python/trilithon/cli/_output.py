@@ -1,0 +1,159 @@
+"""What the command prints: results on stdout, progress and errors on stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from trilithon.errors import (
+    ConnectionFailed,
+    DataLoss,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    ProtocolError,
+    RateLimited,
+    TrilithonError,
+    Unavailable,
+)
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_INVALID_DATA = 3
+EXIT_UNREACHABLE = 5
+EXIT_ENGINE_LOST = 6
+EXIT_CHECK_FAILED = 7
+EXIT_INTERRUPTED = 130
+
+_UNREACHABLE = (ConnectionFailed, Unavailable, Overloaded, RateLimited, DeadlineExceeded)
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `-o text|json`."""
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print [text]")
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an error means."""
+    if isinstance(error, TrilithonError) and error.code == "engine_lost":
+        return EXIT_ENGINE_LOST
+    if isinstance(error, _UNREACHABLE):
+        return EXIT_UNREACHABLE
+    if isinstance(error, DataLoss):
+        return EXIT_INVALID_DATA
+    if isinstance(error, Internal | ProtocolError):
+        return EXIT_BUG
+    return EXIT_USAGE
+
+
+def explain(error: Exception, code: int | None = None, *, as_json: bool = False) -> int:
+    """Print an error for its reader; returns the exit code."""
+    if as_json:
+        described = {"message": str(error)}
+        if isinstance(error, TrilithonError):
+            described |= {"type": type(error).__name__, "code": error.code, "request_id": error.request_id}
+        print(json.dumps({"error": described}), file=sys.stderr)
+    else:
+        print(f"trilithon: {printable(str(error))}", file=sys.stderr)
+        if isinstance(error, TrilithonError):
+            for violation in error.details[1:]:
+                print(f"           {printable(violation.message)}", file=sys.stderr)
+            if error.request_id and not isinstance(error, ConnectionFailed):
+                print(f"           (request {printable(error.request_id)})", file=sys.stderr)
+    return exit_code(error) if code is None else code
+
+
+def printable(text: str) -> str:
+    r"""
+    Text of others, safe for a terminal line.
+
+    >>> printable("red \x1b[31m")
+    'red \\x1b[31m'
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def print_json(value: Any) -> None:
+    """A result as one JSON document."""
+    json.dump(plain(value), sys.stdout, indent=2, ensure_ascii=False)
+    print(flush=True)
+
+
+def plain(value: Any) -> Any:
+    """Results as JSON values: what a newer server added stands among the known fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        known = {
+            field.name: plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.name not in ("extra", "top") or (field.name == "top" and getattr(value, "top"))  # noqa: B009
+        }
+        return {**known, **getattr(value, "extra", {})}
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns wide enough for their content; numbers to the right."""
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *texts, strict=True)]
+    numeric = [all(isinstance(cell, int | float) for cell in column) for column in zip(*rows, strict=True)]
+    numeric = numeric or [False] * len(headings)
+    for line in ([*headings], *texts):
+        cells = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+class Progress:
+    """
+    Progress on stderr: a bar on a terminal, elsewhere one plain line every few seconds.
+
+    Args:
+        what: what is being done.
+        total: of how many; None when that is not known.
+    """
+
+    EVERY_S = 5.0
+
+    def __init__(self, what: str, *, total: int | None, unit: str = "") -> None:
+        self._what = what
+        self._total = total
+        self._unit = unit
+        self._last_s = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
+
+    def update(self, done: int) -> None:
+        """So much is done by now."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._last_s >= self.EVERY_S:
+            self._last_s = time.monotonic()
+            of = f" of {self._total}" if self._total is not None else ""
+            print(f"{self._what}: {done}{of}{self._unit}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
