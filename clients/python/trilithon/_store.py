@@ -116,7 +116,10 @@ def _advice(text: str) -> str:
     if text in KNOWN_MODELS:
         return f"Run `trilithon pull {text}` first."
     held = [model.name for model in list_models()]
-    near = difflib.get_close_matches(text.lower(), [*held, *KNOWN_MODELS], n=1)
+    names = [*held, *(name for name in KNOWN_MODELS if name not in held)]
+    near = [name for name in names if text and name.startswith(text.lower())] or difflib.get_close_matches(
+        text.lower(), names, n=1
+    )
     if near and near[0] in held:
         return f"Did you mean {near[0]!r}?"
     if near:

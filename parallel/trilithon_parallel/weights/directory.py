@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from trilithon_parallel.config import ModelError
-from trilithon_parallel.weights.safetensors_io import SafetensorsFile, TensorEntry
+from trilithon_parallel.weights.safetensors_io import (
+    SafetensorsFile,
+    TensorEntry,
+    TensorSpec,
+    split_shards,
+    write_safetensors,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+MAX_SHARD_BYTES = 5 * 1000**3
+"""Size of a weight file, as `transformers` splits them."""
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of files that are read by unpickling, which runs whatever code the file holds: never opened."""
@@ -75,6 +86,31 @@ class WeightFiles:
         """Release every file; safe to call twice."""
         for file in self._files.values():
             file.close()
+
+
+def write_shards(
+    model_dir: Path,
+    specs: Sequence[TensorSpec],
+    produce: Callable[[TensorSpec], torch.Tensor],
+    *,
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """
+    Write the weight files of a model directory: one, or several with an index where they exceed `max_bytes`.
+
+    `specs` and `produce` are those of `safetensors_io.write_safetensors`; one tensor is in memory at a time.
+    """
+    shards = split_shards(specs, max_bytes=max_bytes)
+    if len(shards) == 1:
+        write_safetensors(model_dir / SINGLE_FILE, specs, produce)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(model_dir / file_name, shard, produce)
+        weight_map |= {spec.name: file_name for spec in shard}
+    index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs)}, "weight_map": weight_map}
+    (model_dir / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def and_more(names: list[str]) -> str:

@@ -17,14 +17,12 @@ import numpy.typing as npt
 import torch
 
 from trilithon_parallel.config import ModelError
-from trilithon_parallel.weights.directory import INDEX_FILE, SINGLE_FILE
+from trilithon_parallel.weights.directory import write_shards
 from trilithon_parallel.weights.gguf_file import GgufFile
 from trilithon_parallel.weights.gguf_tokenizer import special_ids, write_tokenizer
-from trilithon_parallel.weights.safetensors_io import TensorSpec, split_shards, write_safetensors
+from trilithon_parallel.weights.safetensors_io import TensorSpec
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-MAX_SHARD_BYTES = 5 * 1000**3  # as `transformers` writes them
 
 _TRUNK = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -209,16 +207,7 @@ def _write_weights(
             progress(done, total)
         return tensor
 
-    shards = split_shards(specs, max_bytes=MAX_SHARD_BYTES)
-    if len(shards) == 1:
-        write_safetensors(out_dir / SINGLE_FILE, shards[0], produce)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(out_dir / file_name, shard, produce)
-        weight_map |= {spec.name: file_name for spec in shard}
-    _write_json(out_dir / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_shards(out_dir, specs, produce)
 
 
 class _Metadata:
