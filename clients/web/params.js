@@ -241,8 +241,8 @@ export class ParameterForm {
 
   /** Bold what is set, count it beside its group, and drop the message of a field that is being corrected. */
   #mark(row) {
-    if (!row) return;
-    const entry = this.#rows.get(row.dataset.field);
+    const entry = row && this.#rows.get(row.dataset.field);
+    if (!entry) return;
     row.classList.toggle("set", this.#isSet(entry));
     this.#wrong(entry, null);
     const group = row.closest("details");

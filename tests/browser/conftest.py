@@ -1,0 +1,115 @@
+"""A real server with a tiny model, and Debian's Chromium. Every page is checked at the end of its test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from browser.pages import Server, Watched, serve
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from tiny import tiny_llama
+
+CHROMIUM_ARGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+API_KEY = "sk-browser-test"  # of a server that lives as long as one test session, on loopback
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One headless browser for all tests; each test has a context of its own."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_ARGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights, with a chat template."""
+    return tiny_llama(tmp_path_factory.mktemp("browser") / "tiny-llama", context=4096)
+
+
+def _free_ports() -> tuple[int, int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        first, second = (probe.getsockname()[1] for probe in probes)
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server without keys. `TRILITHON_TEST_URL` names a running one to use instead, while working on the page."""
+    running = os.environ.get("TRILITHON_TEST_URL")
+    if running:
+        yield Server(running.rstrip("/"))
+        return
+    with serve(model_dir, _free_ports(), tmp_path_factory.mktemp("log") / "server.log") as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def keyed_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that wants a key, whose pages are public."""
+    folder = tmp_path_factory.mktemp("keyed")
+    keys = folder / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(f"{API_KEY} tenant=test scopes=user+admin\n")
+    flags = ("--api-keys-file", str(keys), "--public-ui")
+    with serve(model_dir, _free_ports(), folder / "server.log", *flags, key=API_KEY) as started:
+        yield started
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Callable[..., Watched]]:
+    """A function that opens a page of a server in a fresh context; all of them are checked and closed at the end."""
+    opened: list[tuple[BrowserContext, Watched]] = []
+
+    def open_page(
+        server: Server,
+        path: str = "/",
+        *,
+        width: int = 1280,
+        height: int = 800,
+        scheme: str = "light",
+        goto: bool = True,
+    ) -> Watched:
+        context = chromium.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if scheme == "dark" else "light",
+            permissions=["clipboard-read", "clipboard-write"],
+            reduced_motion="reduce",
+        )
+        context.set_default_timeout(20_000)
+        watched = Watched(context.new_page(), server.origin)
+        opened.append((context, watched))
+        watched.start()
+        if goto:
+            watched.page.goto(server.origin + path)
+            if path == "/":
+                watched.page.wait_for_selector("#empty h1")
+        return watched
+
+    yield open_page
+    try:
+        for _, watched in opened:
+            watched.check()
+    finally:
+        for context, _ in opened:
+            context.close()
