@@ -79,7 +79,14 @@ def run_serve(args: argparse.Namespace) -> int:
     try:
         with run_directory(Path(args.run_dir) if args.run_dir is not None else None) as run_dir:
             external = args.launch == "external"
-            return Supervisor(config, specs, run_dir=run_dir, external=external, on_ready=on_ready).run()
+            return Supervisor(
+                config,
+                specs,
+                run_dir=run_dir,
+                external=external,
+                on_ready=on_ready,
+                write_line=logs.ChildOutput(log_format).write,
+            ).run()
     except RunDirError as error:
         return _refuse([str(error)], EXIT_USAGE)
 

@@ -59,6 +59,8 @@ class EngineClient:
         self.losses: dict[str, int] = {}
         """Engine losses by kind of cause (killed, exited, hung, stalled, connection)."""
         self.step_listeners: list[Callable[[wire.StepResult], None]] = []
+        self.hello_listeners: list[Callable[[], None]] = []
+        """Called each time a leader has said hello."""
         self.last_progress_s = time.monotonic()
         """When the last step's result came, or the first request after a quiet time went."""
         self._path = socket_path
@@ -198,6 +200,8 @@ class EngineClient:
             self.cause = ""
             self._startup_seconds = sum(message.hello.startup_seconds.values())
             self.state = "draining" if self._draining else "ready"
+            for listener in self.hello_listeners:
+                listener()
             return
         step = message.step
         now = time.monotonic()
@@ -215,8 +219,8 @@ class EngineClient:
             if stream.finished:
                 self._forget(stream)
         self._forget_old_steps()
-        for listener in self.step_listeners:
-            listener(step)
+        for on_step in self.step_listeners:
+            on_step(step)
 
     def _forget_old_steps(self) -> None:
         horizon = time.monotonic() - _RATE_WINDOW_S

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from trilithon_server import logs
-from trilithon_server.auth import KeysError
 from trilithon_server.config import EngineConfig, ServeConfig, read_config
 from trilithon_server.engine.beats import BeatReader, beats_path
 from trilithon_server.engine_client import EngineClient
@@ -38,6 +38,10 @@ ABORT_GRACE_S = 2.0  # for the engine to confirm aborts
 FLUSH_S = 2.0  # for answers that are already made to reach their clients
 
 _log = logging.getLogger(__name__)
+
+
+class FrontRefused(ValueError):
+    """A setting that only the front can judge is wrong; the message is one sentence."""
 
 
 class Front:
@@ -67,8 +71,13 @@ class Front:
         models = [load_model(engine, self.clients[engine.name], self.config) for engine in self.config.engines]
         metrics = Metrics(version=importlib.metadata.version("trilithon"))
         for client in self.clients.values():
+            client.hello_listeners.append(functools.partial(self._report, event="connected", name=client.name))
             await client.start()
-        service = Service(self.config, models, metrics)
+        try:
+            service = Service(self.config, models, metrics)
+        except ValueError as error:  # a keys file or a tracing setup that can't be used
+            raise FrontRefused(str(error)) from None
+        service.drain_hook = lambda seconds: self._report(event="drain_requested", seconds=seconds)
         app = build_app(service, config=self.config)
         rpc = await build_server(service, config=self.config)
         await rpc.start()
@@ -190,19 +199,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--status-fd", type=int, required=True)
+    parser.add_argument("--colour", action="store_true", help="colour text logs, though they go to a pipe")
     args = parser.parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     config = read_config(args.config)
     log_format = logs.resolve_format(config.server.log_format)
-    logs.configure(log_format=log_format, level=config.server.log_level, process="front")
+    logs.configure(log_format=log_format, level=config.server.log_level, colour=args.colour, process="front")
     from trilithon_parallel.config import ModelError
     from trilithon_server.text.template import TemplateError
 
     try:
         front = Front(config, run_dir=args.run_dir, status_fd=args.status_fd)
         _run_loop(front.run(args.control_fd))
-    except (ListenError, KeysError) as error:
+    except (ListenError, FrontRefused) as error:
         return _fatal(args.status_fd, 2, error)
     except (ModelError, TemplateError) as error:
         return _fatal(args.status_fd, 3, error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 import sys
 from typing import Any, Literal, TextIO
 
@@ -26,6 +27,8 @@ _COLOURS = {
     logging.ERROR: "31",
     logging.CRITICAL: "31;1",
 }
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
+_LOG_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d{3} ")
 _access = logging.getLogger("trilithon.access")
 
 
@@ -36,13 +39,21 @@ def resolve_format(wanted: str, stream: TextIO | None = None) -> LogFormat:
     return "json" if wanted == "json" else "text"
 
 
-def configure(*, log_format: LogFormat, level: str = "info", stream: TextIO | None = None, **context: Any) -> None:
+def configure(
+    *,
+    log_format: LogFormat,
+    level: str = "info",
+    stream: TextIO | None = None,
+    colour: bool | None = None,
+    **context: Any,
+) -> None:
     """
     Send this process's log to `stream` (stderr by default).
 
     Args:
         log_format: json or text.
         level: debug, info, warning or error.
+        colour: whether text is coloured; unset: on a terminal.
         context: fields that every line carries, for example `process="front"` or `rank=1, tp=1, pp=0`.
     """
     target = stream or sys.stderr
@@ -50,7 +61,7 @@ def configure(*, log_format: LogFormat, level: str = "info", stream: TextIO | No
     if log_format == "json":
         handler.setFormatter(JsonFormatter(context))
     else:
-        handler.setFormatter(TextFormatter(context, colour=target.isatty()))
+        handler.setFormatter(TextFormatter(context, colour=target.isatty() if colour is None else colour))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -81,7 +92,7 @@ class JsonFormatter(logging.Formatter):
         self._context = context or {}
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"ts": _timestamp(record), "level": record.levelname.lower(), "event": record.getMessage()}
+        line = {"ts": _timestamp(record.created), "level": record.levelname.lower(), "event": record.getMessage()}
         line |= self._context | _fields(record)
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -102,11 +113,35 @@ class TextFormatter(logging.Formatter):
             level = f"\x1b[{_COLOURS.get(record.levelno, '0')}m{level}\x1b[0m"
         fields = self._context | _fields(record)
         rest = "".join(f"  {name}={escape(value)}" for name, value in fields.items())
-        line = f"{_timestamp(record)[11:23]} {level} {escape(record.getMessage())}{rest}"
+        line = f"{_timestamp(record.created)[11:23]} {level} {escape(record.getMessage())}{rest}"
         if record.exc_info:
             trace = self.formatException(record.exc_info)
             line += "".join(f"\n    | {escape(part)}" for part in trace.splitlines())
         return line
+
+
+class ChildOutput:
+    """
+    Passes on what child processes print: log lines as they are, anything else (a library's print, a traceback) as a
+    line that says which process it came from. Control characters are escaped; colours of our own log lines stay.
+    """
+
+    def __init__(self, log_format: LogFormat, stream: TextIO | None = None) -> None:
+        self._format = log_format
+        self._stream = stream or sys.stderr
+
+    def write(self, process: str, line: str) -> None:
+        """Write one line of `process`."""
+        if self._format == "text":
+            text = line if _LOG_LINE.match(line) else f"{process} | {line}"
+            text = "".join(part if _COLOUR.fullmatch(part) else escape(part) for part in _COLOUR.split(text))
+        elif line.startswith('{"ts": '):
+            text = escape(line)
+        else:
+            now = datetime.datetime.now(datetime.UTC).timestamp()
+            fields = {"ts": _timestamp(now), "level": "warning", "event": "output", "process": process, "line": line}
+            text = json.dumps(fields, ensure_ascii=True)
+        print(text, file=self._stream, flush=True)
 
 
 def escape(value: object) -> str:
@@ -126,6 +161,6 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in vars(record).items() if name not in _STANDARD}
 
 
-def _timestamp(record: logging.LogRecord) -> str:
-    moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+def _timestamp(seconds: float) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"

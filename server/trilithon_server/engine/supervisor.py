@@ -3,8 +3,9 @@ The parent of all: starts the front and every engine's ranks, watches them, and 
 
     supervisor --control pipe--> front      {"event": "engine", "name", "state", "kind", "cause", "rank"}
                                             {"event": "drain" | "abort"}
-               <--status pipe---            {"event": "listening" | "alive" | "stalled" | "drained" | "fatal"}
-               <--status pipe--- each rank  {"event": "phase" | "memory" | "ready" | "fatal"}
+               <--status pipe---            {"event": "listening", "connected", "alive", "stalled", "drain_requested",
+                                             "drained", "fatal"}
+               <--status pipe--- each rank  {"event": "phase", "memory", "ready" or "fatal"}
 
 One thread, one loop, no torch. Loss of a rank: the front hears of it at once (readiness off, requests failed), the
 rank's own cause is logged first, the group is killed, and started again after 1, 2, 4 s, at most 3 times in 10
@@ -53,7 +54,7 @@ class Supervisor:
         run_dir: directory for sockets, 0700; made and removed by the caller.
         external: the ranks are started by someone else (torchrun); only attach to them and watch.
         on_ready: called once, when the front listens and every engine is ready for the first time.
-        write_line: where the children's own output goes.
+        write_line: takes (process, line) of everything that the children print.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Supervisor:
         run_dir: Path,
         external: bool = False,
         on_ready: Callable[[], None] = lambda: None,
-        write_line: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        write_line: Callable[[str, str], None],
     ) -> None:
         self._config = config
         self._server = config.server
@@ -82,6 +83,7 @@ class Supervisor:
         self._restart_at: dict[str, float] = {}
         self._front_restart_at: float | None = None
         self._announced = False
+        self._connected: set[str] = set()  # engines that the front has heard from at least once
         self._stop_deadline: float | None = None
         self._aborting = False
         self._exit_code: int | None = None
@@ -145,8 +147,8 @@ class Supervisor:
         return self._exit_code is not None and self._front is None
 
     def _announce(self) -> None:
-        ready = all(group.state == "ready" for group in self._groups)
-        if not self._announced and self._front_listening and ready and self._stop_deadline is None:
+        ready = self._front_listening and self._connected == {engine.name for engine in self._config.engines}
+        if not self._announced and ready and self._stop_deadline is None:
             self._announced = True
             self._on_ready()
 
@@ -158,7 +160,7 @@ class Supervisor:
             run_dir=self._run_dir,
             selector=self._selector,
             startup_s=self._server.startup_seconds,
-            on_output=lambda rank, line: self._write_line(line),
+            on_output=lambda rank, line: self._write_line(f"{spec.name}.{rank}", line),
             on_ready=lambda: self._tell_engine(spec.name, "ready"),
         )
 
@@ -198,6 +200,7 @@ class Supervisor:
     def _start_front(self) -> None:
         argv = [sys.executable, "-P", "-m", "trilithon_server.front", "--config", str(self._run_dir / "config.json")]
         argv += ["--run-dir", str(self._run_dir), "--control-fd", "{control}", "--status-fd", "{status}"]
+        argv += ["--colour"] if sys.stderr.isatty() else []
         self._front_listening = False
         self._front_fatal = None
         self._front_heard_at = time.monotonic()
@@ -205,7 +208,7 @@ class Supervisor:
             argv,
             name="front",
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            on_output=self._write_line,
+            on_output=lambda line: self._write_line("front", line),
             on_status=self._on_front_status,
             control=True,
         )
@@ -227,6 +230,11 @@ class Supervisor:
             _log.info("listening", extra={name: value for name, value in event.items() if name != "event"})
         elif kind == "fatal":
             self._front_fatal = event
+        elif kind == "connected":
+            self._connected.add(str(event.get("name", "")))
+        elif kind == "drain_requested" and self._stop_deadline is None:
+            seconds = event.get("seconds")
+            self._begin_drain("an administrator", self._server.drain_seconds if seconds is None else float(seconds))
         elif kind == "stalled":
             for group in self._groups:
                 if group.spec.name == event.get("name") and group.state == "ready":
@@ -274,14 +282,17 @@ class Supervisor:
         name = signal.Signals(number).name
         code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_OK
         if self._stop_deadline is None:
-            drain_s = self._server.drain_seconds
-            _log.info("draining", extra={"signal": name, "at_most_s": drain_s})
             self._exit_code = code
-            self._stop_deadline = time.monotonic() + drain_s + 1.0
-            self._tell_front(event="drain", seconds=drain_s)
+            self._begin_drain(name, self._server.drain_seconds)
         else:
             _log.warning("aborting", extra={"signal": name})
             self._begin_abort()
+
+    def _begin_drain(self, who: str, drain_s: float) -> None:
+        _log.info("draining", extra={"asked_by": who, "at_most_s": drain_s})
+        self._exit_code = EXIT_OK if self._exit_code is None else self._exit_code
+        self._stop_deadline = time.monotonic() + drain_s + 1.0
+        self._tell_front(event="drain", seconds=drain_s)
 
     def _give_up(self, code: int, reason: str) -> None:
         _log.error("server_ends", extra={"exit_code": code, "reason": reason})
