@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trilithon_parallel.backend.torch_ops import has_native_bf16
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.placement import local_sizes, stage_layers
@@ -25,6 +27,8 @@ BLOCK_SIZE = 16
 PADDING_SLACK = 1024
 # Queries of a chunk that are scored at once: bounds the score matrix, and skips most of the causal upper triangle.
 QUERY_TILE = 128
+# Shape of every product in the batch-invariant mode: rows of queries, keys.
+ROW_TILE, KEY_TILE = 16, 256
 
 
 class AttentionView(Protocol):
@@ -49,7 +53,7 @@ class PackedView:
     def attend(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         """Attention of each sequence with itself."""
         outputs = []
-        for start, stop in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False):
+        for start, stop in pairwise(self.cu_seqlens):
             if stop > start:
                 outputs.append(_dense(q_TAC[start:stop], k_TGC[start:stop], v_TGC[start:stop], causal=self.causal))
         return torch.cat(outputs) if outputs else q_TAC.new_empty(q_TAC.shape)
@@ -111,7 +115,7 @@ class PagedKVCache:
 class PagedBatch:
     """
     One step's ragged batch. Sequence i has new tokens [cu_seqlens[i], cu_seqlens[i + 1]) and `context_lens[i]` tokens
-    in the cache before them; `block_tables[i]` lists its blocks, enough for both; `slots_T` is where each new token goes.
+    in the cache before them; `block_tables[i]` lists its blocks, enough for both; `slots_T`: where each new token goes.
     """
 
     cu_seqlens: list[int]
@@ -142,32 +146,38 @@ class _DecodeGroup:
 
 @dataclass
 class _Chunk:
-    """One sequence with several new tokens (prefill)."""
+    """One sequence with several new tokens (prefill), or one of them in the batch-invariant mode."""
 
     start: int
     stop: int
     context_len: int
     blocks: Tensor
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)  # by first query of a tile; shared by the layers
 
 
 class PagedView:
     """
     One step of serving: new keys and values go to the paged cache, and each sequence attends to all of its own.
 
-    Everything that depends on the batch alone is prepared here once and shared by all layers.
+    Everything that depends on the batch alone is prepared here once and shared by all layers. With `batch_invariant`
+    a row's bits don't depend on the batch, on how its prompt was cut into chunks, or on padding: every product has
+    one shape (`ROW_TILE` rows, `KEY_TILE` keys), and what padding adds is exactly zero.
     """
 
-    def __init__(self, cache: PagedKVCache, batch: PagedBatch) -> None:
-        self._cache, self._scale = cache, cache.head_dim**-0.5
-        self._slots_T = batch.slots_T.to(cache.kv_LKGNSC.device)
-        lens = [stop - start for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
+    def __init__(self, cache: PagedKVCache, batch: PagedBatch, *, batch_invariant: bool = False) -> None:
+        self._cache, self._scale, self._is_invariant = cache, cache.head_dim**-0.5, batch_invariant
+        dtype, self._device = cache.kv_LKGNSC.dtype, cache.kv_LKGNSC.device
+        is_emulated = dtype != torch.float32 and self._device.type == "cpu" and not has_native_bf16()
+        # Torch emulates bfloat16 products on CPUs without the instructions, many times slower than widening once.
+        self._dtype = torch.float32 if is_emulated else dtype
+        self._slots_T = batch.slots_T.to(self._device)
+        lens = [stop - start for start, stop in pairwise(batch.cu_seqlens)]
         singles = [i for i, new in enumerate(lens) if new == 1]
         self._decodes = [self._decode_group(batch, members, is_all=len(members) == len(lens))
                          for members in _similar_lengths(singles, batch.context_lens)]
         self._chunks = [
             _Chunk(batch.cu_seqlens[i], batch.cu_seqlens[i + 1], batch.context_lens[i],
-                   self._device_blocks(batch.block_tables[i][: _num_blocks(batch.context_lens[i] + new)]))
+                   self._device_blocks([self._table(batch, i, self._width(batch.context_lens[i] + new))]))
             for i, new in enumerate(lens) if new > 1
         ]
 
@@ -178,13 +188,13 @@ class PagedView:
             return self._decode(layer, self._decodes[0], q_TAC)
         out_TAC = torch.empty_like(q_TAC)
         for group in self._decodes:
-            if group.rows_B is None:
-                return self._decode(layer, group, q_TAC)
+            assert group.rows_B is not None
             out_TAC.index_copy_(0, group.rows_B, self._decode(layer, group, q_TAC.index_select(0, group.rows_B)))
         for chunk in self._chunks:
             span = slice(chunk.start, chunk.stop)
-            if chunk.context_len == 0:
-                out_TAC[span] = _dense(q_TAC[span], k_TGC[span], v_TGC[span], causal=True)
+            if chunk.context_len == 0 and not self._is_invariant:
+                q, k, v = (x[span].to(self._dtype) for x in (q_TAC, k_TGC, v_TGC))
+                out_TAC[span] = _dense(q, k, v, causal=True)
             else:
                 out_TAC[span] = self._continue(layer, chunk, q_TAC[span])
         return out_TAC
@@ -193,51 +203,85 @@ class PagedView:
         """One token of each sequence: [B, A, C]. Rows of a product = query heads of a group."""
         num, groups, channels = group.num_sequences, self._cache.groups, self._cache.head_dim
         per_group = q_BAC.shape[1] // groups
-        k_BSC, v_BSC = self._cache.gather(layer, group.blocks, num)  # B = G * sequences here
-        q_BQC = q_BAC.view(num, groups, per_group, channels).transpose(0, 1).reshape(groups * num, per_group, channels)
-        scores_BQS = torch.baddbmm(group.mask, q_BQC, k_BSC.transpose(1, 2), alpha=self._scale)
-        out_BQC = torch.bmm(scores_BQS.softmax(-1), v_BSC)
-        return out_BQC.view(groups, num, per_group, channels).transpose(0, 1).reshape(num, -1, channels)
+        # B: (group, sequence) pairs
+        k_BSC, v_BSC = (x.to(self._dtype) for x in self._cache.gather(layer, group.blocks, num))
+        q_BQC = q_BAC.to(self._dtype).view(num, groups, per_group, channels).transpose(0, 1)
+        out_BQC = self._softmax_product(q_BQC.reshape(groups * num, per_group, channels), k_BSC, v_BSC, group.mask)
+        out_BAC = out_BQC.view(groups, num, per_group, channels).transpose(0, 1).reshape(num, -1, channels)
+        return out_BAC.to(q_BAC.dtype)
 
     def _continue(self, layer: int, chunk: _Chunk, q_TAC: Tensor) -> Tensor:
-        """A chunk of one sequence whose earlier tokens are cached: [T, A, C], a tile of queries at a time."""
+        """A chunk of one sequence whose earlier tokens may be cached: [T, A, C], a tile of queries at a time."""
         groups, channels, context = self._cache.groups, self._cache.head_dim, chunk.context_len
         per_group = q_TAC.shape[1] // groups
-        k_GSC, v_GSC = self._cache.gather(layer, chunk.blocks, 1)
+        k_GSC, v_GSC = (x.to(self._dtype) for x in self._cache.gather(layer, chunk.blocks, 1))
         outputs = []
         for first in range(0, q_TAC.shape[0], QUERY_TILE):
-            q_tile = q_TAC[first : first + QUERY_TILE]
+            q_tile = q_TAC[first : first + QUERY_TILE].to(self._dtype)
             tile, num_keys = q_tile.shape[0], context + first + q_tile.shape[0]
-            mask = chunk.masks.get(first)
-            if mask is None:
-                mask = torch.zeros(tile, num_keys, dtype=q_TAC.dtype, device=q_TAC.device)
-                mask.masked_fill_(mask.new_ones(tile, num_keys, dtype=torch.bool).triu(context + first + 1), -torch.inf)
-                chunk.masks[first] = mask = mask.repeat(per_group, 1).unsqueeze(0)
-            q_GQC = q_tile.view(tile, groups, per_group, channels).permute(1, 2, 0, 3).reshape(groups, -1, channels)
-            scores_GQS = torch.baddbmm(mask.expand(groups, -1, -1), q_GQC, k_GSC[:, :num_keys].transpose(1, 2),
-                                       alpha=self._scale)
-            out_GQC = torch.bmm(scores_GQS.softmax(-1), v_GSC[:, :num_keys])
-            outputs.append(out_GQC.view(groups, per_group, tile, channels).permute(2, 0, 1, 3).flatten(1, 2))
+            if self._is_invariant:
+                num_keys = -(-num_keys // KEY_TILE) * KEY_TILE
+            if first not in chunk.masks:
+                last_key_T1 = torch.arange(context + first, context + first + tile).unsqueeze(1)
+                mask_TS = torch.zeros(tile, num_keys).masked_fill_(torch.arange(num_keys) > last_key_T1, -torch.inf)
+                chunk.masks[first] = mask_TS.repeat_interleave(per_group, 0).unsqueeze(0).to(self._device, self._dtype)
+            q_GQC = q_tile.view(tile, groups, per_group, channels).transpose(0, 1).reshape(groups, -1, channels)
+            out_GQC = self._softmax_product(q_GQC, k_GSC[:, :num_keys], v_GSC[:, :num_keys], chunk.masks[first])
+            out_TAC = out_GQC.view(groups, tile, per_group, channels).transpose(0, 1)
+            outputs.append(out_TAC.reshape(tile, -1, channels).to(q_TAC.dtype))
         return torch.cat(outputs)
+
+    def _softmax_product(self, q_BQC: Tensor, k_BSC: Tensor, v_BSC: Tensor, mask: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(C) + mask) V, [B, Q, C]; B counts (group, sequence) pairs, Q rows of queries."""
+        k_BCS = k_BSC.transpose(1, 2)
+        if not self._is_invariant:
+            scores_BQS = torch.baddbmm(mask.expand(q_BQC.shape[0], -1, -1), q_BQC, k_BCS, alpha=self._scale)
+            return torch.bmm(scores_BQS.softmax(-1), v_BSC)
+        rows = q_BQC.shape[1]
+        q_BQC = F.pad(q_BQC, (0, 0, 0, -rows % ROW_TILE))
+        keys = [slice(first, first + KEY_TILE) for first in range(0, k_BSC.shape[1], KEY_TILE)]
+        scores_BQS = torch.cat([_row_tiles(q_BQC, k_BCS[:, :, span]) for span in keys], -1)
+        weights_BQS = (scores_BQS[:, :rows] * self._scale + mask).softmax(-1)
+        weights_BQS = F.pad(weights_BQS, (0, 0, 0, -rows % ROW_TILE))
+        out_BQC = _row_tiles(weights_BQS[:, :, keys[0]], v_BSC[:, keys[0]])
+        for span in keys[1:]:  # in order of position: a tile of padding adds exact zeros
+            out_BQC = out_BQC + _row_tiles(weights_BQS[:, :, span], v_BSC[:, span])
+        return out_BQC[:, :rows]
 
     def _decode_group(self, batch: PagedBatch, members: list[int], *, is_all: bool) -> _DecodeGroup:
         lens = torch.tensor([batch.context_lens[i] + 1 for i in members])
-        width = _num_blocks(int(lens.max()))
-        # Padding gathers block 0: any finite values do, their weight is zero.
-        table = [batch.block_tables[i][:width] for i in members]
-        blocks = self._device_blocks([block for row in table for block in (*row, *([0] * (width - len(row))))])
-        dtype, device = self._cache.kv_LKGNSC.dtype, self._cache.kv_LKGNSC.device
-        mask_BS = torch.zeros(len(members), width * BLOCK_SIZE, dtype=dtype)
-        mask_BS.masked_fill_(torch.arange(width * BLOCK_SIZE) >= lens.unsqueeze(1), -torch.inf)
-        rows = None if is_all else torch.tensor([batch.cu_seqlens[i] for i in members], device=device)
-        return _DecodeGroup(rows, blocks, mask_BS.repeat(self._cache.groups, 1).unsqueeze(1).to(device), len(members))
+        width = self._width(int(lens.max()))
+        blocks = self._device_blocks([self._table(batch, i, width) for i in members])
+        is_beyond_BS = torch.arange(width * BLOCK_SIZE) >= lens.unsqueeze(1)
+        mask_BS = torch.zeros(is_beyond_BS.shape, dtype=self._dtype).masked_fill_(is_beyond_BS, -torch.inf)
+        rows = None if is_all else torch.tensor([batch.cu_seqlens[i] for i in members], device=self._device)
+        mask = mask_BS.repeat(self._cache.groups, 1).unsqueeze(1).to(self._device)
+        return _DecodeGroup(rows, blocks, mask, len(members))
 
-    def _device_blocks(self, blocks: list[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._cache.kv_LKGNSC.device)
+    def _width(self, num_tokens: int) -> int:
+        """Blocks to gather for so many tokens; whole key tiles in the batch-invariant mode."""
+        size = KEY_TILE if self._is_invariant else BLOCK_SIZE
+        return -(-num_tokens // size) * size // BLOCK_SIZE
+
+    def _table(self, batch: PagedBatch, i: int, width: int) -> list[int]:
+        """The first `width` blocks of a sequence, padded with its own first: nothing of a neighbour's is ever read."""
+        table = batch.block_tables[i][:width]
+        return table + [table[0]] * (width - len(table))
+
+    def _device_blocks(self, tables: list[list[int]]) -> Tensor:
+        return torch.tensor(tables, dtype=torch.int64, device=self._device).flatten()
 
 
-def _num_blocks(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK_SIZE)
+def _row_tiles(a_BQX: Tensor, b_BXY: Tensor) -> Tensor:
+    """A batched product made of products of `ROW_TILE` rows each: [B, Q, Y]."""
+    rows, inner = a_BQX.shape[1:]
+    if rows == ROW_TILE:
+        return torch.bmm(a_BQX, b_BXY)
+    tiles = rows // ROW_TILE
+    return torch.stack([
+        torch.bmm(a_QX.reshape(tiles, ROW_TILE, inner), b_XY.expand(tiles, -1, -1)).flatten(0, 1)
+        for a_QX, b_XY in zip(a_BQX, b_BXY, strict=True)
+    ])
 
 
 def _similar_lengths(members: list[int], lens: Sequence[int]) -> list[list[int]]:

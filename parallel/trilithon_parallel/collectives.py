@@ -199,7 +199,7 @@ class _CopyToTp(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch types it as Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.axis, label="f.backward"), None
 
 
@@ -211,7 +211,7 @@ class _ReduceFromTp(torch.autograd.Function):
         return all_reduce(x, axis, label="g.forward", ordered=ordered)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # as above
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
@@ -219,7 +219,7 @@ def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
     """The paper's f: the input of column-parallel products."""
     if axis.is_trivial or not torch.is_grad_enabled():
         return x
-    result: Tensor = _CopyToTp.apply(x, axis)
+    result: Tensor = _CopyToTp.apply(x, axis)  # type: ignore[no-untyped-call]  # torch's apply is untyped
     return result
 
 
@@ -229,5 +229,5 @@ def reduce_from_tp(x: Tensor, axis: Axis, *, ordered: bool = False) -> Tensor:
         return x
     if not torch.is_grad_enabled():
         return all_reduce(x, axis, label="g", ordered=True) if ordered else all_reduce_(x.contiguous(), axis, label="g")
-    result: Tensor = _ReduceFromTp.apply(x, axis, ordered)
+    result: Tensor = _ReduceFromTp.apply(x, axis, ordered)  # type: ignore[no-untyped-call]  # as above
     return result

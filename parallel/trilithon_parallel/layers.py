@@ -2,13 +2,13 @@
 The sharded layers: column- and row-parallel products, the vocabulary-parallel embedding, the norms.
 
 Shapes: T packed tokens, H hidden, K inputs and O outputs of a product, V vocabulary; a sharded size is the local one.
-Training and serving use these very classes. `pack()` is for serving alone: it moves the weights into the backend's
+Training and serving use these very classes. Packing is for serving alone: it moves the weights into the backend's
 packed form, so that each weight is in memory once, and the parameters are gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -27,14 +27,6 @@ class Product(Protocol):
         ...
 
 
-class Packer(Protocol):
-    """Turns weights [O_i, K] (joined along O) and their biases into one packed product."""
-
-    def __call__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product:
-        """Pack and return; the caller drops its own tensors afterwards."""
-        ...
-
-
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """An uninitialised parameter: a loader or an initialiser must fill it before use."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
@@ -47,7 +39,8 @@ class ColumnParallelLinear(nn.Module):
     The paper's f (`copy_to_tp`) belongs before it; it is applied once for several products of one input, by the block.
     """
 
-    def __init__(self, in_features: int, out_local: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, in_features: int, out_local: int, *, bias: bool, dtype: torch.dtype,
+                 device: torch.device) -> None:
         super().__init__()
         self.weight = empty_parameter(out_local, in_features, dtype=dtype, device=device)
         self.bias = empty_parameter(out_local, dtype=dtype, device=device) if bias else None
@@ -58,7 +51,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Y = g(X W^T) + b with W cut by input columns: each rank's share is summed, and the bias is added once after."""
+    """Y = g(X W^T) + b with W cut by input columns: the ranks' shares are summed, then the bias is added once."""
 
     def __init__(self, in_local: int, out_features: int, *, bias: bool, axis: Axis, ordered_reduce: bool,
                  dtype: torch.dtype, device: torch.device) -> None:
@@ -81,11 +74,11 @@ class RowParallelLinear(nn.Module):
             y_TO = y_TO + self.bias
         return residual_TO + y_TO
 
-    def pack(self, packer: Packer) -> None:
-        """Serve from here on: the weight moves into a packed product."""
-        bias = self.bias if self.axis.size == 1 else None
-        self.product = packer([self.weight], [bias])
-        release(self, keep=("bias",) if self.axis.size > 1 else ())
+    def pack(self, make: Callable[[Tensor, Tensor | None], Product]) -> None:
+        """Serve from here on: the weight (and the bias, unless it must wait for the sum) moves into `make`'s product."""
+        is_alone = self.axis.size == 1
+        self.product = make(self.weight.detach(), None if self.bias is None or not is_alone else self.bias.detach())
+        release(self, keep=() if is_alone else ("bias",))
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -178,8 +178,10 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         at = f"model.layers.{layer}."
         for part, rows, columns, has_bias in (
-            ("self_attn.q_proj", width, hidden, config.qkv_bias), ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
-            ("self_attn.v_proj", kv_width, hidden, config.qkv_bias), ("self_attn.o_proj", hidden, width, config.out_bias),
+            ("self_attn.q_proj", width, hidden, config.qkv_bias),
+            ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
+            ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
+            ("self_attn.o_proj", hidden, width, config.out_bias),
             *([("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []),
             ("mlp.up_proj", ffn, hidden, config.mlp_bias), ("mlp.down_proj", hidden, ffn, config.mlp_bias),
         ):

@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 
 class RendezvousError(RuntimeError):
@@ -78,11 +79,11 @@ def leave() -> None:
             print(f"rendezvous: leaving, {error}", file=sys.stderr)
 
 
-def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta) -> TCPStore:
     if not 0 < port < 65536:
         raise RendezvousError(f"MASTER_PORT must be from 1 to 65535. Given: {port}.")
     if rank != 0:
-        return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
+        return TCPStore(host, port, world_size, is_master=False, timeout=timeout)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -93,7 +94,7 @@ def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta)
         listener.close()
         raise
     # The store owns the descriptor from here and closes it when it goes.
-    return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+    return TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
                          master_listen_fd=listener.detach())
 
 

@@ -1,11 +1,13 @@
 """
 One config-driven block: norm, attention, norm, MLP, in the order and with the parts that the family has.
 
-Shapes: T tokens, H hidden, A query heads, G key/value groups, C channels, F feed-forward; A, G, F are local (cut by tp).
+Shapes: T tokens, H hidden, A query heads, G key/value groups, C channels, F feed-forward; A, G, F are a rank's share.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +17,20 @@ from torch import Tensor, nn
 from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.layers import Product, release
+from trilithon_parallel.layers import Product
 from trilithon_parallel.placement import local_sizes
 
 if TYPE_CHECKING:
     from trilithon_parallel.backend import Backend
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+# Torch runs fewer elements than this on one thread, and its vector loops handle multiples of `VECTOR` without a tail.
+SERIAL_ELEMENTS, VECTOR = 32768, 64
 
 
 class Rotary:
@@ -65,6 +76,19 @@ def _frequencies(config: ModelConfig, half: int) -> Tensor:
     return inverse / scaling.factor * (1 - ramp) + inverse * ramp
 
 
+def rowwise(function: Callable[[Tensor], Tensor], x_TF: Tensor) -> Tensor:
+    """
+    `function` of each element, with bits that don't depend on the element's place.
+
+    Torch's vector loops compute the tail of an array by another formula than its body (silu and gelu differ in the
+    last bit), and where a tail falls depends on shape and threads. Here no call has a tail and each runs on one thread.
+    """
+    width = x_TF.shape[1]
+    padded_TF = F.pad(x_TF, (0, -width % VECTOR))
+    step = max(1, SERIAL_ELEMENTS // padded_TF.shape[1])
+    return torch.cat([function(part) for part in torch.split(padded_TF, step)])[:, :width]
+
+
 class Attention(nn.Module):
     """Grouped-query attention with heads cut by tp; keys and values go through the step's view."""
 
@@ -74,8 +98,9 @@ class Attention(nn.Module):
         self.heads, self.groups, self.head_dim = sizes.heads, sizes.groups, config.head_dim
         self.tp, self.backend = grid.tp, backend
         width, kv_width = sizes.heads * config.head_dim, sizes.groups * config.head_dim
-        for name, rows in (("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)):
-            setattr(self, name, backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype))
+        self.q_proj, self.k_proj, self.v_proj = (
+            backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype)
+            for rows in (width, kv_width, kv_width))
         self.o_proj = backend.row_linear(width, config.hidden_size, bias=config.out_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None
 
@@ -84,26 +109,22 @@ class Attention(nn.Module):
         """Normed input and the residual stream, both [T, H] -> the residual stream after attention."""
         if self.fused is not None:
             qkv_TAC = self.fused(x_TH).view(x_TH.shape[0], -1, self.head_dim)
-            qk_TAC, v_TGC = qkv_TAC.split((self.heads + self.groups, self.groups), 1)
+            qk_TAC, v_TGC = qkv_TAC[:, : -self.groups], qkv_TAC[:, -self.groups :]
         else:
             x_TH = self.backend.enter_columns(x_TH, self.tp)
-            parts = [linear(x_TH).view(x_TH.shape[0], -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)]
-            qk_TAC, v_TGC = torch.cat(parts[:2], 1), parts[2]
+            parts = (part(x_TH) for part in (self.q_proj, self.k_proj, self.v_proj))
+            q_TAC, k_TGC, v_TGC = (part.view(x_TH.shape[0], -1, self.head_dim) for part in parts)
+            qk_TAC = torch.cat((q_TAC, k_TGC), 1)
         if rope is not None:
             qk_TAC = rotate(qk_TAC, rope)
-        q_TAC, k_TGC = qk_TAC.split((self.heads, self.groups), 1)
-        out_TAC = view.attend(layer, q_TAC, k_TGC, v_TGC)
+        out_TAC = view.attend(layer, qk_TAC[:, : self.heads], qk_TAC[:, self.heads :], v_TGC)
         result: Tensor = self.o_proj(out_TAC.reshape(x_TH.shape[0], -1), residual_TH)
         return result
 
     def prepare(self) -> None:
         """Pack for serving: q, k and v become one product."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        self.fused = self.backend.pack([p.weight for p in parts], [p.bias for p in parts])
-        if self.fused is not None:
-            for part in parts:
-                release(part)
-            self.o_proj.pack(self.backend.pack)
+        self.fused = self.backend.pack_columns([self.q_proj, self.k_proj, self.v_proj])
+        self.backend.pack_row(self.o_proj)
 
 
 class MLP(nn.Module):
@@ -127,21 +148,21 @@ class MLP(nn.Module):
         else:
             x_TH = self.backend.enter_columns(x_TH, self.tp)
             gate_TF, up_TF = self.gate_proj(x_TH) if self.gate_proj is not None else None, self.up_proj(x_TH)
-        hidden_TF = F.silu(gate_TF) * up_TF if gate_TF is not None else self._activate(up_TF)
+        hidden_TF = self._activate(up_TF if gate_TF is None else gate_TF)
+        if gate_TF is not None:
+            hidden_TF = hidden_TF * up_TF
         result: Tensor = self.down_proj(hidden_TF, residual_TH)
         return result
 
     def _activate(self, x_TF: Tensor) -> Tensor:
-        return F.gelu(x_TF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        function = ACTIVATIONS[self.activation]
+        return rowwise(function, x_TF) if self.backend.batch_invariant else function(x_TF)
 
     def prepare(self) -> None:
         """Pack for serving: gate and up become one product."""
         parts = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
-        self.fused = self.backend.pack([p.weight for p in parts], [p.bias for p in parts])
-        if self.fused is not None:
-            for part in parts:
-                release(part)
-            self.down_proj.pack(self.backend.pack)
+        self.fused = self.backend.pack_columns(parts)
+        self.backend.pack_row(self.down_proj)
 
 
 class Block(nn.Module):
@@ -152,22 +173,22 @@ class Block(nn.Module):
         self.is_pre_norm = config.norm_order == "pre"
         self.self_attn = Attention(config, grid=grid, backend=backend, dtype=dtype)
         self.mlp = MLP(config, grid=grid, backend=backend, dtype=dtype)
-        first, second = (("input_layernorm", "post_attention_layernorm") if self.is_pre_norm
-                         else ("post_attention_layernorm", "output_layernorm"))
-        for name in (first, second):
-            setattr(self, name, backend.norm(config, grid=grid, dtype=dtype))
-        self._norm_names = (first, second)
+        self.post_attention_layernorm = backend.norm(config, grid=grid, dtype=dtype)
+        other = backend.norm(config, grid=grid, dtype=dtype)
+        if self.is_pre_norm:
+            self.input_layernorm = other
+        else:
+            self.output_layernorm = other
 
     def forward(self, x_TH: Tensor, *, layer: int, rope: tuple[Tensor, Tensor] | None, view: AttentionView) -> Tensor:
         """The residual stream [T, H] through one layer; `layer` counts within the stage."""
-        norm_1, norm_2 = (getattr(self, name) for name in self._norm_names)
         if self.is_pre_norm:
-            x_TH = self.self_attn(norm_1(x_TH), x_TH, layer=layer, rope=rope, view=view)
-            result: Tensor = self.mlp(norm_2(x_TH), x_TH)
-            return result
-        x_TH = norm_1(self.self_attn(x_TH, x_TH, layer=layer, rope=rope, view=view))
-        result = norm_2(self.mlp(x_TH, x_TH))
-        return result
+            x_TH = self.self_attn(self.input_layernorm(x_TH), x_TH, layer=layer, rope=rope, view=view)
+            x_TH = self.mlp(self.post_attention_layernorm(x_TH), x_TH)
+        else:
+            x_TH = self.post_attention_layernorm(self.self_attn(x_TH, x_TH, layer=layer, rope=rope, view=view))
+            x_TH = self.output_layernorm(self.mlp(x_TH, x_TH))
+        return x_TH
 
     def prepare(self) -> None:
         """Pack every product of the layer for serving."""

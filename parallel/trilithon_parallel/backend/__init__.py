@@ -25,11 +25,13 @@ class Backend(Protocol):
     name: str
     batch_invariant: bool
 
-    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid,
+                      dtype: torch.dtype) -> nn.Module:
         """X W^T + b with W [out_local, in_features]; names `weight`, `bias`."""
         ...
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid,
+                   dtype: torch.dtype) -> nn.Module:
         """residual + g(X W^T) + b with W [out_features, in_local]; called with (x, residual)."""
         ...
 
@@ -41,8 +43,16 @@ class Backend(Protocol):
         """What stands between a norm and the column-parallel products that share its output: the paper's f."""
         ...
 
-    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product | None:
-        """Weights joined along the output dim as one packed product; None where the backend packs nothing."""
+    def pack_columns(self, parts: Sequence[nn.Module]) -> Product | None:
+        """
+        One product of several column-parallel layers with one input, for serving; their parameters are released.
+
+        None where the backend packs nothing and the layers stay as they are.
+        """
+        ...
+
+    def pack_row(self, part: nn.Module) -> None:
+        """Pack a row-parallel layer for serving, where the backend packs at all."""
         ...
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trilithon_parallel.collectives import copy_to_tp
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
-from trilithon_parallel.layers import ColumnParallelLinear, LayerNorm, Product, RMSNorm, RowParallelLinear
+from trilithon_parallel.layers import ColumnParallelLinear, LayerNorm, Product, RMSNorm, RowParallelLinear, release
 
 # Rows of every product in the batch-invariant mode: one shape, so one kernel and one order of additions.
 INVARIANT_ROWS = 16
@@ -100,7 +100,7 @@ class _TiledProduct:
         rows = x_TK.shape[0]
         missing = -rows % INVARIANT_ROWS
         padded = F.pad(x_TK, (0, 0, 0, missing)) if missing else x_TK
-        tiles = [self._product(tile) for tile in padded.split(INVARIANT_ROWS)]
+        tiles = [self._product(tile) for tile in torch.split(padded, INVARIANT_ROWS)]
         y_TO = (torch.cat(tiles) if len(tiles) > 1 else tiles[0])[:rows]
         return y_TO if residual_TO is None else residual_TO + y_TO
 
@@ -113,11 +113,13 @@ class TorchBackend:
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
 
-    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid,
+                      dtype: torch.dtype) -> nn.Module:
         """A `ColumnParallelLinear`."""
         return ColumnParallelLinear(in_features, out_local, bias=bias, dtype=dtype, device=grid.device)
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid,
+                   dtype: torch.dtype) -> nn.Module:
         """A `RowParallelLinear`; in the batch-invariant mode ranks' shares are added in rank order."""
         return RowParallelLinear(in_local, out_features, bias=bias, axis=grid.tp, ordered_reduce=self.batch_invariant,
                                  dtype=dtype, device=grid.device)
@@ -131,18 +133,28 @@ class TorchBackend:
         """The paper's f."""
         return copy_to_tp(x_TH, axis)
 
-    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Product:
-        """One product of the joined weights, packed where the CPU can."""
-        weight = (torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach())
-        parts = [b.detach() for b in biases if b is not None]
-        bias = torch.cat(parts) if parts else None
-        product: Product
-        if weight.device.type != "cpu":
-            product = _PlainProduct(weight, bias)
-        elif weight.dtype in (torch.float32, torch.bfloat16) and _can_pack(weight.dtype):
-            product = _OneDnnProduct(weight, bias)
-        elif weight.dtype in (torch.bfloat16, torch.float16) and _can_pack(torch.float32):
-            product = _WidenedProduct(weight, bias)
-        else:
-            product = _PlainProduct(weight, bias)
+    def pack_columns(self, parts: Sequence[nn.Module]) -> Product:
+        """One product of the joined weights, packed where the CPU can; the parts' parameters are released."""
+        columns = [part for part in parts if isinstance(part, ColumnParallelLinear)]
+        assert len(columns) == len(parts)
+        weights = [part.weight.detach() for part in columns]
+        biases = [part.bias.detach() for part in columns if part.bias is not None]
+        for part in columns:
+            release(part)
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        return self._product(weight, torch.cat(biases) if biases else None)
+
+    def pack_row(self, part: nn.Module) -> None:
+        """Give a row-parallel layer its packed product."""
+        assert isinstance(part, RowParallelLinear)
+        part.pack(self._product)
+
+    def _product(self, weight_OK: Tensor, bias_O: Tensor | None) -> Product:
+        dtype, is_cpu = weight_OK.dtype, weight_OK.device.type == "cpu"
+        kind: type[_OneDnnProduct | _WidenedProduct | _PlainProduct] = _PlainProduct
+        if is_cpu and dtype in (torch.float32, torch.bfloat16) and _can_pack(dtype):
+            kind = _OneDnnProduct
+        elif is_cpu and dtype in (torch.bfloat16, torch.float16) and _can_pack(torch.float32):
+            kind = _WidenedProduct
+        product = kind(weight_OK, bias_O)
         return _TiledProduct(product) if self.batch_invariant else product

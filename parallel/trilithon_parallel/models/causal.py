@@ -10,7 +10,7 @@ from trilithon_parallel.backend import Backend
 from trilithon_parallel.collectives import all_gather, copy_to_tp
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.layers import ColumnParallelLinear, Product, release
+from trilithon_parallel.layers import ColumnParallelLinear, Product
 from trilithon_parallel.models.stage import Trunk
 from trilithon_parallel.placement import local_sizes
 
@@ -71,6 +71,4 @@ class CausalStage(nn.Module):
         """
         self.model.prepare()
         if self.grid.is_last_stage:
-            self._head = self.backend.pack([self.lm_head.weight], [None])
-            if self._head is not None:
-                release(self.lm_head)
+            self._head = self.backend.pack_columns([self.lm_head])

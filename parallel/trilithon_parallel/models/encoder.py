@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ class EncoderStage(nn.Module):
         return self.model.run(x_TH, positions_T, view)
 
     def pool(self, hidden_TH: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """One fp32 vector a sequence [B, H]: the mean of its tokens or its first token, normalised if the model says so."""
-        parts = [hidden_TH[start:stop].float() for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        """One fp32 vector a sequence [B, H]: its tokens' mean or its first token, normalised if the model says so."""
+        parts = [hidden_TH[start:stop].float() for start, stop in pairwise(cu_seqlens)]
         rows = [part.mean(0) if self.config.pooling == "mean" else part[0] for part in parts]
         pooled_BH = torch.stack(rows)
         return F.normalize(pooled_BH, dim=-1) if self.config.normalize else pooled_BH
