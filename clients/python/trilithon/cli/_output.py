@@ -117,6 +117,21 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> No
         print("  ".join(cells).rstrip())
 
 
+def human_bytes(count: int) -> str:
+    """
+    A size for people.
+
+    >>> human_bytes(538_000_000)
+    '513.1 MiB'
+    """
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.1f} {unit}" if unit != "B" else f"{count} B"
+
+
 class Progress:
     """
     Progress on stderr: a bar on a terminal, elsewhere one plain line every few seconds.
@@ -128,10 +143,9 @@ class Progress:
 
     EVERY_S = 5.0
 
-    def __init__(self, what: str, *, total: int | None, unit: str = "") -> None:
+    def __init__(self, what: str, *, total: int | None) -> None:
         self._what = what
         self._total = total
-        self._unit = unit
         self._last_s = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -142,14 +156,18 @@ class Progress:
             self._task = self._bar.add_task(what, total=total)
             self._bar.start()
 
-    def update(self, done: int) -> None:
-        """So much is done by now."""
+    def update(self, done: int, *, what: str | None = None, total: int | None = None, in_bytes: bool = False) -> None:
+        """So much is done by now; `what` and `total` may change on the way."""
+        new = what is not None and what != self._what
+        self._what = what or self._what
+        self._total = total if new or total is not None else self._total
         if self._bar is not None:
-            self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._last_s >= self.EVERY_S:
+            self._bar.update(self._task, description=self._what, total=self._total, completed=done)
+        elif new or time.monotonic() - self._last_s >= self.EVERY_S:
             self._last_s = time.monotonic()
-            of = f" of {self._total}" if self._total is not None else ""
-            print(f"{self._what}: {done}{of}{self._unit}", file=sys.stderr, flush=True)
+            shown = human_bytes if in_bytes else str
+            of = f" of {shown(self._total)}" if self._total is not None else ""
+            print(f"{self._what}: {shown(done)}{of}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -108,9 +108,7 @@ def _gloo() -> Findings:
 
 def _cpu() -> Findings:
     machine = _machine.describe()
-    flags = [
-        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in machine.cpu_flags
-    ]
+    flags = [flag for flag in _VECTOR_FLAGS if flag in machine.cpu_flags]
     bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
     few = machine.num_cpus < 2
     todo = "With one core the front and the ranks share it." if few else ""
