@@ -1,0 +1,1 @@
+"""Measuring any server that speaks OpenAI's completions: trace, load, statistics, report."""
