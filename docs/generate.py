@@ -1,0 +1,140 @@
+"""
+Fills the reference tables of the documentation from the code that they describe.
+
+    python docs/generate.py            write the tables
+    python docs/generate.py --check    exit 1 if a page differs from what would be written
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything else of a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trilithon.errors import SERVER_ERRORS
+from trilithon_server.config import LimitsConfig
+from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine_client import EngineClient
+from trilithon_server.flags import FLAGS, settings_table
+from trilithon_server.metrics import Metrics
+from trilithon_server.sampling_rules import RULES, UNSUPPORTED
+from trilithon_server.validation import Bounds
+
+DOCS = Path(__file__).resolve().parent
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_IN_WORDS: Mapping[str, str] = {
+    "vocab_size": "the vocabulary size",
+    "max_output": "the room in the context",
+    "max_prompt": "the context less one",
+}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped."""
+    lines = [list(head), *(list(row) for row in rows)]
+    cells = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines]
+    cells.insert(1, " | ".join("---" for _ in lines[0]))
+    return "".join(f"| {line} |\n" for line in cells)
+
+
+class _Words(dict[str, Any]):
+    """Values for the placeholders of a rule's text: a default limit, or what it depends on."""
+
+    def __missing__(self, name: str) -> object:
+        return _IN_WORDS.get(name) or getattr(Bounds(), name)
+
+
+def parameters() -> str:
+    """Every parameter of a generation request."""
+    rows = []
+    for rule in RULES:
+        text = rule.text.replace("the vocabulary size {vocab_size}", "{vocab_size}").format_map(_Words())
+        rows.append((f"`{rule.name}`", rule.meaning, text, f"`{rule.proto}`"))
+    return table(("JSON name", "meaning", "rule", "gRPC field"), rows)
+
+
+def unsupported() -> str:
+    """Parameters of the contract that this version refuses by name."""
+    return table(
+        ("JSON name", "gRPC field"), [(f"`{name}`", f"`{proto}`") for name, (proto, *_) in UNSUPPORTED.items()]
+    )
+
+
+def settings() -> str:
+    """Every setting and its flag."""
+    flags = {path: flag for flag, path in FLAGS.items()}
+    rows = [
+        (f"`{path}`", f"`{flags[path]}`" if path in flags else "", f"`{default}`", meaning)
+        for path, _, default, meaning in settings_table()
+    ]
+    return table(("setting", "flag", "default", "meaning"), rows)
+
+
+def errors() -> str:
+    """The tree of errors, as it crosses each wire."""
+    rows = [
+        (
+            f"`{error.__name__}`",
+            (error.__doc__ or "").strip().rstrip("."),
+            f"`{error.default_code}`",
+            str(error.http_status),
+            f"`{error.grpc_status}`",
+            f"`{error.openai_type}`",
+            "yes" if error.retryable else "no",
+        )
+        for error in SERVER_ERRORS
+    ]
+    return table(("class", "when", "usual code", "HTTP", "gRPC", "OpenAI `type`", "retry"), rows)
+
+
+def metrics() -> str:
+    """Every metric that a server with one engine exports."""
+    registry = Metrics(version="0")
+    engine = EngineClient(name="main", socket_path=Path("unused"), limits=LimitsConfig())
+    engine.hello, engine.losses = wire.Hello(tp=1, pp=1), {"killed": 1}
+    engine.hello.startup_seconds["weights"] = 1.0
+    registry.watch_engine("m", engine)
+    rows = []
+    for family in sorted(registry.registry.collect(), key=lambda family: str(family.name)):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append((f"`{name}`", family.type, family.documentation.rstrip(".")))
+    return table(("name", "type", "meaning"), rows)
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "parameters": parameters,
+    "unsupported": unsupported,
+    "settings": settings,
+    "errors": errors,
+    "metrics": metrics,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they are now."""
+    return _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}{block[3]}", text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or compare them."""
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text()
+        new = filled(text)
+        if new == text:
+            continue
+        stale.append(page.name)
+        if "--check" not in arguments:
+            page.write_text(new)
+    if stale and "--check" in arguments:
+        print(f"docs: {', '.join(stale)} differ from the code. Run `make docs`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
