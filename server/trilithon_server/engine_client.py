@@ -179,20 +179,19 @@ class EngineClient:
 
     async def _serve_connection(self, reader: asyncio.StreamReader) -> None:
         assert self._writer is not None
-        reason = "the leader closed the connection"
         try:
             while True:
                 self._dispatch(await _read_message(reader))
         except asyncio.IncompleteReadError:
-            pass
+            reason = "the leader closed the connection"
         except (OSError, ValueError) as error:
             reason = f"the connection to the leader failed: {error}"
         finally:
             self._writer.transport.abort()
             self._writer = None
-            if self.hello is not None and self.state not in ("lost", "failed"):
-                self._lose("lost", reason, "connection")
-            self.hello = None
+            known, self.hello = self.hello, None
+        if known is not None and self.state not in ("lost", "failed"):
+            self._lose("lost", reason, "connection")
 
     def _dispatch(self, message: wire.FromEngine) -> None:
         if message.HasField("hello"):
