@@ -69,7 +69,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    model: Path, *flags: str, env: Mapping[str, str] | None = None, headers: Mapping[str, str] | None = None,
+    model: Path,
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
     wait: bool = True,
 ) -> Iterator[Server]:
     """

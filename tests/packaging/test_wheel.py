@@ -61,7 +61,7 @@ def test_wheel_holds_the_four_packages_and_the_playground(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
 
     top_level = {n.split("/")[0] for n in names if ".dist-info/" not in n}
-    assert PACKAGES == top_level
+    assert top_level == PACKAGES
     assert "trilithon_server/web/index.html" in names
     assert {f"{p}/py.typed" for p in PACKAGES} <= set(names)
     python_files = [n for n in names if n.endswith(".py")]
