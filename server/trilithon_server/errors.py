@@ -22,7 +22,8 @@ from trilithon.errors import Internal, InvalidArgument, NotFound, Overloaded, Ra
 DOMAIN = "trilithon"
 """`ErrorInfo.domain` of every error."""
 
-Headers = list[tuple[bytes, bytes]]
+Header = tuple[bytes, bytes]
+Headers = list[Header]
 
 MAX_RETRY_AFTER_S = 30
 

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trilithon.errors import InvalidArgument, Unavailable
 from trilithon_parallel.tokenizer import Tokenizer
@@ -57,6 +57,12 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.tokenizer)
+        self.steps = 0
+        """Steps of the engine since it started, as its last result told."""
+        self.engine.step_listeners.append(self._on_step)
+
+    def _on_step(self, step: wire.StepResult) -> None:
+        self.steps = step.step
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -103,6 +109,30 @@ class ServedModel:
                 if capability == "chat" and not self.encoder
                 else "",
             )
+
+    def describe(self) -> dict[str, Any]:
+        """What clients may know of it, with the field names of `trilithon.api.v1.Model`."""
+        hello = self.engine.hello or wire.Hello()
+        window = hello.max_context_tokens or self.max_context
+        state = {"ready": "ready", "draining": "ready", "failed": "failed"}.get(self.engine.state, "loading")
+        return {
+            "id": self.name,
+            "kind": "encoder" if self.encoder else "base",
+            "digest": hello.model_digest,
+            "template_digest": self.template.digest if self.template is not None else "",
+            "tokenizer_digest": self.tokenizer.digest,
+            "max_context_tokens": window,
+            "max_output_tokens": 0 if self.encoder else min(window - 1, self.limits.max_output_tokens or window),
+            "vocab_size": hello.vocab_size or self.vocab_size,
+            "dtype": hello.dtype,
+            "quantization": "",
+            "tp": hello.tp,
+            "pp": hello.pp,
+            "state": state,
+            "created": self.created,
+            "capabilities": list(self.capabilities),
+            "defaults": {},
+        }
 
     def salt(self, principal: Principal, cache_salt: str) -> bytes:
         """What parts the prefix cache by tenant and by the request's own salt (bar S8)."""

@@ -8,6 +8,7 @@ Everything left of the bounded queue costs the engine nothing. All of it runs on
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.metadata
 import secrets
@@ -15,15 +16,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Unpack
 
-from trilithon.errors import DeadlineExceeded, InvalidArgument, NotFound
+from trilithon.errors import DeadlineExceeded, NotFound
 from trilithon_server.assembly import Choice
 from trilithon_server.auth import Keyring
 from trilithon_server.calls import CallDetails, Calls
-from trilithon_server.config import ServeConfig, environment_api_keys
+from trilithon_server.config import LimitsConfig, ServeConfig, environment_api_keys
 from trilithon_server.constraint_rules import Constraint
 from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.constraint_check import ConstraintChecker, ConstraintError
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Generation, Part
 from trilithon_server.limits import KeyLimiter
@@ -32,25 +34,14 @@ from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.tracing import make_tracer
-from trilithon_server.validation import Bounds, Violations, invalid, nearest, shown
+from trilithon_server.validation import Bounds, Violations, nearest, shown
 
 VERSION = importlib.metadata.version("trilithon")
 
 DEADLINE_MARGIN_S = 0.05
 """Generation stops this long (or two steps) before a client's deadline, so that the answer still arrives."""
 
-__all__ = ["ConstraintCheck", "ServedModel", "Service"]
-
-
-class ConstraintCheck(Protocol):
-    """Compiles a constraint in a process of its own, within its time and memory budget."""
-
-    async def check(self, model: str, constraint: wire.Constraint) -> None:
-        """
-        Raises:
-            InvalidArgument: `invalid_constraint` or `constraint_too_large`.
-        """
-        ...
+__all__ = ["ServedModel", "Service"]
 
 
 class Service:
@@ -59,7 +50,6 @@ class Service:
         config: the whole configuration.
         models: what is served; the first is the one that an unnamed model means when it is alone.
         metrics: of this process.
-        constraints: compiles constraints; None refuses them.
     Raises:
         KeysError: the keys file is not usable.
         ValueError: traces are asked for and cannot be made.
@@ -70,8 +60,6 @@ class Service:
         config: ServeConfig,
         models: Sequence[ServedModel],
         metrics: Metrics,
-        *,
-        constraints: ConstraintCheck | None = None,
     ) -> None:
         self.config = config
         self.limits = config.limits
@@ -84,10 +72,23 @@ class Service:
         self.drain_hook: Callable[[float | None], None] | None = None
         """Set by the front process: begins the drain of the whole server, as SIGTERM does."""
         self._calls = Calls(self.keys, self.limiter, metrics, make_tracer(config.telemetry, version=VERSION))
-        self._constraints = constraints
+        self._checkers = {
+            model.name: _checker(config.engines[i].model, config.limits)
+            for i, model in enumerate(models)
+            if not model.encoder
+        }
+        self._started = False
         self._running: dict[tuple[str, str], list[Generation | EngineStream]] = {}
         for model in models:
             metrics.watch_engine(model.name, model.engine)
+
+    async def start(self) -> None:
+        """Start the workers that compile constraints, so that the first constraint does not wait for one."""
+        await asyncio.gather(*(checker.start() for checker in self._checkers.values()))
+
+    async def stop(self) -> None:
+        """End those workers; idempotent."""
+        await asyncio.gather(*(checker.stop() for checker in self._checkers.values()))
 
     # -- every call -----------------------------------------------------------------------------------------
 
@@ -189,10 +190,6 @@ class Service:
         return prepared, rooms
 
     async def _check_constraint(self, model: ServedModel, constraint: Constraint, room: int) -> None:
-        if self._constraints is None:
-            raise invalid(
-                "constraint", "is not supported by this server", code="unsupported_parameter", todo="Remove it."
-            )
         if constraint.kind == "choice":
             sizes = [len(model.tokenizer.encode(text, add_special_tokens=False)) for text in constraint.choices]
             if min(sizes) > room:
@@ -202,10 +199,15 @@ class Service:
                 violations.raise_if_any()
         before_s = time.monotonic()
         try:
-            await self._constraints.check(model.name, constraint.to_wire())
-        except InvalidArgument as error:
+            await self._checkers[model.name].check(constraint.to_wire())
+        except ConstraintError as error:
             self.metrics.constraint_failures.labels(error.code).inc()
-            raise
+            field, message = f"constraint.{constraint.kind}", str(error)
+            if error.code == "invalid_constraint":
+                message = f"`{field}` does not compile: {message}"
+            violations = Violations()
+            violations.say(field, message, code=error.code, rule="must compile within its budget")
+            violations.raise_if_any()
         finally:
             self.metrics.constraint_compile.observe(time.monotonic() - before_s)
 
@@ -354,6 +356,19 @@ class Service:
         """Requests that engines hold, queued ones included."""
         return sum(model.engine.in_flight for model in self.models.values())
 
+    def drain(self, limit_s: float | None) -> int:
+        """
+        Begin the drain of the whole server, as SIGTERM does; returns at once with the requests in flight.
+
+        Args:
+            limit_s: how long they may go on; None = the configured limit.
+        """
+        for model in self.models.values():
+            model.engine.drain()
+        if self.drain_hook is not None:
+            self.drain_hook(limit_s)
+        return self.in_flight
+
     @property
     def draining(self) -> bool:
         """Whether new work is refused because the server is on its way down."""
@@ -365,3 +380,16 @@ class Service:
             if model.engine.state != "ready":
                 return False, model.engine.state
         return True, "ready"
+
+    def has_started(self) -> bool:
+        """Whether every engine has been ready once."""
+        self._started = self._started or all(
+            model.engine.hello is not None or model.engine.losses for model in self.models.values()
+        )
+        return self._started
+
+
+def _checker(model_dir: str, limits: LimitsConfig) -> ConstraintChecker:
+    return ConstraintChecker(
+        Path(model_dir), compile_s=limits.constraint_compile_s, memory_bytes=limits.constraint_memory_bytes
+    )
