@@ -108,7 +108,7 @@ export class Api {
   }
 
   /**
-   * POST a request with `stream: true` and yield each chunk.
+   * POST a request and yield each chunk of its answer; the only one, where the request is not a stream.
    * Throws ApiError for a refusal, for an error event, and when the stream ends before the server said it is done.
    */
   async *stream(path, body, { signal, onRequestId }) {
@@ -120,6 +120,10 @@ export class Api {
     });
     const requestId = response.headers.get("x-request-id") ?? "";
     onRequestId(requestId);
+    if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
+      yield await response.json();
+      return;
+    }
     try {
       for await (const { data } of readEvents(textOf(response.body))) {
         if (data === "[DONE]") return;

@@ -39,13 +39,11 @@ const pathOf = (mode) => (mode === "chat" ? "/v1/chat/completions" : "/v1/comple
 /** The body that Send would post now. Throws FieldError where a field cannot be put into JSON. */
 function buildBody({ messages, text }) {
   const content = state.mode === "chat" ? { messages } : { prompt: text };
-  return {
-    model: byId("model").value,
-    ...content,
-    ...params.collect(state.mode),
-    stream: true,
-    stream_options: { include_usage: true },
-  };
+  const values = params.collect(state.mode);
+  // The server streams no prompt probabilities on this route: an echo with colours comes in one piece.
+  const whole = values.echo && values.logprobs !== undefined;
+  const streaming = whole ? {} : { stream: true, stream_options: { include_usage: true } };
+  return { model: byId("model").value, ...content, ...values, ...streaming };
 }
 
 const withSystem = (messages) => (system.value.trim() ? [{ role: "system", content: system.value }, ...messages] : messages);
@@ -66,7 +64,7 @@ function refresh() {
 
 // The answer -------------------------------------------------------------------------------------------------
 
-/** OpenAI's two shapes of log-probabilities -> [{token, logprob, bytes, top}], or null when there are none. */
+/** OpenAI's two shapes of log-probabilities -> [{token, logprob, top}], or null when there are none. */
 function tokensOf(choice) {
   const logprobs = choice.logprobs;
   if (!logprobs) return null;
@@ -74,14 +72,12 @@ function tokensOf(choice) {
     return logprobs.content.map((item) => ({
       token: item.token,
       logprob: item.logprob,
-      bytes: item.bytes ?? null,
       top: item.top_logprobs ?? [],
     }));
   }
   return (logprobs.tokens ?? []).map((token, index) => ({
     token,
     logprob: logprobs.token_logprobs[index] ?? null,
-    bytes: null,
     top: Object.entries(logprobs.top_logprobs?.[index] ?? {})
       .map(([other, logprob]) => ({ token: other, logprob }))
       .sort((a, b) => b.logprob - a.logprob),

@@ -24,7 +24,9 @@ export function python(value, indent = "") {
   return `${open}\n${render(inner).map((item) => `${inner}${item},\n`).join("")}${indent}${close}`;
 }
 
-const keywords = (entries, indent) => entries.map(([name, value]) => `${indent}${name}=${python(value, indent)},\n`).join("");
+/** A seed above 2^53 travels as a string of digits; Python has whole numbers of any size. */
+const literal = (name, value, indent) => (name === "seed" && /^\d+$/.test(value) ? value : python(value, indent));
+const keywords = (entries, indent) => entries.map(([name, value]) => `${indent}${name}=${literal(name, value, indent)},\n`).join("");
 
 function curl({ origin, path, body, hasKey }) {
   const key = hasKey ? ' \\\n  -H "Authorization: Bearer $TRILITHON_API_KEY"' : "";
@@ -40,14 +42,17 @@ function openai({ origin, path, body, hasKey }) {
   if (Object.keys(extra).length) own.push(["extra_body", extra]);
   const key = hasKey ? 'os.environ["TRILITHON_API_KEY"]' : '"none"';
   const piece = chat ? 'chunk.choices[0].delta.content or ""' : "chunk.choices[0].text";
+  const read = body.stream
+    ? `for chunk in answer:
+    if chunk.choices:
+        print(${piece}, end="", flush=True)`
+    : `print(answer.choices[0].text)`;
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
 
 client = OpenAI(base_url="${origin}/v1", api_key=${key})
-stream = client.${chat ? "chat.completions" : "completions"}.create(
+answer = client.${chat ? "chat.completions" : "completions"}.create(
 ${keywords(own, "    ")})
-for chunk in stream:
-    if chunk.choices:
-        print(${piece}, end="", flush=True)
+${read}
 `;
 }
 

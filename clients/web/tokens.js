@@ -22,7 +22,6 @@ export function legend() {
 
 /** Spaces and line breaks made visible, for the popover and for labels. */
 export function visible(text) {
-  if (text === "") return "(part of a character)";
   return text.replaceAll(" ", "\u2423").replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5");
 }
 
@@ -59,7 +58,7 @@ function describe(token) {
   const head = h(
     "div",
     { class: "popover-head" },
-    h("code", {}, visible(token.text)),
+    h("code", {}, visible(token.token)),
     h("span", {}, token.logprob === null ? "first token, no probability" : `${percent(Math.exp(token.logprob))}`),
     h("span", { class: "faint" }, token.logprob === null ? "" : `ln ${token.logprob.toFixed(3)}`),
     h("span", { class: "faint" }, where),
@@ -81,9 +80,22 @@ function describe(token) {
 
 let numStrips = 0;
 
+/**
+ * Which part of a text each of its tokens shows. The text is what counts: a token that is no part of it (special, cut by
+ * a stop string, half a character, held back until the next one) shows nothing, and what is left over goes to the last.
+ */
+function share(text, tokens) {
+  let at = 0;
+  return tokens.map(({ token }, index) => {
+    const isLast = index === tokens.length - 1;
+    const piece = isLast ? text.slice(at) : text.startsWith(token, at) ? token : "";
+    at += piece.length;
+    return piece;
+  });
+}
+
 export class TokenStrip {
   #tokens = [];
-  #decoder = new TextDecoder();
   #active = -1;
   #id = `strip-${(numStrips += 1)}`;
 
@@ -109,38 +121,24 @@ export class TokenStrip {
     return { sum: known.reduce((sum, token) => sum + token.logprob, 0), count: known.length };
   }
 
-  /**
-   * Add tokens: {token, logprob, bytes|null, top: [{token, logprob}]}. `bytes` lets a character that spans several
-   * tokens appear once, whole, with its last one.
-   */
-  append(tokens) {
+  /** Add a piece of the answer's text with the tokens that made it: {token, logprob, top: [{token, logprob}]}. */
+  append(text, tokens) {
     const fragment = document.createDocumentFragment();
-    for (const token of tokens) {
-      const text = token.bytes ? this.#decoder.decode(new Uint8Array(token.bytes), { stream: true }) : token.token;
-      const index = this.#tokens.push({ ...token, text }) - 1;
+    const pieces = share(text, tokens);
+    for (const [offset, token] of tokens.entries()) {
+      const index = this.#tokens.push(token) - 1;
       const bin = token.logprob === null ? 0 : binOf(Math.exp(token.logprob));
-      const label = token.logprob === null ? visible(text) : `${visible(text)}, ${percent(Math.exp(token.logprob))}`;
+      const label = token.logprob === null ? visible(token.token) : `${visible(token.token)}, ${percent(Math.exp(token.logprob))}`;
       const span = h("span", { class: "t", role: "option", id: `${this.#id}-${index}`, "aria-label": label, "data-index": index });
       // A leading space stays uncoloured, so that words stand apart and no sliver of colour hangs at a line's end.
-      const [, space, rest] = /^( *)([^]*)$/.exec(text);
-      if (rest) span.append(space, h("span", { class: `ink p${bin}${rest.includes("\n") ? " nl" : ""}` }, rest));
-      else span.append(h("span", { class: `ink p${bin}` }, space));
+      const [, space, rest] = /^( *)([^]*)$/.exec(pieces[offset]);
+      const ink = `ink p${bin}`;
+      if (rest) span.append(space, h("span", { class: rest.includes("\n") ? `${ink} nl` : ink }, rest));
+      else span.append(h("span", { class: ink }, space));
       fragment.append(span);
     }
+    if (!tokens.length) fragment.append(text);
     this.element.append(fragment);
-  }
-
-  /**
-   * Make the strip agree with the whole text: tokens past its end (a stop string, an end token) were computed but are
-   * no part of the answer; text that came without tokens is shown uncoloured.
-   */
-  endAt(text) {
-    let start = 0;
-    for (const [index, token] of this.#tokens.entries()) {
-      this.element.children[index].classList.toggle("cut", start >= text.length && token.text !== "");
-      start += token.text.length;
-    }
-    if (start < text.length) this.element.append(text.slice(start));
   }
 
   #onPointer(event) {

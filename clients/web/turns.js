@@ -89,11 +89,11 @@ export class AnswerTurn {
     this.#frame = 0;
     const plain = [];
     for (const [text, tokens] of this.#queue) {
-      if (tokens === null) plain.push(text);
+      if (tokens === null && !this.#strip) plain.push(text);
       else {
         this.#useStrip();
         this.#plain.remove();
-        this.#strip.append(tokens);
+        this.#strip.append(text, tokens ?? []);
       }
     }
     this.#queue = [];
@@ -112,7 +112,6 @@ export class AnswerTurn {
   /** `facts` are short strings; `actions` are [label, what to do] pairs. */
   finish({ facts, actions }) {
     this.settle();
-    this.#strip?.endAt(this.text);
     const buttons = actions.map(([label, act]) => h("button", { type: "button", class: "quiet", onclick: act }, label));
     const copy = h("button", { type: "button", class: "quiet", onclick: () => copyText(this.text, copy) }, "Copy");
     this.#notes.replaceChildren(...facts.map((fact) => h("span", {}, fact)), ...(this.text ? [copy] : []), ...buttons);
