@@ -30,10 +30,12 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 @dataclass
 class Server:
-    """A running server: its origin, and a key where it wants one."""
+    """A running server: its origin, a key where it wants one, its gRPC port and its model's name."""
 
     origin: str
     key: str = ""
+    grpc_port: int = 8001
+    model: str = ""
 
     def get(self, path: str) -> str:
         """The text of a GET."""
@@ -84,7 +86,7 @@ def serve(model: Path, ports: tuple[int, int], log: Path, *flags: str, key: str 
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-    server = Server(f"http://127.0.0.1:{ports[0]}", key)
+    server = Server(f"http://127.0.0.1:{ports[0]}", key, grpc_port=ports[1], model=model.name)
 
     def ready() -> bool:
         if process.poll() is not None:
