@@ -54,6 +54,8 @@ class EngineClient:
         """Why the engine was lost or failed, for logs and the admin page; never for clients."""
         self.hello: wire.Hello | None = None
         self.stats: wire.Stats | None = None
+        self.steps = 0
+        """Steps that the present leader has reported."""
         self.queued_requests = 0
         self.queued_tokens = 0
         self.losses: dict[str, int] = {}
@@ -197,6 +199,7 @@ class EngineClient:
         if message.HasField("hello"):
             self.hello = message.hello
             self.cause = ""
+            self.steps = 0
             self._startup_seconds = sum(message.hello.startup_seconds.values())
             self.state = "draining" if self._draining else "ready"
             for listener in self.hello_listeners:
@@ -205,6 +208,7 @@ class EngineClient:
         step = message.step
         now = time.monotonic()
         self.last_progress_s = now
+        self.steps = step.step
         self.stats = step.stats
         self._steps.append((now, step.stats.step_tokens))
         self._step_tokens += step.stats.step_tokens

@@ -85,7 +85,7 @@ class Front:
         http: HttpListener | None = None
         try:
             http = await serve_http(app, config=self.config)
-            tasks = [_task(self._read_control(control_fd)), _task(self._report_alive())]
+            tasks = [_task(self._read_control(control_fd)), _task(self._report_alive()), _task(service.start())]
             server = self.config.server
             self._report(
                 event="listening", http=f"{server.host}:{server.http_port}", grpc=f"{server.host}:{server.grpc_port}"
@@ -101,6 +101,7 @@ class Front:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await service.stop()
 
     async def _finish_in_flight(self) -> None:
         """Refuse new work, let what is in flight go on up to the limit, then end it with its own reason."""

@@ -260,8 +260,9 @@ class EngineGroup:
             extra = {"engine": self.spec.name, "rank": rank, "phase": name, "seconds": round(seconds, 3)}
             _log.log(level, "startup_phase", extra=extra)
         elif kind == "memory":
-            fields = {name: value for name, value in event.items() if name not in ("event", "rank")}
-            _log.log(level, "memory", extra={"engine": self.spec.name, "rank": rank, **fields})
+            parts = {name: int(value) for name, value in event.items() if name not in ("event", "rank")}
+            extra = {"engine": self.spec.name, "rank": rank, "sum": memory_sum(parts), "bytes": parts}
+            _log.log(level, "memory", extra=extra)
         elif kind == "ready":
             if rank == 0:
                 self.state = "ready"
@@ -277,6 +278,22 @@ class EngineGroup:
 
 # Set by a surrounding torchrun or meant for the front alone: a rank must not see them.
 _NOT_FOR_RANKS = ("TORCHELASTIC_RUN_ID", "TRILITHON_API_KEYS", "GROUP_RANK", "ROLE_RANK")
+
+
+def memory_sum(parts: dict[str, int]) -> str:
+    """
+    A rank's memory as one readable sum.
+
+    >>> memory_sum({"weights": 3 << 20, "kv": 1 << 20, "available": 1 << 30})
+    'weights 3.0 MiB + kv 1.0 MiB = 4.0 MiB of 1.0 GiB'
+    """
+    used = {name: size for name, size in parts.items() if name != "available"}
+    terms = " + ".join(f"{name} {_readable(size)}" for name, size in used.items())
+    return f"{terms} = {_readable(sum(used.values()))} of {_readable(parts.get('available', 0))}"
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def free_port(host: str) -> int:

@@ -29,7 +29,7 @@ from typing import Any
 
 from trilithon_server.config import ServeConfig, write_config
 from trilithon_server.engine.children import Child, describe_exit
-from trilithon_server.engine.group import EXIT_INVALID, EngineGroup, Loss
+from trilithon_server.engine.group import EXIT_INVALID, STOPPED_S, EngineGroup, Loss
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.watch import ExternalEngine
 
@@ -251,10 +251,14 @@ class Supervisor:
             return
         code = front.exit_code()
         silent_s = now - self._front_heard_at
-        if code is None and silent_s <= (FRONT_SILENCE_S if self._front_listening else FRONT_START_S):
+        stopped = code is None and silent_s > 2 * STOPPED_S and front.stopped()
+        if code is None and not stopped and silent_s <= (FRONT_SILENCE_S if self._front_listening else FRONT_START_S):
             return
         front.wait(timeout_s=0.5)
-        cause = describe_exit(code) if code is not None else f"its loop has not answered for {silent_s:.0f} s"
+        if code is not None:
+            cause = describe_exit(code)
+        else:
+            cause = "stopped by a signal (state T)" if stopped else f"its loop has not answered for {silent_s:.0f} s"
         lines, fatal = tuple(front.tail), self._front_fatal
         front.close()
         self._front = None
