@@ -289,12 +289,12 @@ def _similar_lengths(members: list[int], lens: Sequence[int]) -> list[list[int]]
     if not members:
         return []
     ordered = sorted(members, key=lambda i: -lens[i])
-    groups: list[list[int]] = [[]]
-    longest, padding, real = lens[ordered[0]], 0, 0
-    for i in ordered:
+    groups = [[ordered[0]]]
+    longest, padding, real = lens[ordered[0]], 0, 0  # `real` counts the others' tokens, not the longest one's
+    for i in ordered[1:]:
         padding, real = padding + longest - lens[i], real + lens[i]
         if padding > max(real, PADDING_SLACK):
             groups.append([])
-            longest, padding, real = lens[i], 0, lens[i]
+            longest, padding, real = lens[i], 0, 0
         groups[-1].append(i)
     return [sorted(group) for group in groups]

@@ -173,7 +173,6 @@ class _Reader:
 
 
 def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
-    raw = reader.raw
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     reader.require("hidden_act", ("silu",), "silu")
     if architecture == "MistralForCausalLM":
@@ -191,7 +190,7 @@ def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
         "position": "rope", "rope_theta": theta, "rope_scaling": scaling,
         "qkv_bias": attention_bias or architecture == "Qwen2ForCausalLM", "out_bias": attention_bias,
         "mlp_bias": architecture == "LlamaForCausalLM" and reader.flag("mlp_bias", False),
-        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "tied_embeddings": reader.flag("tie_word_embeddings", False),
     }
 
 
@@ -277,8 +276,10 @@ def _pooling(model_dir: Path) -> dict[str, Any]:
 
 
 def _dtype(reader: _Reader) -> Any:
-    return reader.require("dtype" if reader.raw.get("dtype") else "torch_dtype", ("float32", "bfloat16", "float16"),
-                          "float32") if reader.raw.get("dtype") or reader.raw.get("torch_dtype") else "float32"
+    key = "dtype" if reader.raw.get("dtype") is not None else "torch_dtype"
+    if reader.raw.get(key) is None:
+        return "float32"
+    return reader.require(key, ("float32", "bfloat16", "float16"), "float32")
 
 
 def _optional_id(value: object) -> int | None:

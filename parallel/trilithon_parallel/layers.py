@@ -75,7 +75,7 @@ class RowParallelLinear(nn.Module):
         return residual_TO + y_TO
 
     def pack(self, make: Callable[[Tensor, Tensor | None], Product]) -> None:
-        """Serve from here on: the weight (and the bias, unless it must wait for the sum) moves into `make`'s product."""
+        """Serve from here on: the weight, and the bias where no sum comes between, move into `make`'s product."""
         is_alone = self.axis.size == 1
         self.product = make(self.weight.detach(), None if self.bias is None or not is_alone else self.bias.detach())
         release(self, keep=() if is_alone else ("bias",))
