@@ -24,10 +24,15 @@ MAX_PARTIAL_PREFILLS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Budgets of a step. `slots` is the number of plans that may be in flight, one per pipeline stage."""
+    """
+    Budgets of a step. `slots` is the number of plans that may be in flight, one per pipeline stage.
+
+    `max_gather_tokens` bounds the cached tokens that the decodes of one plan attend to, and so attention's memory.
+    """
 
     max_batch_tokens: int
     max_batch_sequences: int
+    max_gather_tokens: int = 1 << 62
     block_size: int = 16
     slots: int = 1
     prefix_cache: bool = True
@@ -135,11 +140,15 @@ class Scheduler:
         ]
         # Pipeline slots share the decodes evenly, so that the stages stay full.
         rows = min(self.limits.max_batch_sequences, math.ceil(len(ready) / self.limits.slots))
+        gathered = 0
         for sequence in ready:
             if len(batch.items) >= rows or batch.num_tokens >= self.limits.max_batch_tokens:
                 break
             if sequence.in_flight or not sequence.blocks:  # no blocks: an earlier turn of this loop preempted it
                 continue
+            gathered += len(sequence.tokens)
+            if gathered > self.limits.max_gather_tokens and batch.items:
+                break
             if self._reserve_decode(sequence, batch):
                 self._take(sequence, 1, batch)
                 batch.num_decodes += 1

@@ -48,7 +48,7 @@ class EngineSpec:
     pp: int = 1
     dtype: Dtype = "float32"
     device: str = "cpu"
-    backend: str = "auto"
+    backend: Literal["torch", "te", "auto"] = "auto"
     max_context: int = 0
     kv_cache_bytes: int | None = None
     memory_fraction: float = 0.5

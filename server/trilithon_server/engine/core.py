@@ -1,0 +1,391 @@
+"""
+The leader's mind: requests in, plans out, outputs in, results out. No sockets, no processes, no clock of its own.
+
+    submit -> waiting -> schedule -> StepPlan ->(ranks)-> StepOutput -> tokens, finish reasons -> Outbox
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from trilithon_server.engine.blocks import BlockPool
+from trilithon_server.engine.constraints import CompileError, ConstraintCompiler, Matcher
+from trilithon_server.engine.encoder_scheduler import EncoderScheduler
+from trilithon_server.engine.intake import Facts, Refusal, check
+from trilithon_server.engine.outbox import Outbox, wire_token
+from trilithon_server.engine.pace import Pace
+from trilithon_server.engine.plan import Kind, Score, StepOutput, StepPlan
+from trilithon_server.engine.prefix import root_key
+from trilithon_server.engine.request import Request, Sequence
+from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, Drawn
+from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
+from trilithon_server.engine.wire_pb2 import Error, Finish, Stats, Submit, Token
+
+LIMIT_MARGIN_S = 0.05  # a time limit ends an answer this much (or two steps) early, so that it still arrives in time
+ABORT_FINISH: dict[str, Finish.ValueType] = {"deadline": Finish.TIME_LIMIT, "shutdown": Finish.SHUTDOWN}
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A plan that has been handed out and not come back."""
+
+    batch: Batch
+    began_s: float
+    host_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Extra:
+    """What only the leader keeps of a request: its answers' matchers, prompt scores so far, its time limits."""
+
+    matchers: dict[int, Matcher] = field(default_factory=dict)
+    scores: list[Token] = field(default_factory=list)
+    queue_end_s: float | None = None
+    end_s: float | None = None
+
+
+class EngineCore:
+    """
+    Args:
+        facts: what the model and the cache allow.
+        limits: budgets of a step.
+        compiler: turns constraints into matchers, off the stepping thread.
+        check_blocks: verify the conservation law after every step (tests); when idle it is verified always.
+    """
+
+    def __init__(
+        self, facts: Facts, limits: Limits, *, compiler: ConstraintCompiler, check_blocks: bool = False
+    ) -> None:
+        self.facts = facts
+        self.outbox = Outbox()
+        self.pace = Pace(slots=limits.slots)
+        self.scheduler: Scheduler | EncoderScheduler = (
+            EncoderScheduler(limits) if facts.is_encoder else Scheduler(limits, BlockPool(facts.num_blocks))
+        )
+        self.draining = False
+        self._limits = limits
+        self._compiler = compiler
+        self._check_blocks = check_blocks
+        self._requests: dict[tuple[int, int], Request] = {}  # by (connection, handle)
+        self._extras: dict[int, _Extra] = {}  # by request id
+        self._compiling: list[tuple[Request, ConstraintCompiler.Job]] = []
+        self._flights: dict[int, _Flight] = {}
+        self._forgotten: list[int] = []
+        self._next_plan = 0
+        self._next_request = 0
+        self._next_sequence = 0
+        self._checked_idle = True
+
+    # Requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, connection: int, submit: Submit, now_s: float) -> None:
+        """Take a request in, or refuse it with a typed error in the outbox."""
+        num_sequences = max(1, submit.sampling.num_sequences)
+        key = (connection, submit.handle)
+        try:
+            if self.draining:
+                raise Refusal("engine_lost", "the engine is shutting down.")
+            if len(self._compiling) + len(self.scheduler.waiting) >= self.facts.max_queued_requests:
+                raise Refusal("queue_full", f"the engine holds {self.facts.max_queued_requests} waiting requests.")
+            check(submit, self.facts)
+        except Refusal as refusal:
+            error = Error(code=refusal.code, message=str(refusal))
+            self.outbox.refuse(connection, submit.handle, error, num_sequences=num_sequences)
+            return
+        root = root_key(model_digest=self.facts.model_digest, adapter_digest="", salt=submit.cache_salt)
+        request = Request(self._next_request, connection, submit, now_s, root=root)
+        prompt = list(submit.prompt)
+        for index in range(num_sequences):
+            request.sequences.append(Sequence(self._next_sequence + index, request, index, list(prompt)))
+        self._next_request += 1
+        self._next_sequence += num_sequences
+        extra = self._extras[request.id] = _Extra()
+        if submit.queue_timeout_ms:
+            extra.queue_end_s = now_s + submit.queue_timeout_ms * 1e-3
+        if submit.time_limit_ms:
+            extra.end_s = now_s + submit.time_limit_ms * 1e-3
+        self._requests[key] = request
+        self._checked_idle = False
+        if submit.sampling.HasField("constraint"):
+            self._compiling.append((request, self._compiler.start(submit.sampling.constraint)))
+        else:
+            self.scheduler.add(request)
+
+    def abort(self, connection: int, handle: int, index: int, cause: str, now_s: float) -> None:
+        """End a request (index -1) or one of its answers; unknown ones have ended already."""
+        request = self._requests.get((connection, handle))
+        if request is None:
+            return
+        finish = ABORT_FINISH.get(cause, Finish.CANCELLED)
+        for sequence in request.live:
+            if index in (-1, sequence.index):
+                self._finish(sequence, finish, now_s=now_s)
+
+    def disconnect(self, connection: int, now_s: float) -> None:
+        """A front is gone: so are its requests."""
+        for owner, handle in list(self._requests):
+            if owner == connection:
+                self.abort(owner, handle, -1, "disconnect", now_s)
+        self.outbox.drop(connection)
+
+    def shut_down(self, now_s: float) -> None:
+        """End everything with SHUTDOWN and take nothing more."""
+        self.draining = True
+        for owner, handle in list(self._requests):
+            self.abort(owner, handle, -1, "shutdown", now_s)
+
+    def expire(self, now_s: float) -> None:
+        """End what has waited or run too long; admit what has finished compiling."""
+        margin_s = max(LIMIT_MARGIN_S, 2 * self.pace.step_s)
+        for request in list(self._requests.values()):
+            extra = self._extras[request.id]
+            if extra.end_s is not None and now_s >= extra.end_s - margin_s:
+                for sequence in request.live:
+                    self._finish(sequence, Finish.TIME_LIMIT, now_s=now_s)
+            elif extra.queue_end_s is not None and request.started_s is None and now_s >= extra.queue_end_s:
+                waited_ms = round((now_s - request.arrival_s) * 1e3)
+                self._fail(request, "queue_timeout", f"the request waited {waited_ms} ms without starting.", now_s)
+        if self._compiling:
+            self._admit_compiled(now_s)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished or any plan is out."""
+        return bool(self._requests or self._flights)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans that are out."""
+        return len(self._flights)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Plans that may be out at once."""
+        return self._limits.slots
+
+    def on_compiled(self, wake_fd: int) -> None:
+        """Have a byte written to this descriptor whenever a constraint is compiled."""
+        self._compiler.wake(wake_fd)
+
+    def _admit_compiled(self, now_s: float) -> None:
+        still = []
+        for request, job in self._compiling:
+            if not request.live:
+                continue
+            if not job.done():
+                still.append((request, job))
+                continue
+            try:
+                matcher = job.result()
+            except CompileError as error:
+                self._fail(request, "invalid_constraint", str(error), now_s)
+                continue
+            matchers = self._extras[request.id].matchers
+            for sequence in request.live:
+                matchers[sequence.index] = matcher.copy()
+            self.scheduler.add(request)
+        self._compiling = still
+
+    # Plans ----------------------------------------------------------------------------------------------------
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next plan, or None when there is nothing to do before one comes back."""
+        if len(self._flights) >= self._limits.slots:
+            return None
+        began_s = time.perf_counter()
+        batch = self.scheduler.schedule(now_s)
+        if batch is None:
+            return None
+        plan = StepPlan(self._next_plan)
+        self._fill(plan, batch, now_s)
+        self._next_plan += 1
+        plan.deadline_s = self.pace.deadline_s(batch.num_tokens)
+        host_s = time.perf_counter() - began_s
+        self._flights[plan.number] = _Flight(batch, began_s, host_s)
+        return plan
+
+    def signal(self, kind: Kind) -> StepPlan:
+        """A plan without work: a sign of life, or the end."""
+        plan = StepPlan(self._next_plan, kind, forgotten=self._take_forgotten(), deadline_s=self.pace.deadline_s(0))
+        self._next_plan += 1
+        return plan
+
+    def _fill(self, plan: StepPlan, batch: Batch, now_s: float) -> None:
+        plan.copies = batch.copies
+        for request in batch.started:
+            self.outbox.started(request, now_s=now_s)
+            if request.submit.HasField("sampling"):
+                plan.registrations.append((request.sequences[0].id, request.submit))
+        for entry, item in enumerate(batch.items):
+            sequence = item.sequence
+            request = sequence.request
+            plan.tokens += sequence.tokens[item.start : item.start + item.length]
+            plan.starts.append(item.start)
+            plan.lengths.append(item.length)
+            plan.tables.append(sequence.blocks[: -(-(item.start + item.length) // self._limits.block_size)])
+            matchers = self._extras[request.id].matchers
+            for drawer in item.draws:
+                matcher = matchers.get(drawer.index)
+                mask = None if matcher is None else matcher.mask(may_end=bool(request.submit.sampling.end_token_ids))
+                plan.draws.append(Draw(entry, drawer.id, mask))
+            if item.score_to > item.score_from:
+                plan.scores.append(Score(entry, sequence.id, item.score_from, item.score_to))
+            if self.facts.is_encoder:
+                plan.types += list(request.submit.types) or [0] * item.length
+                plan.pools.append(request.submit.pooling)
+        plan.forgotten = self._take_forgotten()
+
+    def _take_forgotten(self) -> list[int]:
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
+
+    # Outputs --------------------------------------------------------------------------------------------------
+
+    def land(self, output: StepOutput, now_s: float) -> Stats | None:
+        """A plan has come back: hand out its tokens. Returns the step's statistics; None for a sign of life."""
+        flight = self._flights.pop(output.number, None)
+        if flight is None:
+            return None
+        began_s = time.perf_counter()
+        self.scheduler.complete(flight.batch)
+        drawn, scores = iter(output.drawn), iter(output.scores)
+        for entry, item in enumerate(flight.batch.items):
+            request = item.sequence.request
+            if item.score_to > item.score_from:
+                infos = next(scores)
+                if infos is None:
+                    self._fail(request, "numerical_failure", "the model's logits are not finite.", now_s)
+                else:
+                    self._extras_scores(request, [wire_token(info) for info in infos])
+            for sequence in item.draws:
+                self._take(sequence, next(drawn), now_s)
+            if self.facts.is_encoder:
+                self._take_vector(item.sequence, output.vectors[entry], now_s)
+            elif not item.draws and request.max_new_tokens == 0 and item.sequence.remaining == 0:
+                self._deliver_scores(item.sequence)
+                if not item.sequence.finished:
+                    self._finish(item.sequence, Finish.MAX_TOKENS, now_s=now_s)
+        if self._check_blocks:
+            self.scheduler.check()
+        ended_s = time.perf_counter()
+        local = self._limits.slots == 1
+        host_s = ended_s - flight.began_s - output.model_s if local else flight.host_s + ended_s - began_s
+        self.pace.landed(flight.batch.num_tokens, seconds=ended_s - flight.began_s, busy_s=output.busy_s, now_s=ended_s)
+        return self._stats(flight.batch, step_s=ended_s - flight.began_s, host_s=host_s)
+
+    def verify_idle(self) -> None:
+        """With no request left no block may be held. Cheap when called again without work between."""
+        if self._checked_idle or self.has_work:
+            return
+        self._checked_idle = True
+        self.scheduler.check()
+        if self.scheduler.pool.num_in_use:
+            raise RuntimeError(f"KV blocks leaked: {self.scheduler.pool.num_in_use} in use with no request left.")
+
+    def _take(self, sequence: Sequence, drawn: Drawn, now_s: float) -> None:
+        if sequence.finished:
+            return
+        request = sequence.request
+        if drawn.token == NUMERICAL_FAILURE:
+            self._fail(request, "numerical_failure", "the model's logits are not finite.", now_s)
+            return
+        if drawn.token == DEAD_END:
+            message = "the constraint and the other masks of this request forbid every token."
+            self._fail(request, "constraint_dead_end", message, now_s)
+            return
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        self._deliver_scores(sequence)
+        sequence.tokens.append(drawn.token)
+        self.outbox.token(sequence, drawn.token, drawn.info)
+        self._finish_if_due(sequence, drawn.token, now_s)
+
+    def _finish_if_due(self, sequence: Sequence, token: int, now_s: float) -> None:
+        sampling = sequence.request.submit.sampling
+        matcher = self._extras[sequence.request.id].matchers.get(sequence.index)
+        is_end = token in sampling.end_token_ids
+        is_stop = token in sampling.stop_token_ids
+        if matcher is not None and not matcher.accept(token) and not (is_end or is_stop):
+            message = f"the constraint cannot go on: {matcher.error() or 'token refused'}."
+            self._fail(sequence.request, "constraint_dead_end", message, now_s)
+            return
+        complete = matcher is not None and matcher.is_complete()
+        if is_end:
+            self._finish(sequence, Finish.EOS_TOKEN, now_s=now_s, matched=token, complete=complete)
+        elif is_stop:
+            self._finish(sequence, Finish.STOP_TOKEN, now_s=now_s, matched=token, complete=complete)
+        elif matcher is not None and matcher.is_exhausted():
+            self._finish(sequence, Finish.CONSTRAINT_END, now_s=now_s, complete=complete)
+        elif sequence.num_generated >= sampling.max_tokens:
+            self._finish(sequence, Finish.MAX_TOKENS, now_s=now_s, complete=complete)
+        elif len(sequence.tokens) >= self.facts.max_context:
+            self._finish(sequence, Finish.CONTEXT_LENGTH, now_s=now_s, complete=complete)
+
+    def _take_vector(self, sequence: Sequence, vector: list[float], now_s: float) -> None:
+        if sequence.finished:
+            return
+        sequence.request.first_token_s = now_s
+        if not all(-float("inf") < value < float("inf") for value in vector):
+            self._fail(sequence.request, "numerical_failure", "the model's output is not finite.", now_s)
+            return
+        self.outbox.delta(sequence).embedding.extend(vector)
+        self._finish(sequence, Finish.EOS_TOKEN, now_s=now_s)
+
+    def _extras_scores(self, request: Request, tokens: list[Token]) -> None:
+        extra = self._extras.get(request.id)
+        if extra is not None:
+            extra.scores += tokens
+
+    def _deliver_scores(self, sequence: Sequence) -> None:
+        extra = self._extras.get(sequence.request.id)
+        if extra is not None and extra.scores:
+            self.outbox.delta(sequence.request.sequences[0]).prompt_tokens.extend(extra.scores)
+            extra.scores = []
+
+    def _fail(self, request: Request, code: str, message: str, now_s: float) -> None:
+        for sequence in request.live:
+            self._finish(sequence, Finish.ERROR, now_s=now_s, error=Error(code=code, message=message))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        finish: Finish.ValueType,
+        *,
+        now_s: float,
+        matched: int = 0,
+        complete: bool = False,
+        error: Error | None = None,
+    ) -> None:
+        request = sequence.request
+        self.outbox.finish(sequence, finish, now_s=now_s, matched=matched, complete=complete, error=error)
+        self.scheduler.finish(sequence)
+        if request.started_s is not None:
+            self._forgotten.append(sequence.id)
+        if not request.live:
+            del self._requests[request.connection, request.submit.handle]
+            del self._extras[request.id]
+
+    def stats(self) -> Stats:
+        """Gauges and counters without a step."""
+        return self._stats(None, step_s=0.0, host_s=0.0)
+
+    def _stats(self, batch: Batch | None, *, step_s: float, host_s: float) -> Stats:
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        waiting = len(scheduler.waiting) + len(self._compiling)
+        return Stats(
+            running=len(scheduler.running),
+            waiting=waiting,
+            queue_tokens=sum(request.num_prompt for request in scheduler.waiting) if waiting else 0,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached,
+            blocks_in_use=pool.num_in_use,
+            prefix_queried_tokens=scheduler.queried_tokens,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            preemptions=scheduler.preemptions,
+            step_seconds=step_s,
+            step_host_seconds=host_s,
+            step_tokens=batch.num_tokens if batch else 0,
+            step_decodes=batch.num_decodes if batch else 0,
+            pipeline_bubble_ratio=self.pace.bubble_ratio,
+        )

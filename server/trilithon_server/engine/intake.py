@@ -1,0 +1,97 @@
+"""
+The engine's own check of a request: the front has validated it, but a bad message must not hurt the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trilithon_server.engine.request import Request, Sequence
+from trilithon_server.engine.wire_pb2 import Submit
+
+MAX_SEQUENCES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the loaded model and its cache allow."""
+
+    model_digest: str
+    vocab_size: int
+    max_context: int
+    is_encoder: bool
+    token_types: int = 0
+    num_blocks: int = 0
+    block_size: int = 16
+    max_queued_requests: int = 1024
+
+
+class Refusal(Exception):
+    """A request that can't be run: `code` as in the wire's Error."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def check(submit: Submit, facts: Facts) -> None:
+    """Raise Refusal for what this engine can never run."""
+    length = len(submit.prompt)
+    if not length:
+        raise Refusal("empty_prompt", "the prompt must not be empty. Given: 0 tokens.")
+    if max(submit.prompt) >= facts.vocab_size:
+        raise Refusal("token_id_range", f"prompt ids must be below {facts.vocab_size}. Given: {max(submit.prompt)}.")
+    if submit.HasField("sampling") == facts.is_encoder or submit.HasField("pooling") != facts.is_encoder:
+        wanted = "embeds texts" if facts.is_encoder else "generates text"
+        raise Refusal("unsupported_task", f"this engine {wanted}; the request asks for something else.")
+    if facts.is_encoder:
+        _check_encoder(submit, facts)
+    else:
+        _check_generation(submit, facts)
+
+
+def _check_encoder(submit: Submit, facts: Facts) -> None:
+    length = len(submit.prompt)
+    if length > facts.max_context:
+        raise Refusal("prompt_too_long", f"a text must have at most {facts.max_context} tokens. Given: {length}.")
+    if submit.types and len(submit.types) != length:
+        raise Refusal("invalid_value", f"types must be one a token. Given: {len(submit.types)} for {length} tokens.")
+    if submit.types and max(submit.types) >= max(1, facts.token_types):
+        raise Refusal("invalid_value", f"types must be below {facts.token_types}. Given: {max(submit.types)}.")
+
+
+def _check_generation(submit: Submit, facts: Facts) -> None:
+    sampling = submit.sampling
+    length, new = len(submit.prompt), sampling.max_tokens
+    if length + min(new, 1) > facts.max_context:
+        raise Refusal(
+            "context_length_exceeded",
+            f"prompt and answer must have at most {facts.max_context} tokens. Given: a prompt of {length}.",
+        )
+    if not 1 <= sampling.num_sequences <= MAX_SEQUENCES:
+        raise Refusal("invalid_value", f"sequences must be 1 to {MAX_SEQUENCES}. Given: {sampling.num_sequences}.")
+    shares = (sampling.top_p, sampling.typical_p, sampling.top_p_decay)
+    if not sampling.temperature >= 0 or not sampling.repetition_penalty > 0 or not all(0 < x <= 1 for x in shares):
+        message = "temperature, repetition_penalty, top_p, typical_p or top_p_decay is outside of its range."
+        raise Refusal("invalid_value", message)
+    named = [
+        *sampling.logit_bias,
+        *sampling.allowed_token_ids,
+        *sampling.end_token_ids,
+        *sampling.stop_token_ids,
+        *sampling.logprob_token_ids,
+        *(token for word in sampling.bad_words for token in word.ids),
+    ]
+    if named and max(named) >= facts.vocab_size:
+        raise Refusal("token_id_range", f"token ids must be below {facts.vocab_size}. Given: {max(named)}.")
+    if any(not word.ids for word in sampling.bad_words):
+        raise Refusal("invalid_value", "bad words must not be empty.")
+    probe = Request(0, 0, submit, 0.0)
+    probe.sequences = [Sequence(0, probe, index, []) for index in range(sampling.num_sequences)]
+    needed = probe.worst_case_blocks(block_size=facts.block_size, max_context=facts.max_context)
+    if needed > facts.num_blocks:
+        raise Refusal(
+            "kv_capacity_exceeded",
+            f"one request may hold at most {facts.num_blocks * facts.block_size} cache tokens on this server. "
+            f"Given: {needed * facts.block_size}.",
+        )

@@ -1,0 +1,164 @@
+"""One rank's part of a step: copy blocks, run the stage, hand on or sample. T = tokens, H = hidden, R = rows."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilithon_parallel.attention import BLOCK_SIZE, AttentionView, PackedView, PagedBatch, PagedKVCache, PagedView
+from trilithon_parallel.collectives import Pending, isend, recv
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.models import CausalStage, EncoderStage
+from trilithon_server.engine.logprobs import TokenInfo
+from trilithon_server.engine.plan import Score, StepOutput, StepPlan
+from trilithon_server.engine.sampler import Draw, Sampler
+from trilithon_server.engine.wire_pb2 import Pooling
+
+# Rows of logits made at once when a prompt is scored: bounds their memory (rows x vocabulary x 4 bytes).
+SCORE_ROWS = 32
+
+
+class Runner:
+    """
+    Executes plans on this rank's stage. The sampling rank also turns logits into tokens.
+
+    Args:
+        stage: loaded and prepared.
+        cache: this stage's KV cache; None for encoders.
+    """
+
+    def __init__(self, stage: CausalStage | EncoderStage, *, grid: Grid, cache: PagedKVCache | None) -> None:
+        self._stage = stage
+        self._grid = grid
+        self.cache = cache
+        self._samples = grid.is_last_stage and grid.tp.rank == 0
+        self._sampler = Sampler()
+        self._sent: deque[Pending] = deque()
+
+    def execute(self, plan: StepPlan) -> StepOutput | None:
+        """
+        Run a plan; the output on the sampling rank, None on the others.
+
+        Raises:
+            CollectiveError: a peer is gone.
+        """
+        began = time.perf_counter()
+        if self._samples:
+            for first_id, submit in plan.registrations:
+                self._sampler.register(first_id, submit)
+        output = StepOutput(plan.number)
+        waited = 0.0
+        if plan.tokens:
+            with torch.inference_mode():
+                waited = self._forward(plan, output)
+        if self._samples:
+            self._sampler.forget(plan.forgotten)
+        output.busy_s = time.perf_counter() - began - waited
+        return output if self._samples else None
+
+    def _forward(self, plan: StepPlan, output: StepOutput) -> float:
+        """The forward pass; returns the seconds spent waiting for the stage before."""
+        device = self._grid.device
+        positions = [np.arange(start, start + length) for start, length in zip(plan.starts, plan.lengths, strict=True)]
+        positions_T = torch.from_numpy(np.concatenate(positions)).to(device)
+        bounds = [0, *np.cumsum(plan.lengths).tolist()]
+        view = self._view(plan, bounds, positions_T)
+        waited = 0.0
+        if self._grid.is_first_stage:
+            x = torch.tensor(plan.tokens, dtype=torch.int64, device=device)
+        else:
+            x = torch.empty(len(plan.tokens), self._stage.config.hidden_size, dtype=self._stage.dtype, device=device)
+            began = time.perf_counter()
+            recv(x, self._grid.pp, src=self._grid.prev_rank, label=f"activations of plan {plan.number}")
+            waited = time.perf_counter() - began
+        began = time.perf_counter()
+        if isinstance(self._stage, EncoderStage):
+            types_T = torch.tensor(plan.types, dtype=torch.int64, device=device) if plan.types else None
+            hidden_TH = self._stage(x, positions_T=positions_T, view=view, types_T=types_T)
+        else:
+            hidden_TH = self._stage(x, positions_T=positions_T, view=view)
+        output.model_s = time.perf_counter() - began
+        if not self._grid.is_last_stage:
+            self._hand_on(hidden_TH, plan.number)
+        elif plan.pools:
+            output.vectors = pool(hidden_TH, bounds, plan.pools)
+        else:
+            self._sample(hidden_TH, bounds, plan, output)
+        return waited
+
+    def _view(self, plan: StepPlan, bounds: list[int], positions_T: Tensor) -> AttentionView:
+        if self.cache is None:
+            return PackedView(bounds, causal=False)
+        for source, target in plan.copies:
+            self.cache.copy_block(source, target)
+        if len(plan.tokens) == len(plan.starts):  # decodes alone
+            pairs = zip(plan.tables, plan.starts, strict=True)
+            slots_T = torch.tensor([table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for table, at in pairs])
+        else:
+            parts = [
+                np.array(table, dtype=np.int64)[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
+                for table, where in zip(plan.tables, np.split(positions_T.cpu().numpy(), bounds[1:-1]), strict=True)
+            ]
+            slots_T = torch.from_numpy(np.concatenate(parts))
+        return PagedView(self.cache, PagedBatch(bounds, plan.starts, plan.tables, slots_T))
+
+    def _hand_on(self, hidden_TH: Tensor, number: int) -> None:
+        label = f"activations of plan {number}"
+        self._sent.append(isend(hidden_TH, self._grid.pp, dst=self._grid.next_rank, label=label))
+        while len(self._sent) > self._grid.pp.size:
+            self._sent.popleft().wait()
+
+    def _sample(self, hidden_TH: Tensor, bounds: list[int], plan: StepPlan, output: StepOutput) -> None:
+        """Logits are made on every rank of the tp axis (they gather), tokens on its first."""
+        assert isinstance(self._stage, CausalStage)
+        for score in plan.scores:
+            infos = self._score(hidden_TH, bounds[score.entry] - plan.starts[score.entry], score)
+            output.scores.append(infos)
+        if not plan.draws:
+            return
+        entries = sorted({draw.row for draw in plan.draws})
+        if len(entries) == hidden_TH.shape[0]:
+            hidden_RH = hidden_TH
+        else:
+            last_R = torch.tensor([bounds[entry + 1] - 1 for entry in entries], device=hidden_TH.device)
+            hidden_RH = hidden_TH.index_select(0, last_R)
+        began = time.perf_counter()
+        logits_RV = self._stage.gather_logits(hidden_RH)
+        output.model_s += time.perf_counter() - began
+        if self._samples:
+            place = {entry: row for row, entry in enumerate(entries)}
+            draws = [Draw(place[draw.row], draw.sequence_id, draw.mask) for draw in plan.draws]
+            output.drawn = self._sampler.draw(logits_RV, draws)
+
+    def _score(self, hidden_TH: Tensor, offset: int, score: Score) -> list[TokenInfo] | None:
+        assert isinstance(self._stage, CausalStage)
+        infos: list[TokenInfo] = []
+        is_sound = True
+        for first in range(score.first, score.last, SCORE_ROWS):
+            last = min(first + SCORE_ROWS, score.last)
+            logits_RV = self._stage.gather_logits(hidden_TH[offset + first : offset + last])
+            if self._samples and is_sound:
+                part = self._sampler.score(logits_RV, score.sequence_id, first=first)
+                is_sound = part is not None
+                infos += part or []
+        return infos if is_sound else None
+
+
+def pool(hidden_TH: Tensor, bounds: list[int], pools: list[Pooling]) -> list[list[float]]:
+    """One vector a sequence, in fp32: the mean of its tokens, its first or its last one, normalised if asked."""
+    vectors = []
+    for start, stop, how in zip(bounds, bounds[1:], pools, strict=False):
+        part_SH = hidden_TH[start:stop].float()
+        if how.kind == Pooling.MEAN:
+            vector_H = part_SH.mean(0)
+        else:
+            vector_H = part_SH[0] if how.kind == Pooling.FIRST else part_SH[-1]
+        if how.normalize:
+            vector_H = F.normalize(vector_H, dim=-1)
+        vectors.append(vector_H.tolist())
+    return vectors

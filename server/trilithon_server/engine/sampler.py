@@ -1,0 +1,194 @@
+"""
+Logits in, tokens out. Runs on tensor-parallel rank 0 of the last stage. R = rows of logits, V = vocabulary.
+
+The order of operations is the serving contract's section 2. Each row is handled alone and its one random number is
+keyed by (seed, choice, position), so a token depends on no neighbour (E2, E5). Fast paths: a batch's argmax serves
+plain greedy rows; a drawn row sorts the head of its distribution only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trilithon_server.engine.logprobs import TokenInfo, sorted_head, token_info
+from trilithon_server.engine.philox import uniform
+from trilithon_server.engine.rules import Answer, FloatArray, IntArray, Rules
+from trilithon_server.engine.wire_pb2 import Submit
+
+NUMERICAL_FAILURE = -1
+DEAD_END = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Draw a token for an answer from a row of logits; `mask` is a constraint's bitmask (bit i = token i allowed)."""
+
+    row: int
+    sequence_id: int
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The token, or NUMERICAL_FAILURE or DEAD_END; and its log-probability if it was asked for."""
+
+    token: int
+    info: TokenInfo | None = None
+
+
+class Sampler:
+    """The answers under way and how to draw for them."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, Answer] = {}
+
+    def register(self, first_id: int, submit: Submit) -> None:
+        """A request has started: its answers are `first_id`, `first_id + 1`, ..., by choice."""
+        rules, prompt = Rules(submit.sampling), list(submit.prompt)
+        for choice in range(submit.sampling.num_sequences):
+            self._answers[first_id + choice] = Answer(rules, prompt, choice=choice)
+
+    def forget(self, sequence_ids: Iterable[int]) -> None:
+        """These answers are finished."""
+        for sequence_id in sequence_ids:
+            self._answers.pop(sequence_id, None)
+
+    def draw(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+        """One token for each draw; every answer takes its own in."""
+        maxima_R, argmaxima_R = logits_RV.max(dim=-1)  # NaN wins a maximum; ties go to the lowest id
+        maxima, argmaxima = maxima_R.tolist(), argmaxima_R.tolist()
+        logits_on_host: npt.NDArray[np.float32] | None = None
+        results = []
+        for draw in draws:
+            answer = self._answers[draw.sequence_id]
+            rules = answer.rules
+            if not np.isfinite(maxima[draw.row]):
+                results.append(Drawn(NUMERICAL_FAILURE))
+                continue
+            if rules.is_greedy and rules.logprobs < 0 and draw.mask is None and not answer.must_change():
+                drawn = Drawn(argmaxima[draw.row])
+            else:
+                if logits_on_host is None:
+                    logits_on_host = logits_RV.cpu().numpy()
+                drawn = draw_one(logits_on_host[draw.row], answer, mask=draw.mask)
+            if drawn.token >= 0:
+                answer.append(drawn.token)
+            results.append(drawn)
+        return results
+
+    def score(self, logits_RV: Tensor, sequence_id: int, *, first: int) -> list[TokenInfo] | None:
+        """
+        Log-probabilities of the prompt tokens that follow positions `first .. first + R`; None for broken logits.
+
+        Row r of the logits belongs to position `first + r` and scores the prompt's token at `first + r + 1`.
+        """
+        answer = self._answers[sequence_id]
+        if not bool(torch.isfinite(logits_RV.max(dim=-1).values).all()):
+            return None
+        rules = answer.rules
+        return [
+            token_info(x_V, answer.tokens[first + row + 1], top=rules.prompt_logprobs, extra=rules.extra_ids)
+            for row, x_V in enumerate(logits_RV.cpu().numpy())
+        ]
+
+
+def draw_one(raw_V: FloatArray, answer: Answer, *, mask: bytes | None = None) -> Drawn:
+    """
+    One token from one row of fp32 logits. Pure: neither `raw_V` nor the answer is changed.
+
+    Args:
+        raw_V: the model's logits.
+        answer: whose turn it is; its rules and its tokens so far.
+        mask: a constraint's bitmask, little-endian bits.
+    """
+    rules = answer.rules
+    x_V = raw_V
+    if answer.must_change() or mask is not None:
+        x_V = raw_V.copy()
+        answer.change(x_V)
+        if mask is not None:
+            allowed = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), count=x_V.size, bitorder="little")
+            x_V[allowed == 0] = -np.inf
+    maximum = x_V.max()
+    if maximum == -np.inf:
+        return Drawn(DEAD_END)
+    if rules.is_greedy:
+        token, survivors = int(x_V.argmax()), None
+    else:
+        x_V = (x_V - maximum) / rules.temperature
+        random = uniform(rules.seed, choice=answer.choice, position=len(answer.tokens))
+        token, survivors = _draw(x_V, answer, random)
+    if rules.logprobs < 0:
+        return Drawn(token)
+    if rules.after_processing and survivors is not None:
+        cut_V = np.full_like(x_V, -np.inf)
+        cut_V[survivors] = x_V[survivors]
+        x_V = cut_V
+    reported_V = x_V if rules.after_processing else raw_V
+    return Drawn(token, token_info(reported_V, token, top=rules.logprobs, extra=rules.extra_ids))
+
+
+def _draw(x_V: FloatArray, answer: Answer, random: float) -> tuple[int, IntArray | None]:
+    """A token of softmax(x_V) after truncation, and the tokens that survived it (None: all). x_V's maximum is 0."""
+    rules = answer.rules
+    weights_V = np.exp(x_V)
+    top_p = rules.top_p
+    if rules.top_p_decay < 1.0:
+        top_p = max(rules.top_p_floor, top_p * rules.top_p_decay**answer.since_reset)
+    ids: IntArray | None = None
+    if 0 < rules.top_k < x_V.size:
+        ids = sorted_head(x_V, maximum=0.0, count=rules.top_k)[: rules.top_k]
+    if rules.typical_p < 1.0:
+        if ids is None:
+            ids = sorted_head(x_V, maximum=0.0, count=x_V.size)
+        ids = _typical(ids, weights_V, rules.typical_p)
+    if top_p < 1.0:
+        if ids is None:
+            mass = top_p * float(weights_V.sum(dtype=np.float64))
+            ids = sorted_head(x_V, maximum=0.0, mass=mass, weights=weights_V)
+            sums = np.cumsum(weights_V[ids], dtype=np.float64)
+        else:
+            sums = np.cumsum(weights_V[ids], dtype=np.float64)
+            mass = top_p * float(sums[-1])
+        ids = ids[: int(np.searchsorted(sums, mass, side="left")) + 1]
+    if rules.min_p > 0.0:
+        if ids is None:
+            ids = sorted_head(x_V, maximum=0.0, count=int(np.count_nonzero(weights_V >= rules.min_p)))
+        kept = weights_V[ids] >= np.float32(rules.min_p) * weights_V[ids[0]]
+        kept[0] = True
+        ids = ids[kept]
+    truncated = ids
+    if ids is None:
+        total = float(weights_V.sum(dtype=np.float64))
+        # A little more than the draw needs, so that rounding can't leave it outside of the head.
+        ids = sorted_head(x_V, maximum=0.0, mass=min(total, random * total * (1 + 1e-9) + 1e-300), weights=weights_V)
+        sums = np.cumsum(weights_V[ids], dtype=np.float64)
+    else:
+        sums = np.cumsum(weights_V[ids], dtype=np.float64)
+        total = float(sums[-1])
+    place = int(np.searchsorted(sums, random * total, side="right"))
+    return int(ids[min(place, ids.size - 1)]), truncated
+
+
+def _typical(ids: IntArray, weights_V: FloatArray, typical_p: float) -> IntArray:
+    """
+    Keep the tokens whose surprise is nearest to the expected one, up to a mass of `typical_p`; order is kept.
+
+    Source: locally typical sampling (Meister et al., arXiv 2202.00666).
+    """
+    ids = ids[weights_V[ids] > 0]
+    weights = weights_V[ids].astype(np.float64)
+    probabilities = weights / weights.sum()
+    surprise = -np.log(probabilities)
+    entropy = float((probabilities * surprise).sum())
+    order = np.argsort(np.abs(surprise - entropy), kind="stable")
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), typical_p, side="left")) + 1
+    kept = np.zeros(ids.size, dtype=bool)
+    kept[order[:count]] = True
+    return ids[kept]

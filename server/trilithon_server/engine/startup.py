@@ -1,0 +1,292 @@
+"""
+From a spec to a rank that can step: load the weights, run the worst case, size the KV cache, refuse what can't fit.
+
+Every rank runs this in step with the others; the smallest cache decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from trilithon_parallel import backend as backends
+from trilithon_parallel.attention import PagedBatch, PagedKVCache, PagedView
+from trilithon_parallel.collectives import all_gather, all_reduce_max, barrier
+from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
+from trilithon_parallel.placement import local_sizes
+from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_parallel.weights.loader import load_stage
+from trilithon_server.engine import memory
+from trilithon_server.engine.constraints import ConstraintCompiler
+from trilithon_server.engine.core import EngineCore
+from trilithon_server.engine.intake import Facts
+from trilithon_server.engine.plan import StepPlan
+from trilithon_server.engine.runner import Runner
+from trilithon_server.engine.sampler import Draw
+from trilithon_server.engine.scheduler import Limits
+from trilithon_server.engine.spec import EngineSpec
+from trilithon_server.engine.wire_pb2 import Hello, Pooling, Sampling, Submit
+
+MIN_BLOCKS = 4
+MIN_GATHER_TOKENS = 131_072  # cached tokens that the decodes of one plan may attend to, at least
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+PhaseListener = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A rank that is ready to step."""
+
+    spec: EngineSpec
+    config: ModelConfig
+    grid: Grid
+    runner: Runner
+    max_context: int
+    num_blocks: int
+    memory: memory.MemorySum
+    model_digest: str
+    warmup_s: float
+    startup_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> Limits:
+        """Budgets of a step."""
+        spec = self.spec
+        return Limits(
+            max_batch_tokens=spec.max_batch_tokens,
+            max_batch_sequences=spec.max_batch_sequences,
+            max_gather_tokens=_gather_tokens(self.max_context),
+            block_size=spec.block_size,
+            slots=spec.pp,
+            prefix_cache=spec.prefix_cache,
+        )
+
+    def core(self, *, check_blocks: bool = False) -> EngineCore:
+        """The leader's mind for this engine."""
+        config, spec = self.config, self.spec
+        facts = Facts(
+            model_digest=self.model_digest,
+            vocab_size=config.vocab_size,
+            max_context=self.max_context,
+            is_encoder=not config.is_causal,
+            token_types=config.token_types,
+            num_blocks=self.num_blocks,
+            block_size=spec.block_size,
+            max_queued_requests=spec.max_queued_requests,
+        )
+        compiler = ConstraintCompiler(lambda: load_tokenizer(Path(spec.model_dir)))
+        core = EngineCore(facts, self.limits, compiler=compiler, check_blocks=check_blocks)
+        core.pace.warmed_up(spec.max_batch_tokens, seconds=self.warmup_s)
+        return core
+
+    def hello(self) -> Hello:
+        """What the front is told of this engine."""
+        spec, config = self.spec, self.config
+        return Hello(
+            model_digest=self.model_digest,
+            vocab_size=config.vocab_size,
+            max_context_tokens=self.max_context,
+            kv_capacity_tokens=self.num_blocks * spec.block_size,
+            block_size=spec.block_size,
+            max_batch_tokens=spec.max_batch_tokens,
+            max_batch_sequences=spec.max_batch_sequences,
+            tp=spec.tp,
+            pp=spec.pp,
+            dtype=spec.dtype,
+            device=spec.device,
+            encoder=not config.is_causal,
+            hidden_size=config.hidden_size,
+            startup_seconds=self.startup_seconds,
+            memory_bytes=self.memory.as_dict(),
+        )
+
+
+def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
+    """
+    Args:
+        grid: this rank's place; all ranks call at the same time.
+        on_phase: called with each phase's name and seconds as it ends.
+    Raises:
+        ModelError: the model is broken or unknown, the layout does not fit it, or the memory does not suffice.
+        CollectiveError: another rank is gone.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - began
+        on_phase(name, seconds[name])
+
+    torch.set_num_threads(spec.num_threads or _default_threads(grid))
+    with phase("weights"):
+        model_dir = Path(spec.model_dir)
+        config = load_config(model_dir)
+        max_context = _max_context(spec, config)
+        digest = spec.model_digest or model_digest(model_dir)
+        _agree(f"{spec.to_json()}|{config}|{digest}|{torch.__version__}", grid)
+        barrier(grid.world, label="start")
+        # Ranks of one host share what it has.
+        overhead = memory.used_bytes(grid.device)
+        available = memory.available_bytes(grid.device) // _local_ranks(grid) + overhead
+        barrier(grid.world, label="memory measured")
+        backend = backends.select(spec.backend, batch_invariant=spec.batch_invariant, device=grid.device)
+        stage = build_stage(config, grid=grid, backend=backend, dtype=_DTYPES[spec.dtype])
+        load_stage(stage, model_dir, config=config, grid=grid)
+        stage.eval().requires_grad_(False)
+        stage.prepare()
+        weights = max(0, memory.used_bytes(grid.device) - overhead)
+    with phase("warmup"):
+        memory.reset_peak(grid.device)
+        before = memory.used_bytes(grid.device)
+        warmup_s = warm_up(spec, config, stage, grid=grid, max_context=max_context)
+        activations = max(0, memory.peak_bytes(grid.device) - before)
+    with phase("kv"):
+        cache, kv = None, 0
+        num_blocks = 0
+        if config.is_causal:
+            per_block = PagedKVCache.bytes_per_block(config, grid, _DTYPES[spec.dtype])
+            kv = memory.kv_bytes(
+                weights=weights,
+                activations=activations,
+                overhead=overhead,
+                available=available,
+                asked=spec.kv_cache_bytes,
+                fraction=spec.memory_fraction,
+                bytes_per_block=per_block,
+                min_blocks=MIN_BLOCKS,
+                max_blocks=2 * spec.pp * spec.max_batch_sequences * -(-max_context // spec.block_size),
+            )
+            mine = torch.tensor([-(kv // per_block)], dtype=torch.int64)
+            num_blocks = -int(all_reduce_max(mine, grid.world, label="blocks").item())
+            kv = num_blocks * per_block
+            cache = PagedKVCache(config, grid, num_blocks=num_blocks, dtype=_DTYPES[spec.dtype])
+    return Loaded(
+        spec=spec,
+        config=config,
+        grid=grid,
+        runner=Runner(stage, grid=grid, cache=cache),
+        max_context=max_context,
+        num_blocks=num_blocks,
+        memory=memory.MemorySum(weights, activations, kv, overhead, available),
+        model_digest=digest,
+        warmup_s=warmup_s,
+        startup_seconds=seconds,
+    )
+
+
+def warm_up(
+    spec: EngineSpec, config: ModelConfig, stage: CausalStage | EncoderStage, *, grid: Grid, max_context: int
+) -> float:
+    """
+    The largest step that a plan can ask for, for its peak of memory; returns its seconds.
+
+    The cache is one block that stands for all: attention gathers as much from it as from a full one.
+    """
+    began = time.monotonic()
+    if isinstance(stage, EncoderStage):
+        length = min(max_context, spec.max_batch_tokens)
+        count = max(1, spec.max_batch_tokens // length)
+        plan = StepPlan(0, tokens=[0] * (length * count), starts=[0] * count, lengths=[length] * count)
+        plan.pools = [Pooling()] * count
+        Runner(stage, grid=grid, cache=None).execute(plan)
+        if max_context > spec.max_batch_tokens:  # one text beyond the budget runs alone
+            plan = StepPlan(1, tokens=[0] * max_context, starts=[0], lengths=[max_context], pools=[Pooling()])
+            Runner(stage, grid=grid, cache=None).execute(plan)
+        return time.monotonic() - began
+    cache = PagedKVCache(config, grid, num_blocks=1, dtype=_DTYPES[spec.dtype])
+    runner = Runner(stage, grid=grid, cache=cache)
+    length = min(max_context, spec.max_batch_tokens)
+    sampling = Sampling(num_sequences=1, repetition_penalty=1.0, top_p=1.0, typical_p=1.0, top_p_decay=1.0, logprobs=1)
+    plan = StepPlan(0, tokens=[0] * length, starts=[max_context - length], lengths=[length])
+    plan.tables = [[0] * -(-max_context // spec.block_size)]
+    plan.registrations = [(0, Submit(prompt=[0], sampling=sampling))]
+    plan.draws = [Draw(0, 0)]
+    runner.execute(plan)
+    step_s = time.monotonic() - began
+    with torch.inference_mode():
+        if grid.is_last_stage:
+            hidden_BH = torch.zeros(spec.max_batch_sequences, config.hidden_size, dtype=stage.dtype, device=grid.device)
+            stage.gather_logits(hidden_BH)
+        _probe_decode(spec, config, cache, grid=grid, max_context=max_context)
+    return step_s
+
+
+def _probe_decode(spec: EngineSpec, config: ModelConfig, cache: PagedKVCache, *, grid: Grid, max_context: int) -> None:
+    """One layer's attention of the decodes that gather the most."""
+    count = max(1, min(spec.max_batch_sequences, _gather_tokens(max_context) // max_context))
+    table = [0] * -(-max_context // spec.block_size)
+    slots_T = torch.zeros(count, dtype=torch.int64)
+    batch = PagedBatch(list(range(count + 1)), [max_context - 1] * count, [table] * count, slots_T)
+    sizes, dtype = local_sizes(config, grid.tp.size), _DTYPES[spec.dtype]
+    q_TAC = torch.zeros(count, sizes.heads, config.head_dim, dtype=dtype, device=grid.device)
+    k_TGC = torch.zeros(count, sizes.groups, config.head_dim, dtype=dtype, device=grid.device)
+    PagedView(cache, batch).attend(0, q_TAC, k_TGC, k_TGC)
+
+
+def model_digest(model_dir: Path) -> str:
+    """
+    Identity of a model directory's weights and tokenizer: names, sizes and the safetensors headers and samples.
+
+    Reads at most 64 KiB at the start, the middle and the end of each file, so it takes milliseconds at any size.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.iterdir()):
+        if path.is_file() and path.suffix in (".safetensors", ".json", ".model"):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size};".encode())
+            with path.open("rb") as file:
+                for offset in sorted({0, max(0, size // 2), max(0, size - 65536)}):
+                    file.seek(offset)
+                    digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def _gather_tokens(max_context: int) -> int:
+    return max(max_context, MIN_GATHER_TOKENS)
+
+
+def _max_context(spec: EngineSpec, config: ModelConfig) -> int:
+    if spec.max_context > config.max_context:
+        raise ModelError(
+            f"engine {spec.name} `max_context` must be at most {config.max_context}, the model's window. "
+            f"Given: {spec.max_context}.",
+            code="max_context_invalid",
+            hint=f"Lower it to {config.max_context} or leave it out.",
+        )
+    return spec.max_context or config.max_context
+
+
+def _default_threads(grid: Grid) -> int:
+    """The cores that this process may use, shared among the host's ranks; one is left to the front where many are."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, (cores - (cores > 2)) // _local_ranks(grid))
+
+
+def _local_ranks(grid: Grid) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", grid.world_size))
+
+
+def _agree(text: str, grid: Grid) -> None:
+    """All ranks were told the same and found the same model, or none of them starts."""
+    mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    digests = all_gather(torch.tensor([mine], dtype=torch.int64), grid.world, dim=0, label="agree").tolist()
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise ModelError(
+            f"all ranks must have the same spec, model directory and torch version. Given: ranks {odd} differ from "
+            "rank 0.",
+            code="ranks_differ",
+            hint="Copy the model directory and the environment to every host.",
+        )
