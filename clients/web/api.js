@@ -16,7 +16,7 @@ export class ApiError extends Error {
 function errorFromBody(body, { status, requestId, retryAfter }) {
   const error = body?.error ?? {};
   return new ApiError({
-    message: error.message ?? `The server answered with status ${status}.`,
+    message: error.message ?? body?.reason ?? `The server answered with status ${status}.`,
     code: error.code ?? `http_${status}`,
     status,
     requestId: error.request_id ?? requestId,

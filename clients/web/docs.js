@@ -5,6 +5,16 @@ import { byId, h } from "./dom.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 
+/** Where an operation without a tag belongs, and the order of the groups. */
+const FAMILIES = [
+  ["OpenAI", /^\/v1\/(chat|completions|embeddings|models)/],
+  ["Trilithon", /^\/v1\//],
+  ["Megatron-LM", /^\/api$/],
+  ["Administration", /^\/admin\//],
+  ["Health", /^\/(livez|readyz|startupz|health|metrics)$/],
+  ["Pages", /^/],
+];
+
 const slug = (method, path) => `${method}${path.replaceAll(/[^a-z0-9]+/gi, "-")}`.replace(/-$/, "");
 
 /** `code` in backquotes becomes an element; everything else stays text. */
@@ -31,18 +41,29 @@ class Schemas {
   type(schema) {
     const name = schema?.$ref?.split("/").at(-1);
     const target = this.resolve(schema);
-    if (target.enum) return target.enum.map((value) => JSON.stringify(value)).join(" | ");
+    if (target.enum) return target.enum.filter((value) => value !== null).map((value) => JSON.stringify(value)).join(" | ");
     if (target.const !== undefined) return JSON.stringify(target.const);
     const parts = target.anyOf ?? target.oneOf;
-    if (parts) return [...new Set(parts.map((part) => this.type(part)).filter(Boolean))].join(" or ");
+    if (parts) return name ?? [...new Set(parts.map((part) => this.type(part)).filter(Boolean))].join(" or ");
     if (target.type === "array") return `array of ${this.type(target.items ?? {})}`;
     if (name && target.type === "object") return name;
     return [target.type ?? "any"].flat().filter((type) => type !== "null").join(" or ");
   }
 
+  get named() {
+    return Object.entries(this.document.components?.schemas ?? {}).filter(([, schema]) => schema.properties);
+  }
+
+  /** A type's text with links to the shapes that it names. */
+  linked(text) {
+    const names = new Set(this.named.map(([name]) => name));
+    return text.split(/\b/).map((word) => (names.has(word) ? h("a", { href: `#shape-${word}` }, word) : word));
+  }
+
   /** Bounds as an interval or a length, or "". */
   bounds(schema) {
-    const parts = [schema, ...(schema.anyOf ?? [])].map((part) => this.resolve(part));
+    const flatten = (part) => [this.resolve(part), ...(this.resolve(part).anyOf ?? []).flatMap(flatten)];
+    const parts = flatten(schema);
     const find = (key) => parts.find((part) => part[key] !== undefined)?.[key];
     const [low, above, high, below] = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(find);
     if (low !== undefined || above !== undefined || high !== undefined || below !== undefined) {
@@ -67,7 +88,7 @@ function fieldTable(schemas, schema, caption) {
       "tr",
       {},
       h("th", { scope: "row" }, h("code", {}, name), required.has(name) ? h("span", { class: "required" }, "required") : null),
-      h("td", { class: "type" }, schemas.type(property)),
+      h("td", { class: "type" }, ...schemas.linked(schemas.type(property))),
       h("td", {}, ...prose(property.description ?? described.description ?? ""), h("span", { class: "limits" }, facts.filter(Boolean).join(", "))),
     );
   });
@@ -100,9 +121,6 @@ function operation(schemas, method, path, spec) {
         "Parameters",
       )
     : null;
-  const responses = Object.entries(spec.responses ?? {}).map(([status, response]) =>
-    h("tr", {}, h("th", { scope: "row" }, h("code", {}, status)), h("td", {}, ...prose(schemas.resolve(response).description ?? ""))),
-  );
   return h(
     "section",
     { class: "operation", id: slug(method, path), "aria-labelledby": `${slug(method, path)}-title` },
@@ -115,19 +133,60 @@ function operation(schemas, method, path, spec) {
     ...paragraphs(spec.description),
     parameterTable,
     ...bodyTables(schemas, spec.requestBody && schemas.resolve(spec.requestBody).content),
-    responses.length ? h("table", { class: "fields responses" }, h("caption", {}, "Answers"), h("tbody", {}, ...responses)) : null,
+    answers(schemas, spec.responses ?? {}),
   );
+}
+
+/** One line per answer, and all errors of the common shape on one. */
+function answers(schemas, responses) {
+  const isError = ([status]) => Number(status) >= 400;
+  const lines = Object.entries(responses).filter((entry) => !isError(entry)).map(([status, response]) => {
+    const types = Object.entries(schemas.resolve(response).content ?? {}).map(([media, { schema }]) =>
+      h("span", { class: "answer" }, ...schemas.linked(schemas.type(schema)), h("span", { class: "limits" }, media)),
+    );
+    return h("tr", {}, h("th", { scope: "row" }, h("code", {}, status)), h("td", {}, ...types));
+  });
+  const errors = Object.entries(responses).filter(isError);
+  if (errors.length) {
+    const marks = errors.map(([status, response]) => h("code", { title: schemas.resolve(response).description ?? "" }, status));
+    lines.push(h("tr", {}, h("th", { scope: "row" }, "errors"), h("td", { class: "statuses" }, ...marks, ...schemas.linked("Error"))));
+  }
+  return h("table", { class: "fields responses" }, h("caption", {}, "Answers"), h("tbody", {}, ...lines));
+}
+
+/** What each error status means, once for all operations. */
+function errorSection(schemas, document) {
+  const meanings = new Map();
+  for (const item of Object.values(document.paths ?? {})) {
+    for (const spec of Object.values(item)) {
+      for (const [status, response] of Object.entries(spec.responses ?? {})) {
+        if (Number(status) >= 400) meanings.set(status, schemas.resolve(response).description ?? "");
+      }
+    }
+  }
+  const rows = [...meanings].sort().map(([status, meaning]) =>
+    h("tr", {}, h("th", { scope: "row" }, h("code", {}, status)), h("td", {}, ...prose(meaning))),
+  );
+  return h("section", { class: "tag", id: "errors" }, h("h2", {}, "Errors"), h("table", { class: "fields responses" }, h("tbody", {}, ...rows)));
+}
+
+function shapeSection(schemas) {
+  const requests = /Request$/;
+  const shapes = schemas.named.filter(([name]) => !requests.test(name)).map(([name, schema]) =>
+    h("section", { class: "operation shape", id: `shape-${name}` }, h("h3", {}, h("code", {}, name)), ...paragraphs(schema.description), fieldTable(schemas, schema, "Fields")),
+  );
+  return h("section", { class: "tag" }, h("h2", {}, "Shapes"), ...shapes);
 }
 
 /** Tag -> [{method, path, spec}], in the order of the document. */
 function byTag(document) {
-  const groups = new Map((document.tags ?? []).map(({ name }) => [name, []]));
+  const names = [...(document.tags ?? []).map(({ name }) => name), ...FAMILIES.map(([name]) => name)];
+  const groups = new Map(names.map((name) => [name, []]));
   for (const [path, item] of Object.entries(document.paths ?? {})) {
     for (const method of METHODS) {
       if (!item[method]) continue;
       const spec = { ...item[method], parameters: [...(item.parameters ?? []), ...(item[method].parameters ?? [])] };
-      const tag = spec.tags?.[0] ?? "other";
-      if (!groups.has(tag)) groups.set(tag, []);
+      const tag = spec.tags?.[0] ?? FAMILIES.find(([, pattern]) => pattern.test(path))[0];
       groups.get(tag).push({ method, path, spec });
     }
   }
@@ -142,6 +201,7 @@ function render(document) {
     const about = document.tags?.find(({ name }) => name === tag)?.description;
     return h("section", { class: "tag" }, h("h2", {}, tag), ...paragraphs(about), ...operations.map(({ method, path, spec }) => operation(schemas, method, path, spec)));
   });
+  sections.push(errorSection(schemas, document), shapeSection(schemas));
   byId("reference").replaceChildren(title, ...paragraphs(document.info?.description), ...sections);
   byId("contents").replaceChildren(
     ...[...groups].map(([tag, operations]) =>

@@ -71,7 +71,7 @@ export class Vitals {
     try {
       await this.#api.json("/readyz");
     } catch (error) {
-      [state, text] = error.status === 503 ? ["wait", "not ready"] : ["down", "unreachable"];
+      [state, text] = error.status === 503 ? ["wait", error.message] : ["down", "unreachable"];
     }
     byId("ready").dataset.state = state;
     // A status region speaks when its text changes, so it is only touched then.

@@ -92,7 +92,7 @@ def serve(model: Path, ports: tuple[int, int], log: Path, *flags: str, key: str 
         if process.poll() is not None:
             pytest.fail(f"the server exited with code {process.returncode}:\n{log.read_text()[-4000:]}", pytrace=False)
         try:
-            return "ready" in server.get("/readyz")
+            return bool(server.get("/readyz"))
         except (urllib.error.URLError, OSError):
             return False
 
