@@ -88,7 +88,7 @@ class GenerationOptions(CallOptions, total=False):
     truncate_prompt_tokens: keep only the last so many tokens of the prompt; 0 never truncates [0].
     logprobs, prompt_logprobs: chosen tokens and this many likeliest ones, 0 to 20 [none].
     logprob_token_ids: report these too, at every position.
-    logprobs_after_processing: log-probabilities after penalties, masks and temperature [False].
+    after_processing: log-probabilities after penalties, masks and temperature [False].
     stream_interval: tokens per event, 1 to 64 [1].
     beam_width, length_penalty, early_stopping: beam search; a server without it refuses them.
     constraint: a `Constraint`.
@@ -132,7 +132,7 @@ class GenerationOptions(CallOptions, total=False):
     logprobs: int
     prompt_logprobs: int
     logprob_token_ids: Sequence[int]
-    logprobs_after_processing: bool
+    after_processing: bool
     stream_interval: int
     beam_width: int
     length_penalty: float
@@ -200,7 +200,7 @@ PROTO_FIELDS: Mapping[str, str] = {
     "logprobs": "output.logprobs",
     "prompt_logprobs": "output.prompt_logprobs",
     "logprob_token_ids": "output.logprob_token_ids",
-    "logprobs_after_processing": "output.after_processing",
+    "after_processing": "output.after_processing",
     "return_token_ids": "output.token_ids",
     "return_offsets": "output.offsets",
     "echo": "output.echo",

@@ -95,6 +95,9 @@ class Stream(_Progress):
                 delta = self._take(event)
                 if delta is not None:
                     return delta
+            if self.finished is not None and not self._closed:
+                # The server ends the stream now: hearing it leaves the connection whole for the next request.
+                next(self._iterator, None)
         except AttemptFailed as failed:
             self.close()
             raise self._named(failed.error) from None
@@ -158,6 +161,9 @@ class AsyncStream(_Progress):
                 delta = self._take(event)
                 if delta is not None:
                     return delta
+            if self.finished is not None and not self._closed:
+                # The server ends the stream now: hearing it leaves the connection whole for the next request.
+                await anext(self._iterator, None)
         except AttemptFailed as failed:
             await self.aclose()
             raise self._named(failed.error) from None

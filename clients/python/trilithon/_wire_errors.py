@@ -13,6 +13,7 @@ from trilithon.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     Internal,
+    NotFound,
     Overloaded,
     ProtocolError,
     RateLimited,
@@ -125,6 +126,8 @@ def _class_without_status(code: str, described: Mapping[str, Any]) -> type[Trili
             return error
     if code in _UNAVAILABLE_CODES:
         return Unavailable
+    if code.endswith("_not_found"):
+        return NotFound
     if code == "queue_timeout":
         return DeadlineExceeded
     shared = {known: _BY_GRPC[grpc] for (_, known), grpc in _SHARED_STATUS.items()}

@@ -1,0 +1,165 @@
+"""The pieces between values and bytes: parameters to messages, events from bytes, values from JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import descriptor_pool
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trilithon._decode import decode
+from trilithon._messages import generate_request, message_fields
+from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
+from trilithon._sse import SSEDecoder
+from trilithon._types import Completion, Model
+from trilithon.api.v1 import admin_pb2, common_pb2, embed_pb2, generation_pb2, models_pb2, tokenize_pb2
+from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
+
+GOLDEN = Path(__file__).with_name("api_v1.txt")
+
+VALUES: dict[str, Any] = {
+    "logit_bias": {5: -1.0},
+    "metadata": {"a": "b"},
+    "constraint": {"json_schema": {"type": "object"}},
+    "early_stopping": "first",
+    "stop": ["a", "b"],
+    "bad_words": ["x"],
+    "skip_special_tokens": False,
+    "speculation": False,
+}
+
+
+_EXAMPLES = {"int": 3, "float": 0.5, "bool": True, "str": "s"}
+
+
+def _value(name: str) -> Any:
+    if name in VALUES:
+        return VALUES[name]
+    annotation = str(GenerationOptions.__annotations__.get(name, "int"))
+    if "Sequence" in annotation:
+        return [3, 4]
+    return next(value for kind, value in _EXAMPLES.items() if kind in annotation)
+
+
+@pytest.mark.parametrize("name", PROTO_FIELDS)
+def test_each_parameter_reaches_its_field(name: str) -> None:
+    """A flat parameter lands in the field that the table names, and in no other."""
+    message = generate_request({name: _value(name)})
+
+    fields = message_fields(message)
+    *groups, leaf = PROTO_FIELDS[name].split(".")
+    for group in groups:
+        assert list(fields) == [group]
+        fields = fields[group]
+    assert list(fields) == [leaf]
+
+
+def test_tables_of_client_and_server_agree() -> None:
+    """What the client may send is what the server reads, by the same names into the same fields."""
+    server = {name: rule.proto for name, rule in BY_NAME.items()} | {
+        name: entry[0] for name, entry in UNSUPPORTED.items()
+    }
+
+    assert dict(PROTO_FIELDS) == {**server, "model": "meta.model"}
+    elsewhere = {"timeout", "request_id", "tools", "add_generation_prompt", "continue_final_message"}
+    typed = set(ChatOptions.__annotations__) | set(GenerationOptions.__annotations__) | {"model", "n"}
+    assert typed - elsewhere == set(PROTO_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("given_", "expected"),
+    [
+        ({"top_p_reset_token_ids": []}, {"factual": {"no_reset": True}}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"temperature": 0}, {"temperature": 0.0}),
+    ],
+    ids=["no-reset", "top-k-off", "explicit-zero"],
+)
+def test_zero_is_told_from_unset(given_: dict[str, Any], expected: dict[str, Any]) -> None:
+    """An explicit zero travels; what is left out does not."""
+    assert message_fields(generate_request(given_).sampling) == expected
+
+
+def test_wire_only_grows() -> None:
+    """
+    No field, number, type or method of the published contract changes or goes. Seen to fail with one field renumbered.
+
+    New ones are added to the golden file by hand: run this test and append what it prints.
+    """
+    golden = GOLDEN.read_text("ascii").splitlines()
+    now = _described()
+
+    missing = [line for line in golden if line not in now]
+    new = [line for line in now if line not in golden]
+    assert missing == []
+    assert new == [], "append to api_v1.txt:\n" + "\n".join(new)
+
+
+def _described() -> list[str]:
+    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, models_pb2, admin_pb2)
+    lines = []
+    for module in modules:
+        file: Any = descriptor_pool.Default().FindFileByName(module.DESCRIPTOR.name)
+        for message in file.message_types_by_name.values():
+            lines += _message(message)
+        for enum in file.enum_types_by_name.values():
+            lines += [f"{enum.full_name}.{value.name} = {value.number}" for value in enum.values]
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                streams = "stream " if method.server_streaming else ""
+                lines.append(
+                    f"{method.full_name}({method.input_type.full_name}) {streams}{method.output_type.full_name}"
+                )
+    return lines
+
+
+def _message(message: Any) -> list[str]:
+    lines = [
+        f"{field.full_name} = {field.number} type {field.type}{' optional' if field.has_presence else ''}"
+        for field in message.fields
+    ]
+    for nested in message.nested_types:
+        lines += _message(nested)
+    for enum in message.enum_types:
+        lines += [f"{enum.full_name}.{value.name} = {value.number}" for value in enum.values]
+    return lines
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "delta"]), st.text(max_size=20))), st.data())
+def test_events_survive_any_split(events: list[tuple[str, str]], data: st.DataObject) -> None:
+    """Wherever the network cuts the bytes, the same events come out. Seen to fail with `str.splitlines`."""
+    ends = data.draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    lines = []
+    for name, text in events:
+        lines += [f"event: {name}"] if name else []
+        lines += [f"data: {json.dumps(text, ensure_ascii=False)}", ": ping", ""]
+    raw = "".join(line + ends for line in lines).encode("utf-8", "surrogatepass")
+    raw = raw.decode("utf-8", "replace").encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
+    decoder = SSEDecoder()
+
+    found = []
+    for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True):
+        found += decoder.feed(raw[start:end])
+    found += decoder.feed(b"\n")  # a final CR may have waited for its LF
+
+    assert [(name, json.loads(text)) for name, text in found] == [
+        (name, text.encode("utf-8", "replace").decode()) for name, text in events
+    ]
+
+
+def test_unknown_news_is_kept() -> None:
+    """A newer server's finish reasons, states and fields arrive; nothing crashes."""
+    answer = decode(Completion, {"choices": [{"finish_reason": "moon_phase", "aura": 3}], "mood": "good"})
+    model = decode(Model, {"id": "m", "state": "dreaming"})
+    future = message_fields(generation_pb2.Choice(finish_reason=99))  # type: ignore[arg-type]  # from the future
+
+    assert answer.finish_reason == "moon_phase"
+    assert answer.choices[0].extra == {"aura": 3}
+    assert answer.extra == {"mood": "good"}
+    assert model.state == "dreaming"
+    assert future == {"finish_reason": "99"}
