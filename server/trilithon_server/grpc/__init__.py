@@ -1,0 +1,1 @@
+"""The gRPC front: thin adapters from protobuf to the service, and back."""
