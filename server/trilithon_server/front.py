@@ -28,8 +28,8 @@ from trilithon_server import logs
 from trilithon_server.config import EngineConfig, ServeConfig, read_config
 from trilithon_server.engine.beats import BeatReader, beats_path
 from trilithon_server.engine_client import EngineClient
-from trilithon_server.listeners import HttpListener, ListenError, serve_http
-from trilithon_server.metrics import Metrics
+from trilithon_server.listeners import HttpListener, ListenError, serve_http, serve_metrics
+from trilithon_server.metrics import CONTENT_TYPE, Metrics
 from trilithon_server.served import ServedModel
 
 ALIVE_INTERVAL_S = 1.0
@@ -82,9 +82,11 @@ class Front:
         rpc = await build_server(service, config=self.config)
         await rpc.start()
         tasks: list[asyncio.Task[None]] = []
-        http: HttpListener | None = None
+        listeners: list[HttpListener] = []
         try:
-            http = await serve_http(app, config=self.config)
+            listeners.append(await serve_http(app, config=self.config))
+            scrapes = await serve_metrics(metrics.render, content_type=CONTENT_TYPE, config=self.config)
+            listeners += [scrapes] if scrapes is not None else []
             tasks = [_task(self._read_control(control_fd)), _task(self._report_alive()), _task(service.start())]
             server = self.config.server
             self._report(
@@ -95,8 +97,8 @@ class Front:
             self._report(event="drained")
         finally:
             await asyncio.gather(*(client.stop() for client in self.clients.values()))
-            if http is not None:
-                await http.stop(grace_s=FLUSH_S)
+            for listener in listeners:
+                await listener.stop(grace_s=FLUSH_S)
             await rpc.stop(FLUSH_S)
             for task in tasks:
                 task.cancel()

@@ -1,4 +1,4 @@
-"""The HTTP listeners: uvicorn, run by us inside the front's loop, with our limits and TLS that reloads itself."""
+"""The HTTP listeners: uvicorn, run inside the front's loop, with our limits and TLS that reloads itself."""
 
 from __future__ import annotations
 
@@ -71,9 +71,37 @@ async def serve_http(app: Asgi, *, config: ServeConfig) -> HttpListener:
         ListenError: an address is taken or not ours.
     """
     server = config.server
-    sockets = [bind_tcp(server.host, server.http_port)]
+    sockets = [bind_tcp(server.host, server.http_port, field="http_port")]
     if server.uds is not None:
         sockets.append(bind_unix(Path(server.uds)))
+    return await _serve(app, sockets, config)
+
+
+async def serve_metrics(render: Callable[[], bytes], *, content_type: str, config: ServeConfig) -> HttpListener | None:
+    """
+    Serve `/metrics` alone, without a key, on `server.metrics_port`; None when that is unset.
+
+    Args:
+        render: makes the text of a scrape.
+        content_type: of that text.
+    Raises:
+        ListenError: the address is taken or not ours.
+    """
+    server = config.server
+    if server.metrics_port is None:
+        return None
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found = scope["method"] == "GET" and scope["path"] == "/metrics"
+        headers = [(b"content-type", content_type.encode() if found else b"text/plain")]
+        await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+        await send({"type": "http.response.body", "body": render() if found else b"only GET /metrics is here\n"})
+
+    return await _serve(app, [bind_tcp(server.host, server.metrics_port, field="metrics_port")], config)
+
+
+async def _serve(app: Asgi, sockets: list[socket.socket], config: ServeConfig) -> HttpListener:
+    server = config.server
     runner = _Server(_uvicorn_config(app, server, config.limits))
     listener = HttpListener(runner, sockets)
     await listener.started()
@@ -82,7 +110,7 @@ async def serve_http(app: Asgi, *, config: ServeConfig) -> HttpListener:
     return listener
 
 
-def bind_tcp(host: str, port: int) -> socket.socket:
+def bind_tcp(host: str, port: int, *, field: str) -> socket.socket:
     """A listening TCP socket; ListenError when the address is taken or not this machine's."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
@@ -98,7 +126,7 @@ def bind_tcp(host: str, port: int) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        message = f"server.http_port must be free. Given: {port} on {host} ({error.strerror}). Choose another port."
+        message = f"server.{field} must be free. Given: {port} on {host} ({error.strerror}). Choose another port."
         raise ListenError(message) from None
     return listener
 

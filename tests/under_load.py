@@ -1,0 +1,155 @@
+"""Requests that run while a test does something to their server, and what is known of the server's processes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from served import Server
+
+from trilithon import Client
+from trilithon.errors import TrilithonError
+
+LONG = 6000  # tokens; a tiny model makes some hundreds a second, so this outlasts every test
+
+
+@dataclass
+class Outcome:
+    """How one request ended: its error's code or finish reason, tokens before that, and the moment."""
+
+    protocol: str
+    streamed: bool
+    ended: str = ""
+    advised_retry: bool = False
+    tokens: int = 0
+    at_s: float = 0.0
+
+
+class Load:
+    """
+    Requests over both protocols, streamed and plain, each in a thread of its own.
+
+    Args:
+        server: where they go.
+        max_tokens: of each.
+        streams, plain: how many of each per protocol.
+    """
+
+    def __init__(self, server: Server, *, max_tokens: int = LONG, streams: int = 1, plain: int = 1) -> None:
+        self._server = server
+        self._max_tokens = max_tokens
+        self.outcomes: list[Outcome] = []
+        self._threads: list[threading.Thread] = []
+        for url in (server.url, server.grpc_target):
+            for streamed in [True] * streams + [False] * plain:
+                outcome = Outcome(url.partition(":")[0], streamed)
+                self.outcomes.append(outcome)
+                self._threads.append(threading.Thread(target=self._ask, args=(url, outcome), daemon=True))
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        running = [outcome for outcome in self.outcomes if outcome.streamed]
+        wait_until(lambda: all(outcome.tokens or outcome.ended for outcome in running), seconds=60)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait(seconds=60)
+
+    def wait(self, *, seconds: float) -> None:
+        """Return when every request has ended; AssertionError when one has not within `seconds`."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        assert not any(thread.is_alive() for thread in self._threads), f"still running: {self.outcomes}"
+
+    def _ask(self, url: str, outcome: Outcome) -> None:
+        try:
+            with Client(url, max_retries=0, timeout=300) as client:
+                if outcome.streamed:
+                    for event in client.generate("a", stream=True, max_tokens=self._max_tokens, ignore_eos=True):
+                        outcome.tokens += 1
+                        outcome.ended = event.finish_reason or ""
+                else:
+                    done = client.generate("a", max_tokens=self._max_tokens, ignore_eos=True)
+                    outcome.ended = done.finish_reason or ""
+        except TrilithonError as error:
+            outcome.ended = error.code
+            outcome.advised_retry = error.retry_after_s is not None
+        except Exception as error:  # a thread's own failure must reach the assertions
+            outcome.ended = repr(error)
+        finally:
+            outcome.at_s = time.monotonic()
+
+
+class Processes:
+    """The processes of one server at one moment."""
+
+    def __init__(self, server: Server) -> None:
+        self.supervisor = psutil.Process(server.process.pid)
+        self.all = [self.supervisor, *self.supervisor.children(recursive=True)]
+        self.front = next(process for process in self.all if "trilithon_server.front" in process.cmdline())
+
+    def rank(self, rank: int) -> psutil.Process:
+        """The process of a rank."""
+        found = [p for p in self.all if "trilithon_server.engine.rank" in p.cmdline()]
+        return next(p for p in found if _environ(p.pid).get("RANK") == str(rank))
+
+    def shared_memory(self) -> set[Path]:
+        """Files below /dev/shm that these processes have mapped."""
+        found = set()
+        for process in self.all:
+            try:
+                maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue
+            found |= {Path(line.split(maxsplit=5)[5]) for line in maps.splitlines() if "/dev/shm/" in line}
+        return found
+
+    def left(self) -> list[psutil.Process]:
+        """Those that still run."""
+        return [process for process in self.all if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def readiness(server: Server) -> int:
+    """Status of `/readyz`, 0 when nothing answers."""
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=5).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def wait_until(condition: object, *, seconds: float) -> None:
+    """Poll until `condition()` holds; AssertionError after `seconds`."""
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end, f"did not hold within {seconds} s"
+        pause.wait(0.005)
+
+
+@contextmanager
+def paused(process: psutil.Process) -> Iterator[None]:
+    """Stop a process; let it go on at the end if it is still there."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        if process.is_running():
+            process.resume()
+
+
+def _environ(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty when it is gone."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    return dict(entry.decode().split("=", 1) for entry in entries if b"=" in entry)
