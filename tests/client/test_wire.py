@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pool
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon._decode import decode
@@ -129,6 +129,7 @@ def _message(message: Any) -> list[str]:
     return lines
 
 
+@settings(deadline=None)  # shared cores
 @given(st.lists(st.tuples(st.sampled_from(["", "delta"]), st.text(max_size=20))), st.data())
 def test_events_survive_any_split(events: list[tuple[str, str]], data: st.DataObject) -> None:
     """Wherever the network cuts the bytes, the same events come out. Seen to fail with `str.splitlines`."""
