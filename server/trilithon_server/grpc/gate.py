@@ -38,7 +38,7 @@ def current_call() -> Call:
     return _CALL.get()
 
 
-class Gate(grpc.aio.ServerInterceptor[Any, Any]):
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs, not at run time
     """
     Args:
         service: whose keys and limits count.

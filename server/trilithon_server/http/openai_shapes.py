@@ -9,11 +9,13 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trilithon_server.assembly import Choice, TokenInfo
+from trilithon_server.assembly import Choice, FinishReason, TokenInfo
 from trilithon_server.generation import Generation, Part
 from trilithon_server.text.detokenizer import TokenTexts
 
 DONE = b"data: [DONE]\n\n"
+
+_BY_TOKEN = (FinishReason.EOS_TOKEN, FinishReason.STOP_TOKEN)
 
 _dumps = json.dumps
 
@@ -132,7 +134,7 @@ def stop_detail(choice: Choice) -> dict[str, Any]:
     return {
         "reason": choice.finish.value if choice.finish is not None else None,
         "matched_stop": choice.matched_stop or None,
-        "matched_token_id": choice.matched_token_id if choice.finish and "token" in choice.finish.value else None,
+        "matched_token_id": choice.matched_token_id if choice.finish in _BY_TOKEN else None,
         "seed": choice.seed,
         "constraint_complete": choice.constraint_complete,
     }
