@@ -149,7 +149,7 @@ def test_smollm2_ids_are_those_of_the_definition(
     """
     Built from the GGUF's lists, the tokenizer gives the ids of byte-level BPE with single digits, done by hand.
 
-    Inverse: without the cut at digits ("1987" as one piece) it was seen to fail.
+    Inverse: with runs of spaces cut otherwise (without the look-ahead) it was seen to fail.
     """
     oracle = PlainBpe(json.loads((smollm2_dir / "tokenizer.json").read_text()))
     text = shared_data(path).read_text(encoding="utf-8")[:60_000]
