@@ -60,6 +60,7 @@ class EngineClient:
         self.queued_tokens = 0
         self.losses: dict[str, int] = {}
         """Engine losses by kind of cause (killed, exited, hung, stalled, connection)."""
+        self._loss_kind = ""
         self.step_listeners: list[Callable[[wire.StepResult], None]] = []
         self.hello_listeners: list[Callable[[], None]] = []
         """Called each time a leader has said hello."""
@@ -288,7 +289,13 @@ class EngineClient:
         return min(RETRY_AFTER_S[1], max(RETRY_AFTER_S[0], self._startup_seconds))
 
     def _lose(self, state: EngineState, cause: str, kind: str) -> None:
-        if self.state not in ("lost", "failed"):
+        if self.state in ("lost", "failed"):
+            if kind and self._loss_kind == "connection":  # the socket's end came before the supervisor's word
+                self.losses["connection"] -= 1
+                self._loss_kind = kind
+                self.losses[kind] = self.losses.get(kind, 0) + 1
+        else:
+            self._loss_kind = kind
             self.losses[kind] = self.losses.get(kind, 0) + 1
             _log.warning("engine_lost", extra={"engine": self.name, "cause": cause, "in_flight": self.in_flight})
         self.state = state

@@ -207,7 +207,7 @@ class Supervisor:
         self._front = Child(
             argv,
             name="front",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **_FRONT_ENV},
             on_output=lambda line: self._write_line("front", line),
             on_status=self._on_front_status,
             control=True,
@@ -328,6 +328,10 @@ class Supervisor:
         if self._server.uds is not None:
             with contextlib.suppress(FileNotFoundError):
                 Path(self._server.uds).unlink()
+
+
+# gRPC's fork handlers complain when the front starts its constraint workers, which use no gRPC.
+_FRONT_ENV = {"PYTHONUNBUFFERED": "1", "GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
 
 def _drain_pipe(fd: int) -> None:
