@@ -184,10 +184,22 @@ def contract(asked: Asked) -> Reply:
     path = asked.path.partition("?")[0]
     if path == "/v1/generate":
         return Reply(events=EVENTS) if body.get("stream") else Reply(body=GENERATED)
+    if path == "/v1/completions":
+        texts = [("", {"choices": [{"index": 0, "text": " a"}]})] * body["max_tokens"]
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+        return Reply(events=[*texts, ("", {"choices": [], "usage": usage}), ("", "[DONE]")])
+    count = len(body["items"][0]["continuations"]) if path == "/v1/score" else 0
     return Reply(
         body={
             "/v1/score": {
-                "items": [{"sum_logprob": [-1.5], "token_count": [2], "byte_count": [6], "is_greedy": [True]}],
+                "items": [
+                    {
+                        "sum_logprob": [-1.5] * count,
+                        "token_count": [2] * count,
+                        "byte_count": [6] * count,
+                        "is_greedy": [True] * count,
+                    }
+                ],
                 "usage": {"prompt_tokens": 4},
             },
             "/v1/embeddings": {
@@ -196,7 +208,7 @@ def contract(asked: Asked) -> Reply:
                 "data": [{"object": "embedding", "index": 0, "embedding": "AACAPwAAAMA="}],  # 1.0, -2.0
                 "usage": {"prompt_tokens": 3, "total_tokens": 3},
             },
-            "/v1/tokenize": {"results": [{"ids": [1, 2], "count": 2}], "max_context_tokens": 64},
+            "/v1/tokenize": {"results": [{"ids": [1, 2], "pieces": ["a", "b"], "count": 2}], "max_context_tokens": 64},
             "/v1/detokenize": {"texts": ["ab"]},
             "/v1/render": {"text": "<user>hi", "ids": [3]},
             "/v1/models": {"object": "list", "data": [{"object": "model", **MODEL}]},
@@ -252,7 +264,7 @@ _ANSWERS: Mapping[str, Any] = {
         model="e", data=[embed_pb2.Embedding(values=[1.0, -2.0])], usage=common_pb2.Usage(prompt_tokens=3)
     ),
     "Tokenize": tokenize_pb2.TokenizeResponse(
-        results=[tokenize_pb2.Tokenized(ids=[1, 2], count=2)], max_context_tokens=64
+        results=[tokenize_pb2.Tokenized(ids=[1, 2], pieces=["a", "b"], count=2)], max_context_tokens=64
     ),
     "Detokenize": tokenize_pb2.DetokenizeResponse(texts=["ab"]),
     "RenderChat": tokenize_pb2.RenderChatResponse(text="<user>hi", ids=[3]),

@@ -23,6 +23,11 @@ class Parser(argparse.ArgumentParser):
         """Commands that the help ends with; tests run each."""
         self.epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)])
 
+    def actions(self) -> list[Parser]:
+        """The parsers of its sub-verbs."""
+        found = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for parsers in found for parser in parsers if isinstance(parser, Parser)]
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """
         Parse, or raise UsageError with a sentence.

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from trilithon.cli._connect import DEFAULT_URL, api_key, seconds
+from trilithon.cli._connect import DEFAULT_URL, URL_VARIABLE, address, api_key, seconds
 from trilithon.cli._output import (
     EXIT_CHECK_FAILED,
     EXIT_OK,
@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     add_output_argument(compare)
     compare.add_examples("trilithon bench compare before.json after.json")
     parser.add_examples(
-        "trilithon bench serve --url http://127.0.0.1:8000 --concurrency 8",
+        "trilithon bench serve --concurrency 8 --runs 1",
         "trilithon bench compare before.json after.json",
     )
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_serve(parser: Parser) -> None:
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"http(s):// address [{DEFAULT_URL}]")
+    parser.add_argument("--url", help=f"http(s):// address [${URL_VARIABLE}, {DEFAULT_URL}]")
     parser.add_argument("--model", help="the served model's name [the first that the server lists]")
     parser.add_argument("--api-key-file", metavar="FILE", help="file that holds the key [$TRILITHON_API_KEY]")
     load = parser.add_mutually_exclusive_group()
@@ -111,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
             baseline = report.load_result(args.baseline)
         with Progress("measuring", total=None) as progress:
             result = measure(
-                args.url,
+                address(args),
                 workload,
                 model=args.model,
                 api_key=api_key(args),

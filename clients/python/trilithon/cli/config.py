@@ -11,12 +11,13 @@ from trilithon.cli._parser import Parser
 def add_arguments(parser: Parser) -> None:
     """Add what the verb takes: the server says what."""
     _extra.load("trilithon_server.cli", verb="config", extra="serve").add_config_arguments(parser)
-    if not parser.epilog:
-        parser.add_examples(
-            "trilithon config show --tp 2 --origin",
-            "trilithon config show smollm2-135m-instruct --resolved",
-            "trilithon config schema",
-        )
+    parser.add_examples("trilithon config show smollm2-135m-instruct --origin", "trilithon config schema")
+    for action in parser.actions():
+        if action.prog.endswith(" show"):
+            action.add_examples(
+                "trilithon config show smollm2-135m-instruct --tp 2 --origin",
+                "trilithon config show smollm2-135m-instruct --resolved",
+            )
 
 
 def run(args: argparse.Namespace) -> int:
