@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 from trilithon_parallel.attention import BLOCK_SIZE, PagedBatch, PagedKVCache, PagedView
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import load_config

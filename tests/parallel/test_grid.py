@@ -7,6 +7,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trilithon_parallel.grid import Grid, axis_groups, rank_of
 
 SIZES = st.integers(1, 5)
@@ -54,7 +55,8 @@ def test_one_process_needs_no_group() -> None:
     """`Grid.single()` stands at every axis' only place."""
     grid = Grid.single()
 
-    assert grid.is_first_stage and grid.is_last_stage
+    assert grid.is_first_stage
+    assert grid.is_last_stage
     assert (grid.rank, grid.world_size, grid.last_stage_rank) == (0, 1, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from tiny import tiny_bert, tiny_gpt2, tiny_llama
 from torch import Tensor
+
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.config import ModelError, load_config
 from trilithon_parallel.models import CausalStage, EncoderStage
@@ -99,11 +101,11 @@ def test_E10_bert_hidden_states(prepare: bool, tmp_path: Path, load_model: Calla
     bounds = [0, 7, 40, 41]
     generator = torch.Generator().manual_seed(3)
     tokens_T, types_T = (torch.randint(0, high, (41,), generator=generator) for high in (100, 2))
-    positions_T = torch.cat([torch.arange(stop - start) for start, stop in zip(bounds, bounds[1:], strict=False)])
+    positions_T = torch.cat([torch.arange(stop - start) for start, stop in pairwise(bounds)])
 
     with torch.no_grad():
         hidden_TH = stage(tokens_T, positions_T=positions_T, types_T=types_T, view=PackedView(bounds, causal=False))
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             expected_TH = model(tokens_T[None, start:stop], token_type_ids=types_T[None, start:stop])[0][0]
 
             assert (hidden_TH[start:stop] - expected_TH).abs().max() <= TOLERANCE
@@ -138,7 +140,8 @@ def test_gradients_reach_every_parameter(tmp_path: Path, load_model: Callable[..
     ("rms_norm_eps", "small", "rms_norm_eps must be a positive number. Given: 'small'"),
     ("tie_word_embeddings", "yes", "tie_word_embeddings must be true or false. Given: 'yes'"),
 ])
-def test_R11_a_config_that_we_do_not_compute_is_refused(field: str, value: object, message: str, tmp_path: Path) -> None:
+def test_R11_a_config_that_we_do_not_compute_is_refused(
+        field: str, value: object, message: str, tmp_path: Path) -> None:
     """One sentence names the file, the field, the value and what is allowed; never a silently different model."""
     model_dir = tiny_llama(tmp_path / "model")
     raw = json.loads((model_dir / "config.json").read_text())

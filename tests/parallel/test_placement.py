@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.placement import (
     RULES,

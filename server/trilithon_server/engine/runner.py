@@ -105,7 +105,8 @@ class Runner:
                 for table, where in zip(plan.tables, np.split(positions_T.cpu().numpy(), bounds[1:-1]), strict=True)
             ]
             slots_T = torch.from_numpy(np.concatenate(parts))
-        return PagedView(self.cache, PagedBatch(bounds, plan.starts, plan.tables, slots_T))
+        batch = PagedBatch(bounds, plan.starts, plan.tables, slots_T)
+        return PagedView(self.cache, batch, batch_invariant=self._stage.backend.batch_invariant)
 
     def _hand_on(self, hidden_TH: Tensor, number: int) -> None:
         label = f"activations of plan {number}"

@@ -1,0 +1,104 @@
+"""Several ranks against one process. Ranks start once for all cases of a world size; the cases are in rank_cases.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tiny import tiny_bert, tiny_gpt2, tiny_llama
+
+SCRIPT = Path(__file__).with_name("rank_cases.py")
+LIMIT_S = 240
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rank_cases", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = _script()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models whose sizes no number of ranks divides: 3 groups of 3 heads, 5 heads, odd ffn, odd vocabulary."""
+    root = tmp_path_factory.mktemp("ranks") / "models"
+    tiny_llama(root / "llama", layers=4, hidden=72, heads=9, groups=3, ffn=100, vocab=391, scale=0.3)
+    tiny_llama(root / "untied", layers=5, hidden=64, heads=8, groups=2, tied=False, scale=0.3)
+    tiny_gpt2(root / "gpt2", layers=4, hidden=60, heads=5, scale=0.3)
+    tiny_bert(root / "bert", layers=4, hidden=60, heads=5, ffn=90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def outcomes(models: Path) -> Iterator[Callable[[int], list[dict[str, str]]]]:
+    """A function from a number of ranks to what each rank reports of each case."""
+    known: dict[int, list[dict[str, str]]] = {}
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(world_size: int) -> list[dict[str, str]]:
+        if world_size in known:
+            return known[world_size]
+        work_dir = models.parent / f"world{world_size}"
+        work_dir.mkdir()
+        (work_dir / "models").symlink_to(models)
+        port = _free_port()
+        for rank in range(world_size):
+            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-W", "error::FutureWarning", str(SCRIPT), str(work_dir)]
+            processes.append(subprocess.Popen(command, env=env))
+        for process in processes[-world_size:]:
+            process.wait(LIMIT_S)
+        known[world_size] = [
+            json.loads(path.read_text()) for path in sorted(work_dir.glob("rank*.json"))
+        ]
+        return known[world_size]
+
+    yield run
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait(10)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+BARS = {"text": "E1", "encoding": "E1", "invariant": "E2", "sockets": "S2"}
+ALL = [
+    pytest.param(size, name, id=f"{BARS.get(name.split('-')[0], 'core')}-{size}ranks-{name}")
+    for size in CASES.LAYOUTS for name in CASES.case_names(size)
+]
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize(("world_size", "case"), ALL)
+def test_E1_E2_S2_ranks(world_size: int, case: str, outcomes: Callable[[int], list[dict[str, str]]]) -> None:
+    """
+    Each case holds on each rank; what a case checks is said in rank_cases.py.
+
+    Inverse: leaving out the paper's f turns `gradients-*` red, adding the row bias on every rank before the sum turns
+    `text-gpt2-tp*` red, an unordered sum turns `invariant-*-tp4` red, `env://` turns `sockets` red.
+    """
+    reports = outcomes(world_size)
+
+    assert len(reports) == world_size
+    assert [report.get(case, "never ran") for report in reports] == ["ok"] * world_size
