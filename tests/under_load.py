@@ -95,11 +95,11 @@ class Processes:
         self.supervisor = psutil.Process(server.process.pid)
         self.all = [self.supervisor, *self.supervisor.children(recursive=True)]
         self.front = next(process for process in self.all if "trilithon_server.front" in process.cmdline())
+        self._ranks = [process for process in self.all if "trilithon_server.engine.rank" in process.cmdline()]
 
     def rank(self, rank: int) -> psutil.Process:
         """The process of a rank."""
-        found = [p for p in self.all if "trilithon_server.engine.rank" in p.cmdline()]
-        return next(p for p in found if _environ(p.pid).get("RANK") == str(rank))
+        return next(process for process in self._ranks if _environ(process.pid).get("RANK") == str(rank))
 
     def shared_memory(self) -> set[Path]:
         """Files below /dev/shm that these processes have mapped."""
@@ -114,7 +114,11 @@ class Processes:
 
     def left(self) -> list[psutil.Process]:
         """Those that still run."""
-        return [process for process in self.all if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.all if _runs(process)]
+
+    def ranks_left(self) -> list[psutil.Process]:
+        """Those of the engine that still run."""
+        return [process for process in self._ranks if _runs(process)]
 
 
 def readiness(server: Server) -> int:
@@ -144,6 +148,13 @@ def paused(process: psutil.Process) -> Iterator[None]:
     finally:
         if process.is_running():
             process.resume()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _environ(pid: int) -> dict[str, str]:
