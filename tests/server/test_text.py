@@ -165,7 +165,7 @@ def test_S6_templates_run_in_an_immutable_sandbox(source: str) -> None:
     """
     A template can neither change what it is given nor reach Python or files.
 
-    Inverse check: jinja2's plain Environment renders four of these.
+    Inverse check: jinja2's plain Environment renders five of these.
     """
     with pytest.raises(InvalidArgument):
         print(ChatTemplate(source).render([{"role": "user", "content": "x"}]))
