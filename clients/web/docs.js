@@ -60,17 +60,18 @@ class Schemas {
     return text.split(/\b/).map((word) => (names.has(word) ? h("a", { href: `#shape-${word}` }, word) : word));
   }
 
-  /** Bounds as an interval or a length, or "". */
+  /** What the schema says of its size, in words, or "". */
   bounds(schema) {
     const flatten = (part) => [this.resolve(part), ...(this.resolve(part).anyOf ?? []).flatMap(flatten)];
     const parts = flatten(schema);
     const find = (key) => parts.find((part) => part[key] !== undefined)?.[key];
-    const [low, above, high, below] = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"].map(find);
-    if (low !== undefined || above !== undefined || high !== undefined || below !== undefined) {
-      const left = above !== undefined ? `(${above}` : low !== undefined ? `[${low}` : "(";
-      const right = below !== undefined ? `${below})` : high !== undefined ? `${high}]` : ")";
-      return `${left}, ${right}`;
-    }
+    // A JavaScript number above 2^53 has lost its last digits.
+    const shown = (value) => (value > Number.MAX_SAFE_INTEGER ? `2^${Math.round(Math.log2(value))} - 1` : value);
+    const [low, above, high] = ["minimum", "exclusiveMinimum", "maximum"].map(find).map((value) => value && shown(value));
+    const from = above !== undefined ? `above ${above}` : low !== undefined && high === undefined ? `at least ${low}` : low;
+    if (from !== undefined && high !== undefined) return above !== undefined ? `${from}, at most ${high}` : `${from} to ${high}`;
+    if (from !== undefined) return from;
+    if (high !== undefined) return `at most ${high}`;
     const [items, length] = [find("maxItems"), find("maxLength")];
     if (items !== undefined) return `at most ${items} items`;
     return length === undefined ? "" : `at most ${length} characters`;

@@ -4,7 +4,7 @@
  * typed is sent as it is, so the server alone decides what is valid.
  */
 
-import { fit, h } from "./dom.js";
+import { byId, fit, h } from "./dom.js";
 
 const number = (name, unset, hint, { slider = null, wide = false } = {}) => ({ name, kind: "number", unset, hint, slider, wide });
 const toggle = (name, hint) => ({ name, kind: "toggle", hint });
@@ -139,6 +139,8 @@ export class ParameterForm {
     for (const group of GROUPS) form.append(this.#group(group));
     form.append(this.#access());
     form.addEventListener("submit", (event) => event.preventDefault());
+    for (const type of ["focusin", "pointerover"]) form.addEventListener(type, (event) => this.#hint(event.target));
+    this.#hint(form);
     form.addEventListener("input", (event) => {
       this.#mark(event.target.closest("[data-field]"));
       onchange();
@@ -237,6 +239,13 @@ export class ParameterForm {
     const [input, message] = [details.querySelector("input"), details.querySelector(".wrong")];
     this.#rows.set("api_key", { field: { name: "api_key", kind: "key" }, row: input.parentElement, input, message, initial: "" });
     return details;
+  }
+
+  #hint(target) {
+    const entry = this.#rows.get(target.closest("[data-field]")?.dataset.field);
+    const hint = entry?.row.querySelector(".hint").textContent;
+    if (hint) byId("hint-line").replaceChildren(h("b", {}, entry.field.name), hint);
+    else if (!byId("hint-line").hasChildNodes()) byId("hint-line").append("An empty field is not sent. Names are those of the API.");
   }
 
   /** Bold what is set, count it beside its group, and drop the message of a field that is being corrected. */
