@@ -104,6 +104,7 @@ class Generation:
         self._on_close = on_close
         self._closed = False
         self._abort_cause = ""
+        self._submitted_s = time.monotonic()
         self._queue_s: float | None = None
         self._first_token_s: float | None = None
         self._last_token_s = 0.0
@@ -187,7 +188,7 @@ class Generation:
         if delta.HasField("started"):
             part.cached_tokens = delta.started.cached_tokens
             if self._queue_s is None:
-                self._queue_s = now - self.call.arrived_s
+                self._queue_s = self._submitted_s - self.call.arrived_s + delta.started.queue_ms / 1000
         if delta.prompt_tokens:
             part.prompt_tokens = self._prompt_infos(part, delta.prompt_tokens)
         wants_prompt = self.params.prompt_logprobs is not None

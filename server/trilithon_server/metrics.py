@@ -163,7 +163,7 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, stats, hello = self._engine, self._engine.stats or wire.Stats(), self._engine.hello or wire.Hello()
-        yield self._gauge("requests_running", "Sequences that the last step worked on.", stats.running)
+        yield self._gauge("requests_running", "Requests that the engine works on.", stats.running)
         yield self._gauge("requests_waiting", "Requests waiting for the engine.", engine.queued_requests)
         yield self._gauge("queue_tokens", "Prompt tokens of the requests that wait.", engine.queued_tokens)
         blocks = GaugeMetricFamily("trilithon_kv_blocks", "Cache blocks by state.", labels=["model", "state"])

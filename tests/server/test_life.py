@@ -148,7 +148,7 @@ def _crashing_client(front: Front, rng: random.Random) -> None:
 
 def test_R6_clients_that_leave_take_their_blocks_along(front: Front) -> None:
     """
-    Streamed and plain requests, several prompts, n > 1, constrained: whenever the client vanishes, all blocks come back.
+    Streamed and plain, several prompts, n > 1, constrained: whenever the client vanishes, all blocks come back.
 
     Inverse check: without the race against `http.disconnect` plain requests run to their end and the wait times out.
     """
@@ -176,7 +176,7 @@ def test_R6_a_left_plain_request_stops_at_once(front: Front) -> None:
     head += f"authorization: Bearer {ACME}\r\ncontent-length: {len(raw_body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", front.server.http_port)) as connection:
         connection.sendall(head.encode() + raw_body)
-        poll(lambda: front.engine()["running"] == 4, "the request never ran")
+        poll(lambda: front.engine()["running"] == 1, "the request never ran")
     left_s = time.monotonic()
 
     poll(lambda: "cause=\"disconnect\",model=\"tiny\",phase=\"decode\"" in
@@ -230,7 +230,7 @@ def test_R4_a_full_queue_refuses_with_a_time_to_come_back(narrow: Front) -> None
     answers = asyncio.run(flood())
 
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert [answer.status_code for answer in answers].count(200) >= 3
+    assert [answer.status_code for answer in answers].count(200) >= 2
     assert refused
     error = refused[0].json()["error"]
     assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")

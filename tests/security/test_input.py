@@ -1,0 +1,348 @@
+"""Bad input is the sender's 4xx with a sentence, never a 500, and the engine answers the next request (S5-S7, S9, R8)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import grpc
+import hypothesis
+import pytest
+import schemathesis
+from front_server import ACME, ADMIN, ENCODER, MODEL, Front, bearer
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from trilithon.api.v1 import (
+    common_pb2,
+    embed_pb2,
+    embed_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    tokenize_pb2,
+    tokenize_pb2_grpc,
+)
+from trilithon_server.errors import as_error, error_body
+from trilithon_server.http.app import ROUTES
+from trilithon_server.logs import JsonFormatter, TextFormatter
+
+METADATA = (("authorization", f"Bearer {ACME}"),)
+FUZZ = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
+
+
+def test_S9_the_document_is_valid(front: Front) -> None:
+    """The served document names every route, each with its errors, and every reference in it leads somewhere."""
+    document = front.http.get("/openapi.json", headers=bearer(ACME)).json()
+
+    assert document["openapi"].startswith("3.1")
+    served = {(method, path) for path, item in document["paths"].items() for method in item}
+    assert served == {(route.method.lower(), route.path) for route in ROUTES}
+    text = json.dumps(document)
+    for part in text.split('"$ref": "#/components/schemas/')[1:]:
+        assert part.partition('"')[0] in document["components"]["schemas"]
+
+
+FUZZED = [
+    route
+    for route in ROUTES
+    if route.path not in ("/admin/v1/drain", "/admin/v1/abort-all", "/admin/v1/log-level", "/static/{name}")
+]
+
+
+@pytest.mark.parametrize("route", FUZZED, ids=lambda route: f"{route.method} {route.path}")
+def test_S9_http_fuzzing_finds_no_500(front: Front, route: Any) -> None:
+    """
+    Requests that fit the document and requests that break it: answers conform, and broken ones are refused.
+
+    Inverse check: a handler that indexes `messages[0]` without a look fails here within a few examples.
+    """
+    schema = schemathesis.openapi.from_url(f"{front.server.url}/openapi.json", headers=bearer(ACME))
+    schema.config.generation.update(modes=schemathesis.GenerationMode.all())
+    operation = schema[route.path][route.method]
+    key = ADMIN if route.access == "admin" else ACME
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+    @given(case=operation.as_strategy())
+    @FUZZ
+    def fuzz(case: Any) -> None:
+        tame(case)
+        response = case.call(base_url=front.server.url, headers=bearer(key), timeout=60)
+        assert response.status_code < 500, response.text
+        case.validate_response(response, checks=checks)
+
+    fuzz()
+    assert front.generate(prompt="x", max_tokens=1)["choices"]
+
+
+def tame(case: Any) -> None:
+    """Keep generated requests short: a valid one may ask for 400 tokens 16 times."""
+    if isinstance(case.body, dict):
+        if isinstance(case.body.get("max_tokens"), int) and case.body["max_tokens"] > 4:
+            case.body["max_tokens"] = 4
+        if isinstance(case.body.get("tokens_to_generate"), int) and case.body["tokens_to_generate"] > 4:
+            case.body["tokens_to_generate"] = 4
+
+
+def messages_of(kind: type[Message], *, depth: int = 3) -> st.SearchStrategy[Message]:
+    """Random messages of a type: any field set to anything that its wire type holds."""
+    fields = [f for f in kind.DESCRIPTOR.fields if depth > 0 or f.message_type is None]
+
+    @st.composite
+    def build(draw: st.DrawFn) -> Message:
+        message = kind()
+        for field in draw(st.lists(st.sampled_from(fields), max_size=4, unique_by=lambda f: f.name)) if fields else []:
+            repeated = isinstance(getattr(message, field.name), list) or hasattr(getattr(message, field.name), "append")
+            if field.message_type is not None and field.message_type.GetOptions().map_entry:
+                key = field.message_type.fields_by_name["key"]
+                value = field.message_type.fields_by_name["value"]
+                for _ in range(draw(st.integers(0, 2))):
+                    getattr(message, field.name)[draw(scalar(key))] = draw(scalar(value))
+            elif field.message_type is not None:
+                inner = messages_of(class_of(message, field), depth=depth - 1)
+                if repeated:
+                    getattr(message, field.name).extend(draw(st.lists(inner, max_size=2)))
+                else:
+                    getattr(message, field.name).CopyFrom(draw(inner))
+            elif repeated:
+                getattr(message, field.name).extend(draw(st.lists(scalar(field), max_size=3)))
+            else:
+                setattr(message, field.name, draw(scalar(field)))
+        return message
+
+    return build()
+
+
+def class_of(message: Message, field: Any) -> type[Message]:
+    """The class of a message field."""
+    from google.protobuf import message_factory
+
+    return message_factory.GetMessageClass(field.message_type)
+
+
+def scalar(field: Any) -> st.SearchStrategy[Any]:
+    """Anything that a scalar field holds."""
+    kinds: dict[int, st.SearchStrategy[Any]] = {
+        field.CPPTYPE_INT32: st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 20),
+        field.CPPTYPE_INT64: st.integers(-(2**63), 2**63 - 1),
+        field.CPPTYPE_UINT32: st.integers(0, 2**32 - 1) | st.integers(0, 20),
+        field.CPPTYPE_UINT64: st.integers(0, 2**64 - 1),
+        field.CPPTYPE_DOUBLE: st.floats(),
+        field.CPPTYPE_FLOAT: st.floats(width=32) | st.floats(0, 1, width=32),
+        field.CPPTYPE_BOOL: st.booleans(),
+        field.CPPTYPE_ENUM: st.integers(0, 6),
+        field.CPPTYPE_STRING: st.sampled_from(["", MODEL, ENCODER, "user", "{}", "[]", "a"])
+        | st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        field.CPPTYPE_BYTES: st.binary(max_size=8),
+    }
+    return kinds[field.cpp_type]
+
+
+RPCS: list[tuple[str, type[Message], Any]] = [
+    ("Generate", generation_pb2.GenerateRequest, generation_pb2_grpc.GenerationServiceStub),
+    ("GenerateStream", generation_pb2.GenerateRequest, generation_pb2_grpc.GenerationServiceStub),
+    ("Score", generation_pb2.ScoreRequest, generation_pb2_grpc.GenerationServiceStub),
+    ("Abort", generation_pb2.AbortRequest, generation_pb2_grpc.GenerationServiceStub),
+    ("Tokenize", tokenize_pb2.TokenizeRequest, tokenize_pb2_grpc.TokenizeServiceStub),
+    ("Detokenize", tokenize_pb2.DetokenizeRequest, tokenize_pb2_grpc.TokenizeServiceStub),
+    ("RenderChat", tokenize_pb2.RenderChatRequest, tokenize_pb2_grpc.TokenizeServiceStub),
+    ("Embed", embed_pb2.EmbedRequest, embed_pb2_grpc.EmbedServiceStub),
+    ("ListModels", models_pb2.ListModelsRequest, models_pb2_grpc.ModelsServiceStub),
+    ("GetModel", models_pb2.GetModelRequest, models_pb2_grpc.ModelsServiceStub),
+]
+NEVER = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAVAILABLE)
+
+
+@pytest.mark.parametrize(("method", "kind", "stub"), RPCS, ids=lambda value: value if isinstance(value, str) else "")
+def test_S9_protobuf_fuzzing_finds_no_internal(front: Front, method: str, kind: type[Message], stub: Any) -> None:
+    """Any message of each method is answered or refused with a reason of ours; afterwards the engine still answers."""
+    rpc = getattr(stub(front.channel), method)
+
+    @given(request=messages_of(kind))
+    @settings(FUZZ, max_examples=40)
+    def fuzz(request: Message) -> None:
+        if isinstance(request, generation_pb2.GenerateRequest):
+            request.stopping.max_tokens = min(request.stopping.max_tokens, 3)
+            if not request.prompt.WhichOneof("kind"):
+                request.prompt.text = "x"
+            request.meta.model = request.meta.model or MODEL
+        try:
+            answer = rpc(request, metadata=METADATA, timeout=30)
+            if method == "GenerateStream":
+                list(answer)
+        except grpc.RpcError as error:
+            assert error.code() not in NEVER, error  # type: ignore[attr-defined]  # the stubs do not say so
+            assert details_of(error).details
+
+    fuzz()
+    assert front.generate(prompt="x", max_tokens=1)["choices"]
+
+
+def details_of(error: Any) -> status_pb2.Status:
+    """The rich status of a failed RPC."""
+    raw = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    return status_pb2.Status.FromString(raw)
+
+
+def test_S9_bytes_that_are_no_message(front: Front) -> None:
+    """Garbage in place of a message is the sender's INVALID_ARGUMENT."""
+    call = front.channel.unary_unary("/trilithon.api.v1.GenerationService/Generate", lambda b: b, lambda b: b)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        call(b"\xff\xff\xff", metadata=METADATA)
+
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]  # the stubs do not say so
+
+
+def test_rich_errors_name_the_fields(front: Front) -> None:
+    """INVALID_ARGUMENT carries ErrorInfo, every violation and the request's id."""
+    request = generation_pb2.GenerateRequest(
+        meta=common_pb2.RequestMeta(model=MODEL, request_id="mine"), prompt=common_pb2.Prompt(text="x")
+    )
+    request.sampling.temperature, request.sampling.top_p = -1, 0
+
+    with pytest.raises(grpc.RpcError) as caught:
+        generation_pb2_grpc.GenerationServiceStub(front.channel).Generate(request, metadata=METADATA)
+
+    info, bad, mine = (
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.BadRequest(),
+        error_details_pb2.RequestInfo(),
+    )
+    for detail in details_of(caught.value).details:
+        for message in (info, bad, mine):
+            detail.Unpack(message)
+    assert (info.reason, info.domain) == ("INVALID_VALUE", "trilithon")
+    assert [item.field for item in bad.field_violations] == ["temperature", "top_p"]
+    assert mine.request_id == "mine"
+
+
+RAW: list[tuple[str, bytes, int, str]] = [
+    ("duplicate key", b'{"prompt": "a", "prompt": "b"}', 400, "duplicate_key"),
+    ("nan", b'{"prompt": "a", "temperature": NaN}', 400, "invalid_json"),
+    ("not json", b"{", 400, "invalid_json"),
+    ("not an object", b"[1]", 400, "invalid_json"),
+    ("not utf-8", b'{"prompt": "\xff"}', 400, "invalid_json"),
+    ("deep", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "invalid_json"),
+    ("huge number", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+    ("half surrogate", b'{"prompt": "\\ud800"}', 400, "invalid_value"),
+    ("empty prompt", b'{"prompt": []}', 400, "empty_prompt"),
+    ("no prompt", b"{}", 400, "missing_parameter"),
+    ("unknown key", b'{"prompt": "a", "promt": 1}', 400, "unknown_parameter"),
+    ("wrong type", b'{"prompt": {"a": 1}}', 400, "invalid_value"),
+    ("token out of range", b'{"prompt": [1, 99999999]}', 400, "token_id_range"),
+    ("negative token", b'{"prompt": [-1]}', 400, "invalid_value"),
+    ("absurd n", b'{"prompt": "a", "n": 1000000}', 400, "invalid_value"),
+    ("over-long", b'{"prompt": "' + b"word " * 1200 + b'"}', 400, "prompt_too_long"),
+    ("too many tokens", b'{"prompt": "a", "max_tokens": 511}', 400, "context_length_exceeded"),
+    ("unsupported", b'{"prompt": "a", "suffix": "b"}', 400, "unsupported_parameter"),
+    ("bad regex", b'{"prompt": "a", "constraint": {"regex": "a)"}}', 400, "invalid_constraint"),
+    ("bad schema", b'{"prompt": "a", "constraint": {"json_schema": {"type": "nonsense"}}}', 400, "invalid_constraint"),
+    ("choice too long", b'{"prompt": "a", "max_tokens": 1, "constraint": {"choice": ["a b c d e f g"]}}', 400,
+     "constraint_too_long"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "status", "code"), [row[1:] for row in RAW], ids=[row[0] for row in RAW])
+def test_R11_bad_bodies_are_told_why(front: Front, raw: bytes, status: int, code: str) -> None:
+    """Each kind of bad body has its code and one sentence; the id leads to the log, nothing inside is shown (S7)."""
+    body = raw.replace(b'"prompt"', b'"model": "tiny", "prompt"', 1)
+    headers = bearer(ACME) | {"content-type": "application/json", "x-request-id": "bad-1"}
+
+    answer = front.http.post("/v1/completions", content=body, headers=headers)
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (status, code), error
+    assert error["request_id"] == answer.headers["x-request-id"] == "bad-1"
+    assert answer.headers["x-should-retry"] == "false"
+    for secret in ("Traceback", "/work", ".py", "site-packages"):
+        assert secret not in answer.text
+
+
+def test_R8_a_huge_constraint_is_refused_for_its_sender_alone(front: Front) -> None:
+    """A schema beyond the budget is a 400; the next constrained request is answered."""
+    words = [f"value-{i}" for i in range(6000)]
+    huge = front.post("/v1/completions", model=MODEL, prompt="a", constraint={"choice": words})
+    fine = front.generate(prompt="a", max_tokens=8, constraint={"choice": ["yes", "no"]})
+
+    assert huge.status_code == 400
+    assert huge.json()["error"]["code"] == "constraint_too_large"
+    assert fine["choices"][0]["text"] in ("yes", "no")
+    assert fine["choices"][0]["finish_reason"] in ("constraint_end", "eos_token")
+
+
+def test_R8_an_unfinished_constraint_says_so(front: Front) -> None:
+    """`max_tokens` inside a constraint ends with its own reason and says that the text is not whole."""
+    answer = front.generate(prompt="a", max_tokens=3, constraint={"regex": "[0-9]{40}"})
+
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "max_tokens"
+    assert choice["constraint_complete"] is False
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/nowhere", {}, 404),
+        ("PUT", "/v1/completions", {}, 405),
+        ("POST", "/v1/completions", {"content-type": "text/plain"}, 415),
+        ("GET", "/v1/models", {"content-length": "2"}, 400),
+        ("GET", "/v1/models/nobody", {}, 404),
+        ("GET", "/v1/models", {"x-padding": "x" * 20_000}, 413),
+    ],
+)
+def test_every_error_has_the_one_body(
+    front: Front, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    """The router's own errors have the body that all errors have."""
+    content = b"{}" if "content-length" in headers or method in ("POST", "PUT") else None
+
+    answer = front.http.request(method, path, headers=bearer(ACME) | headers, content=content)
+
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code", "request_id", "details"}
+
+
+def test_S6_messages_hold_text_alone(front: Front) -> None:
+    """A message that points to a picture is refused: the server fetches nothing."""
+    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}
+
+    answer = front.post("/v1/chat/completions", model=MODEL, messages=[{"role": "user", "content": [part]}])
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("messages[0].content")
+
+
+def test_S7_a_bug_shows_an_opaque_id() -> None:
+    """An unexpected exception becomes `internal_error` with the id and nothing of itself."""
+    error = as_error(RuntimeError("secret /etc/path"), "req_1")
+
+    text = json.dumps(error_body(error))
+    assert "secret" not in text
+    assert "/etc" not in text
+    assert "req_1" in text
+
+
+def test_S7_log_lines_cannot_be_forged() -> None:
+    """Newlines and terminal escapes in what a client sent stay inside one line, in both formats."""
+    record = logging.makeLogRecord({"msg": "request", "levelname": "INFO", "route": "a\nb\x1b[31m"})
+
+    for formatter in (JsonFormatter(), TextFormatter()):
+        line = formatter.format(record)
+        assert "\n" not in line
+        assert "\x1b" not in line
