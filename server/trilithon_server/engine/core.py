@@ -22,7 +22,6 @@ from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, D
 from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
 from trilithon_server.engine.wire_pb2 import Error, Finish, Stats, Submit, Token
 
-LIMIT_MARGIN_S = 0.05  # a time limit ends an answer this much (or two steps) early, so that it still arrives in time
 ABORT_FINISH: dict[str, Finish.ValueType] = {"deadline": Finish.TIME_LIMIT, "shutdown": Finish.SHUTDOWN}
 
 
@@ -137,10 +136,9 @@ class EngineCore:
 
     def expire(self, now_s: float) -> None:
         """End what has waited or run too long; admit what has finished compiling."""
-        margin_s = max(LIMIT_MARGIN_S, 2 * self.pace.step_s)
         for request in list(self._requests.values()):
             extra = self._extras[request.id]
-            if extra.end_s is not None and now_s >= extra.end_s - margin_s:
+            if extra.end_s is not None and now_s >= extra.end_s:
                 for sequence in request.live:
                     self._finish(sequence, Finish.TIME_LIMIT, now_s=now_s)
             elif extra.queue_end_s is not None and request.started_s is None and now_s >= extra.queue_end_s:

@@ -1,0 +1,278 @@
+"""
+In-process use: the engine without fronts.
+
+    from trilithon_server.llm import LLM
+    from trilithon_server.sampling import SamplingParams
+
+    with LLM("models/smollm2") as llm:
+        for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8)):
+            print(output.choices[0].text)
+
+Parameters mean what they mean over HTTP and gRPC: the same validator, the same engine, the same text.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trilithon.errors import InvalidArgument
+from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.assembly import Choice, FinishReason, TokenInfo, engine_error, token_info
+from trilithon_server.engine.inprocess import InProcessEngine
+from trilithon_server.engine.local import LocalEngine
+from trilithon_server.engine.spec import EngineSpec
+from trilithon_server.engine.wire_pb2 import Abort, Pooling, SequenceDelta, Submit, ToEngine
+from trilithon_server.generation import best
+from trilithon_server.prompts import Prepared, answer_room
+from trilithon_server.sampling import SamplingParams, to_wire, validate
+from trilithon_server.text.detokenizer import TokenTexts
+from trilithon_server.validation import Bounds, Violations
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One answer: its text, token ids and, with `logprobs`, what is known of each token."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
+    tokens: Sequence[TokenInfo]
+    cumulative_logprob: float
+    matched_stop: str
+    constraint_complete: bool
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What became of one prompt: its answers, best first with `best_of`."""
+
+    prompt_token_ids: Sequence[int]
+    choices: Sequence[Completion]
+    cached_tokens: int
+    prompt_tokens: Sequence[TokenInfo]
+    """With `prompt_logprobs`: the prompt's tokens from the second on."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    prepared: Prepared
+    choices: list[Choice]
+    cached_tokens: int = 0
+    prompt_tokens: list[TokenInfo] = field(default_factory=list)
+    embedding: list[float] = field(default_factory=list)
+
+
+class LLM:
+    """
+    A model ready to generate. A context manager; blocking; one call at a time.
+
+    Args:
+        model: a model directory.
+        tp: tensor-parallel ranks per stage; with more than one rank in all, ranks are processes of their own.
+        pp: pipeline stages.
+        options: further fields of `EngineSpec`, such as dtype, max_context, kv_cache_bytes, max_batch_tokens.
+    Raises:
+        ModelError: the model can't be served, or the memory does not suffice (one rank).
+        LocalEngineError: the same, from ranks that are processes.
+    """
+
+    def __init__(self, model: str | Path, *, tp: int = 1, pp: int = 1, **options: Any) -> None:
+        spec = EngineSpec(name="llm", model_dir=str(Path(model).resolve()), tp=tp, pp=pp, **options)
+        self.tokenizer = load_tokenizer(Path(spec.model_dir))
+        self._texts = TokenTexts(self.tokenizer)
+        self._engine = InProcessEngine(spec) if spec.world_size == 1 else LocalEngine(spec)
+        self._handle = 0
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
+        """
+        Answers to prompts, in their order; all of them run in one batch.
+
+        Args:
+            prompts: a text, token ids, or a list of either.
+            params: how; None for the defaults.
+        Raises:
+            InvalidArgument: every broken rule of `params` and the prompts; nothing was run.
+            TrilithonError: the engine could not finish a prompt; the others were dropped.
+        """
+        hello = self._engine.hello
+        bounds = Bounds(vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
+        checked = validate((params or SamplingParams()).given(), bounds)
+        submits, pending = [], {}
+        for prompt in _as_list(prompts):
+            prepared = self._prepare(prompt, checked)
+            room = answer_room(prepared, checked, bounds, hello)
+            seed = checked.seed if checked.seed is not None else secrets.randbits(63)
+            sampling = to_wire(
+                checked,
+                seed=seed,
+                max_tokens=room,
+                end_token_ids=self.tokenizer.eos_ids,
+                reset_token_ids=self._texts.sentence_ends if checked.top_p_decay is not None else (),
+                bad_words=self._bad_words(checked, bounds),
+            )
+            choices = [
+                Choice(index=i, texts=self._texts, params=checked, seed=seed, with_tokens=checked.logprobs is not None)
+                for i in range(checked.num_sequences)
+            ]
+            submit = self._submit(prepared.ids, checked)
+            submit.sampling.CopyFrom(sampling)
+            submits.append(submit)
+            pending[submit.handle] = _Pending(prepared, choices)
+        self._run(submits, pending)
+        return [self._output(item, checked) for item in pending.values()]
+
+    def embed(self, texts: str | Sequence[str], *, kind: str = "MEAN", normalize: bool = True) -> list[list[float]]:
+        """
+        One vector a text, from an encoder.
+
+        Args:
+            kind: how a text's vectors become one: MEAN, FIRST or LAST.
+            normalize: to length 1.
+        Raises:
+            InvalidArgument: a text is empty or too long, or the model is no encoder.
+        """
+        submits, pending = [], {}
+        for text in [texts] if isinstance(texts, str) else texts:
+            prepared = Prepared(ids=self.tokenizer.encode(text, add_special_tokens=True))
+            submit = self._submit(prepared.ids, SamplingParams())
+            submit.pooling.CopyFrom(Pooling(kind=Pooling.Kind.Value(kind), normalize=normalize))
+            submits.append(submit)
+            pending[submit.handle] = _Pending(prepared, [])
+        self._run(submits, pending)
+        return [item.embedding for item in pending.values()]
+
+    def close(self) -> None:
+        """End the ranks; idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=params.add_bos is not False)
+            bos = self.tokenizer.bos_id
+            if params.add_bos and bos is not None and ids[:1] != [bos]:
+                ids = [bos, *ids]
+        else:
+            ids = list(prompt)
+        dropped = max(0, len(ids) - params.truncate_prompt_tokens) if params.truncate_prompt_tokens else 0
+        return Prepared(ids=ids[dropped:], dropped=dropped, source=prompt if isinstance(prompt, str) else None)
+
+    def _submit(self, ids: Sequence[int], params: SamplingParams) -> Submit:
+        self._handle += 1
+        return Submit(
+            handle=self._handle,
+            prompt=ids,
+            cache_salt=params.cache_salt.encode(),
+            bypass_cache=params.bypass_cache,
+            priority=params.priority,
+            queue_timeout_ms=params.queue_timeout_ms,
+            time_limit_ms=params.time_limit_ms,
+        )
+
+    def _bad_words(self, params: SamplingParams, bounds: Bounds) -> tuple[tuple[int, ...], ...]:
+        found, sequences = Violations(), dict[tuple[int, ...], None]()
+        for i, word in enumerate(params.bad_words):
+            for text in (word, " " + word.lstrip(" ")):
+                ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+                if len(ids) > bounds.max_bad_word_tokens:
+                    rule = f"must have at most {bounds.max_bad_word_tokens} tokens"
+                    found.add(f"bad_words[{i}]", rule, given=f"{len(ids)} tokens")
+                elif ids:
+                    sequences[ids] = None
+        found.raise_if_any()
+        return tuple(sequences)
+
+    def _run(self, submits: list[Submit], pending: dict[int, _Pending]) -> None:
+        unfinished = {(submit.handle, i) for submit in submits for i in range(max(1, submit.sampling.num_sequences))}
+        for submit in submits:
+            self._engine.send(ToEngine(submit=submit))
+        if not unfinished:
+            return
+        try:
+            for step in self._engine.steps(timeout_s=600.0):
+                for delta in step.deltas:
+                    if delta.handle in pending and self._take(delta, pending[delta.handle]):
+                        unfinished.discard((delta.handle, delta.index))
+                if not unfinished:
+                    return
+        finally:
+            for handle in {handle for handle, _ in unfinished}:
+                self._engine.send(ToEngine(abort=Abort(handle=handle, index=-1, cause="cancelled")))
+
+    def _take(self, delta: SequenceDelta, item: _Pending) -> bool:
+        """Take what is new of one answer; True when it has ended."""
+        if delta.error.code in _CALLERS_ERRORS:
+            raise InvalidArgument(delta.error.message, code=delta.error.code)
+        if delta.HasField("started"):
+            item.cached_tokens = delta.started.cached_tokens
+        item.prompt_tokens += [token_info(self._texts, token) for token in delta.prompt_tokens]
+        if delta.HasField("error"):
+            raise engine_error(delta)
+        if not item.choices:
+            item.embedding += delta.embedding
+            return bool(delta.finish)
+        choice = item.choices[delta.index]
+        if choice.finish is None and choice.feed(delta):
+            self._engine.send(ToEngine(abort=Abort(handle=delta.handle, index=delta.index, cause="stop_string")))
+        return choice.finish is not None
+
+    def _output(self, item: _Pending, params: SamplingParams) -> Output:
+        kept = item.choices if params.num_sequences == params.n else best(item.choices, params.n)
+        return Output(
+            prompt_token_ids=item.prepared.ids,
+            choices=[self._completion(choice) for choice in kept],
+            cached_tokens=item.cached_tokens,
+            prompt_tokens=item.prompt_tokens,
+        )
+
+    def _completion(self, choice: Choice) -> Completion:
+        text, tokens, ids = choice.take()
+        assert choice.finish is not None
+        return Completion(
+            text=text,
+            token_ids=ids,
+            finish_reason=choice.finish,
+            tokens=tokens,
+            cumulative_logprob=choice.cumulative_logprob,
+            matched_stop=choice.matched_stop,
+            constraint_complete=choice.constraint_complete,
+            seed=choice.seed,
+        )
+
+
+# What the engine refuses and the caller can mend; elsewhere the front has checked these before.
+_CALLERS_ERRORS = frozenset(
+    (
+        "invalid_constraint",
+        "invalid_value",
+        "kv_capacity_exceeded",
+        "context_length_exceeded",
+        "prompt_too_long",
+        "empty_prompt",
+        "token_id_range",
+        "unsupported_task",
+    )
+)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a text, or a list that begins with a token id, is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    return [items] if items and isinstance(items[0], int) else items
