@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trilithon_parallel.backend import native_ops
+from trilithon_parallel.backend.native_ops import NativeStep
 from trilithon_parallel.backend.torch_ops import has_native_bf16
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
@@ -75,15 +77,26 @@ class PagedKVCache:
 
     A block of a group is 16 * C contiguous elements, and one index_select over N gathers whole sequences. Memory is
     zeroed when made: positions that were never written take part in products with weight zero, so must be finite.
+    With the native kernel (`is_native`) a block of keys lies transposed, [C, 16], which only that kernel reads.
+
+    Args:
+        native: use the compiled kernel; None uses it where it is available and takes the model's shape.
     """
 
-    def __init__(self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype,
+                 native: bool | None = None) -> None:
         sizes = local_sizes(config, grid.tp.size)
+        fits = grid.device.type == "cpu" and native_ops.takes(
+            heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype)
+        self.is_native = fits and not native_ops.unavailable_reason() if native is None else native
+        assert not self.is_native or fits
+        self.heads = sizes.heads
         num_layers = len(stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank])
         self.num_blocks, self.groups, self.head_dim = num_blocks, sizes.groups, config.head_dim
         self.kv_LKGNSC = torch.zeros(num_layers, 2, sizes.groups, num_blocks, BLOCK_SIZE, config.head_dim,
                                      dtype=dtype, device=grid.device)
         # Views made once: per layer both kinds with kind and group folded, by block and by position.
+        self.addresses = [kv.data_ptr() for kv in self.kv_LKGNSC.unbind(0)]
         self._by_block = [kv.flatten(0, 1) for kv in self.kv_LKGNSC.unbind(0)]
         self._keys = [kv[0].flatten(1, 2) for kv in self.kv_LKGNSC.unbind(0)]
         self._values = [kv[1].flatten(1, 2) for kv in self.kv_LKGNSC.unbind(0)]
@@ -171,6 +184,12 @@ class PagedView:
         # Torch emulates bfloat16 products on CPUs without the instructions, many times slower than widening once.
         self._dtype = torch.float32 if is_emulated else dtype
         self._slots_T = batch.slots_T.to(self._device)
+        if cache.is_native:  # invariant by its own order of additions
+            self._native = NativeStep(
+                heads=cache.heads, groups=cache.groups, channels=cache.head_dim, num_blocks=cache.num_blocks,
+                dtype=dtype, bounds=batch.cu_seqlens, context_lens=batch.context_lens, tables=batch.block_tables,
+                slots_T=self._slots_T)
+            return
         lens = [stop - start for start, stop in pairwise(batch.cu_seqlens)]
         singles = [i for i, new in enumerate(lens) if new == 1]
         self._decodes = [self._decode_group(batch, members, is_all=len(members) == len(lens))
@@ -183,6 +202,8 @@ class PagedView:
 
     def attend(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         """Write the new keys and values, then attend: [T, A, C]."""
+        if self._cache.is_native:
+            return self._native.attend(self._cache.addresses[layer], q_TAC, k_TGC, v_TGC)
         self._cache.write(layer, self._slots_T, k_TGC, v_TGC)
         if len(self._decodes) == 1 and self._decodes[0].rows_B is None:
             return self._decode(layer, self._decodes[0], q_TAC)

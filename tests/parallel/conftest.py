@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trilithon_parallel.attention import BLOCK_SIZE, PagedBatch, PagedKVCache, PagedView
-from trilithon_parallel.backend import select
+from trilithon_parallel.backend import native_ops, select
 from trilithon_parallel.config import load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
@@ -44,11 +44,14 @@ def load_model() -> LoadModel:
 class Server:
     """Sequences in a paged cache, each with blocks of its own in scattered order, stepped in any combination."""
 
+    native: bool
+
     def __init__(self, stage: CausalStage, *, num_sequences: int, max_len: int) -> None:
         self.stage = stage
         per_sequence = -(-max_len // BLOCK_SIZE)
         num_blocks = per_sequence * num_sequences + 1
-        self.cache = PagedKVCache(stage.config, stage.grid, num_blocks=num_blocks, dtype=stage.dtype)
+        self.cache = PagedKVCache(stage.config, stage.grid, num_blocks=num_blocks, dtype=stage.dtype,
+                                  native=self.native)
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)).add(1).tolist()
         self.tables = [order[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]
         self.lens = [0] * num_sequences
@@ -71,7 +74,9 @@ class Server:
         return {i: logits_TV[bounds[k] : bounds[k + 1]] for k, i in enumerate(new)}
 
 
-@pytest.fixture
-def server() -> type[Server]:
-    """The `Server` class."""
-    return Server
+@pytest.fixture(params=[False, True], ids=["torch", "native"])
+def server(request: pytest.FixtureRequest) -> type[Server]:
+    """The `Server` class, with attention in torch alone and with the compiled kernel."""
+    if request.param and native_ops.unavailable_reason():
+        pytest.skip(native_ops.unavailable_reason())
+    return type("Server", (Server,), {"native": request.param})

@@ -113,8 +113,9 @@ def same_encoding(model_dir: Path, grid: Grid) -> None:
         view = PackedView(bounds, causal=False)
         with torch.inference_mode():
             x = torch.arange(30)
-            results.append(stage.pool(through_stages(
-                stage, x, place, lambda x, s=stage, v=view: s(x, positions_T=positions_T, view=v), torch.float32), bounds))
+            hidden_TH = through_stages(
+                stage, x, place, lambda x, s=stage, v=view: s(x, positions_T=positions_T, view=v), torch.float32)
+            results.append(stage.pool(hidden_TH, bounds))
     if grid.is_last_stage:
         assert (results[0] - results[1]).abs().max() <= TOLERANCE
 

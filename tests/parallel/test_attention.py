@@ -20,8 +20,8 @@ from trilithon_parallel.models import CausalStage
 TOLERANCE = 1e-5
 TOKENS = torch.randint(0, 256, (4, 400), generator=torch.Generator().manual_seed(7))
 FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "llama": lambda path: tiny_llama(path, layers=2, hidden=72, heads=9, groups=3, ffn=100, scale=0.15),
-    "gpt2": lambda path: tiny_gpt2(path, context=512, hidden=60, scale=0.3),
+    "llama": lambda path: tiny_llama(path, layers=2, hidden=72, heads=9, groups=3, head_dim=16, ffn=100, scale=0.15),
+    "gpt2": lambda path: tiny_gpt2(path, context=512, hidden=48, heads=3, scale=0.3),
 }
 
 
@@ -98,7 +98,9 @@ def test_E2_E3_batch_invariant_mode_is_bitwise(family: str, dtype: torch.dtype, 
 
 def test_E2_without_the_mode_bits_differ_at_bf16(
         tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
-    """The bitwise test above can fail: with the mode off, some plan gives other bits."""
+    """The bitwise test above can fail: with the mode off, torch's attention gives some plan other bits."""
+    if server.native:
+        pytest.skip("the compiled kernel adds in one order whatever the mode")
     model_dir = tiny_llama(tmp_path / "model", layers=4, hidden=72, heads=9, groups=3, ffn=100, scale=1.0)
     stage = load_model(model_dir, dtype=torch.bfloat16)
 

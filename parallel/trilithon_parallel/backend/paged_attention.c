@@ -1,0 +1,238 @@
+/*
+ * Attention over a paged cache, read in place: decodes and prefill chunks of a ragged batch in one call.
+ *
+ * A row of the result (one token, one query head) is a sum in a fixed order: keys in tiles of KEY_TILE from position 0,
+ * channels from 0, one accumulator per key or channel. So its bits depend on the row's own tokens alone, not on the
+ * batch, on how a prompt was cut into chunks, or on threads. Compile without -ffast-math, which would break that.
+ *
+ * Layout of one layer: keys [G, N, C, 16] (channels outer, so that a block's 16 keys are one vector), then values
+ * [G, N, 16, C]. Elements are float or bfloat16; sums are float.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 16
+#define KEY_TILE 64
+#define MAX_ROWS 48
+#define MAX_CHANNELS 256
+
+#ifdef __AVX512F__
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
+#define VECTORS (BLOCK / WIDTH)
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH)));
+
+/* What one step's layers share. Positions are counted in tokens, strides in elements. */
+struct step {
+    int32_t num_sequences, num_tokens, heads, groups, channels, table_width, is_bf16, num_threads;
+    int64_t num_blocks;
+    float scale;
+    int32_t num_items;
+    const int64_t *slots;        /* [T] */
+    const int32_t *bounds;       /* [B + 1] */
+    const int32_t *context_lens; /* [B] */
+    const int32_t *tables;       /* [B, table_width] */
+    const int32_t *items;        /* [num_items, 3]: sequence, first token of the tile, tokens of the tile */
+};
+
+static inline vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+static inline vec load_bf16(const uint16_t *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, ivec) << 16);
+}
+
+static inline float widen(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline uint16_t narrow(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN stays one */
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline vec broadcast(float x) { return x - (vec){}; }
+
+static inline vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* exp of x <= 0 to within 2 units in the last place; exactly 1 at 0, exactly 0 below -87. */
+static inline vec exp_negative(vec x) {
+    ivec is_zero = x < -87.0f;
+    ivec is_nan = x != x;
+    vec n = x * 1.44269504f + 12582912.0f;
+    n = n - 12582912.0f;
+    vec r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ivec power = (__builtin_convertvector(choose(is_zero | is_nan, broadcast(0.0f), n), ivec) + 127) << 23;
+    return choose(is_nan, x, choose(is_zero, broadcast(0.0f), p * (vec)power));
+}
+
+static inline __attribute__((always_inline)) void attend_tile(
+    const struct step *s, int C, int is_bf16, const void *layer, const void *q, int64_t q_stride, void *out,
+    int sequence, int first, int num_tokens, int group) {
+    float rows_RC[MAX_ROWS][MAX_CHANNELS] __attribute__((aligned(64)));
+    float sums_RC[MAX_ROWS][MAX_CHANNELS] __attribute__((aligned(64)));
+    float scores_RS[MAX_ROWS][KEY_TILE] __attribute__((aligned(64)));
+    float wide[KEY_TILE * MAX_CHANNELS] __attribute__((aligned(64)));
+    float most_R[MAX_ROWS], total_R[MAX_ROWS];
+    const int per_group = s->heads / s->groups, rows = num_tokens * per_group, padded = (rows + 3) & ~3;
+    const int size = is_bf16 ? 2 : 4;
+    const int64_t token_0 = s->bounds[sequence] + first;
+    const int context = s->context_lens[sequence] + first; /* positions before the tile's first token */
+    const int num_keys = context + num_tokens;
+    const int32_t *table = s->tables + (int64_t)sequence * s->table_width;
+    const char *keys = (const char *)layer + (int64_t)group * s->num_blocks * BLOCK * C * size;
+    const char *values = keys + (int64_t)s->groups * s->num_blocks * BLOCK * C * size;
+
+    for (int r = 0; r < padded; r++) {
+        most_R[r] = -INFINITY;
+        total_R[r] = 0.0f;
+        int64_t at = (token_0 + r / per_group) * q_stride + (int64_t)(group * per_group + r % per_group) * C;
+        for (int c = 0; c < C; c++) {
+            float x = 0.0f;
+            if (r < rows) x = is_bf16 ? widen(((const uint16_t *)q)[at + c]) : ((const float *)q)[at + c];
+            rows_RC[r][c] = x * s->scale;
+            sums_RC[r][c] = 0.0f;
+        }
+    }
+    for (int base = 0; base < num_keys; base += KEY_TILE) {
+        const int num_here = num_keys - base < KEY_TILE ? num_keys - base : KEY_TILE;
+        const int blocks_here = (num_here + BLOCK - 1) / BLOCK;
+        for (int b = 0; b < blocks_here; b++) {
+            const char *at = keys + (int64_t)table[base / BLOCK + b] * BLOCK * C * size;
+            const float *k_CS = (const float *)at;
+            if (is_bf16) {
+                for (int i = 0; i < BLOCK * C; i += WIDTH) store(wide + i, load_bf16((const uint16_t *)at + i));
+                k_CS = wide;
+            }
+            for (int r = 0; r < padded; r += 4) {
+                vec s0[VECTORS] = {}, s1[VECTORS] = {}, s2[VECTORS] = {}, s3[VECTORS] = {};
+                for (int c = 0; c < C; c++) {
+                    for (int v = 0; v < VECTORS; v++) {
+                        vec k = load(k_CS + c * BLOCK + v * WIDTH);
+                        s0[v] += rows_RC[r][c] * k;
+                        s1[v] += rows_RC[r + 1][c] * k;
+                        s2[v] += rows_RC[r + 2][c] * k;
+                        s3[v] += rows_RC[r + 3][c] * k;
+                    }
+                }
+                for (int v = 0; v < VECTORS; v++) {
+                    store(&scores_RS[r][b * BLOCK + v * WIDTH], s0[v]);
+                    store(&scores_RS[r + 1][b * BLOCK + v * WIDTH], s1[v]);
+                    store(&scores_RS[r + 2][b * BLOCK + v * WIDTH], s2[v]);
+                    store(&scores_RS[r + 3][b * BLOCK + v * WIDTH], s3[v]);
+                }
+            }
+        }
+        if (is_bf16) {
+            for (int b = 0; b < blocks_here; b++) {
+                const uint16_t *at = (const uint16_t *)(values + (int64_t)table[base / BLOCK + b] * BLOCK * C * size);
+                for (int i = 0; i < BLOCK * C; i += WIDTH) store(wide + b * BLOCK * C + i, load_bf16(at + i));
+            }
+        }
+        for (int r = 0; r < rows; r++) {
+            const int visible = context + r / per_group + 1 - base; /* keys of this tile that the row may see */
+            if (visible <= 0) continue;
+            float *score = scores_RS[r];
+            for (int j = visible < KEY_TILE ? visible : KEY_TILE; j < KEY_TILE; j++) score[j] = -INFINITY;
+            vec most = load(score);
+            for (int j = WIDTH; j < KEY_TILE; j += WIDTH) {
+                vec next = load(score + j);
+                most = choose(next > most, next, most);
+            }
+            float top = most_R[r];
+            for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
+            const float shrink = exp_negative(broadcast(most_R[r] - top))[0];
+            vec total = {};
+            for (int j = 0; j < KEY_TILE; j += WIDTH) {
+                vec weight = exp_negative(load(score + j) - top);
+                store(score + j, weight);
+                total += weight;
+            }
+            for (int half = WIDTH / 2; half > 0; half /= 2)
+                for (int j = 0; j < half; j++) total[j] += total[j + half];
+            most_R[r] = top;
+            total_R[r] = total_R[r] * shrink + total[0];
+            const int used = visible < num_here ? visible : num_here;
+            for (int c = 0; c < C; c += 4 * WIDTH) {
+                vec sum[4];
+                const int vectors = C - c < 4 * WIDTH ? (C - c) / WIDTH : 4;
+                for (int v = 0; v < vectors; v++) sum[v] = load(&sums_RC[r][c + v * WIDTH]) * shrink;
+                for (int j = 0; j < used; j++) {
+                    const float *v_C = is_bf16 ? wide + j * C
+                        : (const float *)(values + (int64_t)table[(base + j) / BLOCK] * BLOCK * C * size) + (j % BLOCK) * C;
+                    for (int v = 0; v < vectors; v++) sum[v] += score[j] * load(v_C + c + v * WIDTH);
+                }
+                for (int v = 0; v < vectors; v++) store(&sums_RC[r][c + v * WIDTH], sum[v]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        int64_t at = ((token_0 + r / per_group) * s->heads + group * per_group + r % per_group) * C;
+        for (int c = 0; c < C; c++) {
+            float y = sums_RC[r][c] / total_R[r];
+            if (is_bf16) ((uint16_t *)out)[at + c] = narrow(y);
+            else ((float *)out)[at + c] = y;
+        }
+    }
+}
+
+static void write_token(const struct step *s, void *layer, const void *k, int64_t k_stride, const void *v,
+                        int64_t v_stride, int64_t token) {
+    const int C = s->channels, size = s->is_bf16 ? 2 : 4;
+    const int64_t block = s->slots[token] / BLOCK, offset = s->slots[token] % BLOCK;
+    for (int g = 0; g < s->groups; g++) {
+        char *key = (char *)layer + ((int64_t)g * s->num_blocks + block) * BLOCK * C * size;
+        char *value = (char *)layer + ((int64_t)(s->groups + g) * s->num_blocks + block) * BLOCK * C * size;
+        const char *from = (const char *)k + (token * k_stride + (int64_t)g * C) * size;
+        for (int c = 0; c < C; c++) memcpy(key + ((int64_t)c * BLOCK + offset) * size, from + (int64_t)c * size, size);
+        memcpy(value + offset * C * size, (const char *)v + (token * v_stride + (int64_t)g * C) * size, (size_t)C * size);
+    }
+}
+
+/* Writes the step's new keys and values into one layer's cache, then attends: out [T, heads, C]. */
+void paged_attention(const struct step *s, void *layer, const void *q, int64_t q_stride, const void *k,
+                     int64_t k_stride, const void *v, int64_t v_stride, void *out) {
+#pragma omp parallel num_threads(s->num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < s->num_tokens; t++) write_token(s, layer, k, k_stride, v, v_stride, t);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < (int64_t)s->num_items * s->groups; i++) {
+            const int32_t *item = s->items + i / s->groups * 3;
+            const int group = (int)(i % s->groups);
+#define ATTEND(C, IS_BF16) attend_tile(s, C, IS_BF16, layer, q, q_stride, out, item[0], item[1], item[2], group)
+            if (s->channels == 64 && s->is_bf16) ATTEND(64, 1);
+            else if (s->channels == 64) ATTEND(64, 0);
+            else if (s->channels == 128 && s->is_bf16) ATTEND(128, 1);
+            else if (s->channels == 128) ATTEND(128, 0);
+            else if (s->is_bf16) ATTEND(s->channels, 1);
+            else ATTEND(s->channels, 0);
+        }
+    }
+}
