@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from trilithon._bench.wire import Answer, Connection, Exchange, Target, read
+from trilithon.errors import ConnectionFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +38,18 @@ async def run_pass(
         concurrency: closed loop: so many at a time. None: open loop, at `arrivals_s`.
         arrivals_s: seconds from the start, one per request.
         on_done: called with the number of ended requests.
+    Raises:
+        ConnectionFailed: closed loop only: nothing answers before the first request.
     """
     pool = _Pool(target, timeout_s, on_done)
     requests = [target.request(body) for body in bodies]
     exchanges: list[Exchange] = []
     if concurrency is not None:
-        await pool.open(min(concurrency, len(requests)))
+        try:
+            await pool.open(min(concurrency, len(requests)))
+        except OSError as error:
+            message = f"Nothing answered at {target.host}:{target.port}. Given: {error.strerror}."
+            raise ConnectionFailed(message) from None
     started_s, cpu_s = perf_counter(), _cpu_s()
     if concurrency is not None:
         pending = iter(enumerate(requests))
