@@ -1,4 +1,4 @@
-"""What no source file of ours may contain: unpickling (S1), fetching what a request names, running a model's code (S6)."""
+"""What our source must not contain: unpickling (S1), fetching what a request names, running a model's code (S6)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_S1_the_walk_finds_what_it_looks_for(source: str) -> None:
 
 
 def test_S6_the_server_has_nothing_to_fetch_with() -> None:
-    """Serving imports no HTTP client, so no URL of a request can be followed. (Pulling models is a person's command.)"""
+    """Serving imports no HTTP client, so no URL of a request can be followed; pulling is a person's command."""
     for path in sorted((ROOT / "server/trilithon_server").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []

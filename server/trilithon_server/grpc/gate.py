@@ -194,9 +194,11 @@ class _Rpc:
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            self._leave(error)
+            self._leave(error)  # which lets `error` pass in silence, as contextlib does with what it was given
         except Exception as left:
-            await self._abort(left)
+            error = left
+        if isinstance(error, Exception):
+            await self._abort(error)
 
     async def _abort(self, error: Exception) -> None:
         if isinstance(error, grpc.aio.AbortError):
