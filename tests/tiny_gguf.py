@@ -77,7 +77,12 @@ def write_gguf(
     for key, value in (values | (fields or {})).items():
         if key in leave_out:
             continue
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add: dict[type, Any] = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
         add.get(type(value), writer.add_array)(key, value)
     for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items():
         stem, _, part = name.rpartition(".")

@@ -18,11 +18,10 @@ import sentencepiece
 import tokenizers
 
 from trilithon_parallel.config import ModelError
+from trilithon_parallel.pieces import METASPACE, piece_table, spelling_of
 
-METASPACE = "\u2581"
-"""The visible space of SentencePiece: U+2581."""
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+MAX_VOCAB_SIZE = 1 << 24
+"""Ids above this mean a broken file; real vocabularies end below 2**20."""
 
 
 @runtime_checkable
@@ -92,7 +91,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     if (path := model_dir / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path, settings)
     raise ModelError(
-        f"{model_dir} holds no tokenizer: neither tokenizer.json nor tokenizer.model is there.",
+        "the model directory holds no tokenizer: neither tokenizer.json nor tokenizer.model is there.",
         code="tokenizer_missing",
         hint="Copy the tokenizer files of the model into this directory.",
     )
@@ -160,9 +159,14 @@ class HuggingFaceTokenizer:
         document = _parse_json_object(path, raw)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the library raises bare Exception for every broken file
+            # Some faults show only in use; they must show now, not in somebody's request.
+            trial = self._tokenizer.encode("a trial", add_special_tokens=True).ids
+        except BaseException as error:
+            # The library raises bare Exception for most broken files and PanicException, no Exception, for the rest.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise ModelError(
-                f"{path} is not a tokenizer that the tokenizers library reads: {error}.",
+                f"{path.name} is not a tokenizer that the tokenizers library reads: {error}.",
                 code="tokenizer_invalid",
                 hint="Download the file again, or re-create it with a current tokenizers version.",
             ) from None
@@ -171,7 +175,13 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         added = self._tokenizer.get_added_tokens_decoder()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.vocab_size: int = _checked_size(path, vocabulary.values())
+        if trial and max(trial) >= self.vocab_size:
+            raise ModelError(
+                f"{path.name} must only give ids of its vocabulary, below {self.vocab_size}. Given: {max(trial)}.",
+                code="tokenizer_invalid",
+                hint="Its post-processor names another id than its vocabulary: download the file again.",
+            )
         self.special_ids: frozenset[int] = frozenset(
             [token_id for token_id, token in added.items() if token.special]
             + [vocabulary[text] for text in settings.special_contents() if text in vocabulary]
@@ -183,7 +193,7 @@ class HuggingFaceTokenizer:
         for piece, token_id in vocabulary.items():
             self._pieces[token_id] = piece
         added_contents = {token_id: token.content for token_id, token in added.items()}
-        self._bytes = _piece_table(_spelling_of(document), self._pieces, added_contents)
+        self._bytes = piece_table(spelling_of(document), self._pieces, added_contents)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -221,7 +231,7 @@ class SentencePieceTokenizer:
             self._model.LoadFromSerializedProto(raw)
         except (RuntimeError, ValueError) as error:
             raise ModelError(
-                f"{path} is not a SentencePiece model: {' '.join(str(error).split())}.",
+                f"{path.name} is not a SentencePiece model: {' '.join(str(error).split())}.",
                 code="tokenizer_invalid",
                 hint="Download the file again; if it is a Hugging Face tokenizer, name it tokenizer.json.",
             ) from None
@@ -237,7 +247,7 @@ class SentencePieceTokenizer:
             if entry.get("special", False):
                 special.add(token_id)
         pieces |= added
-        self.vocab_size: int = max(pieces) + 1
+        self.vocab_size: int = _checked_size(path, pieces)
         self._pieces = [pieces.get(token_id, "") for token_id in range(self.vocab_size)]
         to_id = {piece: token_id for token_id, piece in pieces.items()}
         special |= {to_id[text] for text in settings.special_contents() if text in to_id}
@@ -250,7 +260,7 @@ class SentencePieceTokenizer:
         self._add_bos = bool(settings.tokenizer.get("add_bos_token", True))
         self._add_eos = bool(settings.tokenizer.get("add_eos_token", False))
         verbatim = added | {i: pieces[i] for i in special}
-        self._bytes = _piece_table("metaspace", self._pieces, verbatim)
+        self._bytes = piece_table("metaspace", self._pieces, verbatim)
         self._verbatim_ids = {content: token_id for token_id, content in verbatim.items() if content}
         # Longest first, so that a token that begins with another one wins.
         ordered = sorted(self._verbatim_ids, key=len, reverse=True)
@@ -296,77 +306,30 @@ class SentencePieceTokenizer:
         return self._pieces[_checked(token_id, self.vocab_size)]
 
 
-def byte_alphabet() -> dict[str, int]:
-    """
-    The 256 visible characters that byte-level BPE writes for bytes, each with its byte.
-
-    Printable Latin-1 stands for itself; every other byte takes the next free character from U+0100 on.
-
-    >>> byte_alphabet()["A"], hex(byte_alphabet()[chr(0x120)])
-    (65, '0x20')
-
-    Source: GPT-2 (Radford et al. 2019), `bytes_to_unicode`.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-
-
-def _spelling_of(document: dict[str, Any]) -> str:
-    """How a tokenizer.json spells bytes in its pieces: `byte_level`, `metaspace`, `wordpiece` or `plain`."""
-    kinds = set(_component_types(document.get("decoder"))) | set(_component_types(document.get("pre_tokenizer")))
-    model = document.get("model")
-    model_type = model.get("type") if isinstance(model, dict) else None
-    if "ByteLevel" in kinds:
-        return "byte_level"
-    if "WordPiece" in kinds or model_type == "WordPiece":
-        return "wordpiece"
-    if "Metaspace" in kinds or "ByteFallback" in kinds or (isinstance(model, dict) and model.get("byte_fallback")):
-        return "metaspace"
-    return "plain"
-
-
-def _component_types(component: Any) -> Iterable[str]:
-    """The types inside a decoder or pre-tokenizer, sequences opened."""
-    if not isinstance(component, dict):
-        return
-    yield str(component.get("type"))
-    for key in ("decoders", "pretokenizers"):
-        for inner in component.get(key) or []:
-            yield from _component_types(inner)
-
-
-def _piece_table(spelling: str, pieces: Sequence[str], verbatim: dict[int, str]) -> list[bytes]:
-    """The bytes of every piece; `verbatim` (added and special tokens) stand for their own text."""
-    alphabet = byte_alphabet()
-
-    def spell(piece: str) -> bytes:
-        if spelling == "byte_level" and all(character in alphabet for character in piece):
-            return bytes(alphabet[character] for character in piece)
-        if spelling == "metaspace":
-            if match := _BYTE_PIECE.fullmatch(piece):
-                return bytes([int(match.group(1), 16)])
-            return piece.replace(METASPACE, " ").encode()
-        if spelling == "wordpiece":
-            # A word piece says only whether a space comes before it; the first word's is the caller's to drop.
-            return piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
-        return piece.encode()
-
-    return [verbatim[i].encode() if i in verbatim else spell(piece) if piece else b"" for i, piece in enumerate(pieces)]
-
-
 def _added_tokens(path: Path, settings: _Settings) -> Iterable[tuple[int, dict[str, Any]]]:
     """Entries of `added_tokens_decoder`, checked."""
     table = settings.tokenizer.get("added_tokens_decoder") or {}
     for key, entry in table.items() if isinstance(table, dict) else ():
         if not (key.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str)):
             raise ModelError(
-                f"{path.parent / 'tokenizer_config.json'} added_tokens_decoder must map ids to objects with `content`. "
+                f"tokenizer_config.json added_tokens_decoder must map ids to objects with `content`. "
                 f"Given: {key!r}: {entry!r}.",
                 code="tokenizer_invalid",
                 hint="Restore the file that the model was published with.",
             )
         yield int(key), entry
+
+
+def _checked_size(path: Path, ids: Iterable[int]) -> int:
+    """One more than the largest id; tables of this length follow, so a broken file must not choose it freely."""
+    size = max(ids, default=-1) + 1
+    if not 0 < size <= MAX_VOCAB_SIZE:
+        raise ModelError(
+            f"{path.name} ids must be from 0 to {MAX_VOCAB_SIZE - 1}, at least one. Given: a vocabulary of {size}.",
+            code="tokenizer_invalid",
+            hint="Download the file again.",
+        )
+    return size
 
 
 def _checked(token_id: int, vocab_size: int) -> int:
@@ -383,10 +346,12 @@ def _parse_json_object(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}.", code="model_invalid", hint="Download it again.") from None
+        raise ModelError(
+            f"{path.name} is not JSON: {error}.", code="model_invalid", hint="Download it again."
+        ) from None
     if not isinstance(document, dict):
         raise ModelError(
-            f"{path} must hold a JSON object. Given: {type(document).__name__}.",
+            f"{path.name} must hold a JSON object. Given: {type(document).__name__}.",
             code="model_invalid",
             hint="Download it again.",
         )

@@ -66,7 +66,7 @@ def test_fp32_import_is_the_original_bit_for_bit(source: Path, whole: Path, tmp_
 @settings(max_examples=50, deadline=None)
 @given(heads=st.integers(1, 5), half=st.integers(1, 6), columns=st.integers(0, 3))
 def test_unpermute_inverts_the_definition(heads: int, half: int, columns: int) -> None:
-    """For any head shape, weights and biases, undoing llama.cpp's order restores the rows."""
+    """For any head shape, undoing llama.cpp's order restores the rows. Seen elsewhere: torchtitan#1291, #1441."""
     shape = (heads * half * 2, *([columns] if columns else []))
     rows = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
@@ -109,7 +109,7 @@ def test_E10_converted_smollm2_is_what_transformers_computes(smollm2_dir: Path) 
     import transformers
 
     tokenizer = load_tokenizer(smollm2_dir)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     config = load_config(smollm2_dir)
     stage = build_stage(config, grid=Grid.single(), backend=select("torch"), dtype=torch.float32)
     load_stage(stage, smollm2_dir, config=config, grid=Grid.single())

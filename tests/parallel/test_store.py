@@ -24,7 +24,6 @@ from tiny_gguf import write_gguf
 from trilithon import _store
 from trilithon.errors import NotFound
 from trilithon_parallel.config import ModelError, load_config
-from trilithon_parallel.weights import pull as pull_module
 from trilithon_parallel.weights import store as store_module
 from trilithon_parallel.weights.loader import check_weights
 from trilithon_parallel.weights.pull import KNOWN_MODELS, KnownModel, Progress, PullError, pull
@@ -259,7 +258,7 @@ def test_R10_full_disk_is_one_sentence(llama: Path, home: Path, monkeypatch: pyt
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pull_module.shutil, "copyfile", no_space)
+    monkeypatch.setattr("shutil.copyfile", no_space)
     with pytest.raises(PullError, match=r"cannot be written: No space left") as caught:
         pull(f"file:{llama}")
 
@@ -318,7 +317,7 @@ def test_package_with_a_model_directory(index: Path, tmp_path: Path, monkeypatch
     bert = tiny_bert(tmp_path / "bert")
     members = members_of(bert, "pack/model") | {"pack/__init__.py": b"raise SystemExit", "../escape.json": b"{}"}
     _, digest = build_wheel(index, members)
-    monkeypatch.setitem(KNOWN_MODELS, "tiny", KnownModel("pypi:tiny-pack==1.0", digest, "MIT"))  # type: ignore[arg-type]
+    monkeypatch.setitem(KNOWN_MODELS, "tiny", KnownModel("pypi:tiny-pack==1.0", digest, "MIT"))
 
     pulled = pull("tiny")
 
@@ -346,7 +345,7 @@ def test_S10_changed_package_is_refused(
 ) -> None:
     """A wheel whose bytes are not the known ones is not used. Inverse: with the right digest (above) it is."""
     build_wheel(index, members_of(tiny_bert(tmp_path / "bert"), "pack"))
-    monkeypatch.setitem(KNOWN_MODELS, "tiny", KnownModel("pypi:tiny-pack==1.0", "0" * 64, "MIT"))  # type: ignore[arg-type]
+    monkeypatch.setitem(KNOWN_MODELS, "tiny", KnownModel("pypi:tiny-pack==1.0", "0" * 64, "MIT"))
 
     with pytest.raises(PullError) as caught:
         pull("tiny")

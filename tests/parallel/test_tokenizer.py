@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tiny import tiny_bert, tiny_llama
 
 from trilithon_parallel.config import ModelError
-from trilithon_parallel.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, byte_alphabet
+from trilithon_parallel.pieces import byte_alphabet
+from trilithon_parallel.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from trilithon_parallel.tokenizer import load_tokenizer as load
 
 TRICKY = [
@@ -296,11 +297,28 @@ def test_byte_pieces_and_metaspaces_of_converted_files(tmp_path: Path) -> None:
     assert tokenizer.encode("\U0001f600", add_special_tokens=False) == ids[1:5]
 
 
+BROKEN_POST_PROCESSOR = json.dumps(
+    {
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "trial": 1}, "unk_token": "a"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "[A]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"other": {"id": "[A]", "ids": [7], "tokens": ["[A]"]}},
+        },
+    }
+)
+HUGE_ID = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}})
+
 BROKEN: dict[str, tuple[dict[str, str], str]] = {
     "none": ({}, "holds no tokenizer"),
     "not JSON": ({"tokenizer.json": "{"}, "is not JSON"),
     "not a tokenizer": ({"tokenizer.json": '{"model": {"type": "Magic"}}'}, "not a tokenizer"),
     "a list": ({"tokenizer.json": "[]"}, "must hold a JSON object"),
+    "fault that shows in use": ({"tokenizer.json": BROKEN_POST_PROCESSOR}, "not a tokenizer that"),
+    "id outside": ({"tokenizer.json": BROKEN_POST_PROCESSOR.replace('"other"', '"[A]"')}, "must only give ids of its"),
+    "ids without end": ({"tokenizer.json": HUGE_ID}, "Given: a vocabulary of"),
     "not SentencePiece": ({"tokenizer.model": "nonsense"}, "is not a SentencePiece model"),
 }
 

@@ -65,7 +65,8 @@ def their_outputs(model_dir: Path, tokens_T: torch.Tensor, *, unused: set[str]) 
 
     causal = load_config(model_dir).is_causal
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    model, found = kind.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = kind.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
+    model, found = loaded
     assert set(found["missing_keys"]) == unused
     assert not found["unexpected_keys"]
     assert not found["mismatched_keys"]

@@ -203,7 +203,7 @@ def edit_index(model_dir: Path, change: Callable[[dict[str, Any]], None]) -> Non
     path.write_text(json.dumps(document))
 
 
-INDEX_FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+INDEX_FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "reaches outside": (
         lambda d: edit_index(d, lambda i: i["weight_map"].update({"model.norm.weight": "../secret.safetensors"})),
         "weights_invalid",
@@ -235,13 +235,13 @@ INDEX_FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "tensor model.norm.weight must be listed",
     ),
     "not an object": (
-        lambda d: (d / INDEX_FILE).write_text('{"weight_map": []}') and None,
+        lambda d: (d / INDEX_FILE).write_text('{"weight_map": []}'),
         "weights_invalid",
         "weight_map must map tensor names",
     ),
-    "not JSON": (lambda d: (d / INDEX_FILE).write_text("{") and None, "weights_invalid", "not readable JSON"),
+    "not JSON": (lambda d: (d / INDEX_FILE).write_text("{"), "weights_invalid", "not readable JSON"),
     "two models at once": (
-        lambda d: (d / "model-00001-of-00002.safetensors").rename(d / "model.safetensors") and None,
+        lambda d: (d / "model-00001-of-00002.safetensors").rename(d / "model.safetensors"),
         "weights_invalid",
         "holds both model.safetensors and",
     ),
