@@ -99,7 +99,7 @@ static inline __attribute__((always_inline)) void attend_tile(
     float sums_RC[MAX_ROWS][MAX_CHANNELS] __attribute__((aligned(64)));
     float scores_RS[MAX_ROWS][KEY_TILE] __attribute__((aligned(64)));
     float wide[KEY_TILE * MAX_CHANNELS] __attribute__((aligned(64)));
-    float most_R[MAX_ROWS], total_R[MAX_ROWS];
+    float most_R[MAX_ROWS], total_R[MAX_ROWS], shrink_R[MAX_ROWS];
     const int per_group = s->heads / s->groups, rows = num_tokens * per_group, padded = (rows + 3) & ~3;
     const int size = is_bf16 ? 2 : 4;
     const int64_t token_0 = s->bounds[sequence] + first;
@@ -155,11 +155,15 @@ static inline __attribute__((always_inline)) void attend_tile(
                 for (int i = 0; i < BLOCK * C; i += WIDTH) store(wide + b * BLOCK * C + i, load_bf16(at + i));
             }
         }
-        for (int r = 0; r < rows; r++) {
-            const int visible = context + r / per_group + 1 - base; /* keys of this tile that the row may see */
-            if (visible <= 0) continue;
+        for (int r = 0; r < padded; r++) {
+            const int visible = r < rows ? context + r / per_group + 1 - base : 0; /* keys that the row may see */
             float *score = scores_RS[r];
-            for (int j = visible < KEY_TILE ? visible : KEY_TILE; j < KEY_TILE; j++) score[j] = -INFINITY;
+            if (visible <= 0) {
+                memset(score, 0, sizeof scores_RS[r]);
+                shrink_R[r] = 1.0f;
+                continue;
+            }
+            for (int j = visible < num_here ? visible : num_here; j < KEY_TILE; j++) score[j] = -INFINITY;
             vec most = load(score);
             for (int j = WIDTH; j < KEY_TILE; j += WIDTH) {
                 vec next = load(score + j);
@@ -167,7 +171,7 @@ static inline __attribute__((always_inline)) void attend_tile(
             }
             float top = most_R[r];
             for (int j = 0; j < WIDTH; j++) top = most[j] > top ? most[j] : top;
-            const float shrink = exp_negative(broadcast(most_R[r] - top))[0];
+            shrink_R[r] = exp_negative(broadcast(most_R[r] - top))[0];
             vec total = {};
             for (int j = 0; j < KEY_TILE; j += WIDTH) {
                 vec weight = exp_negative(load(score + j) - top);
@@ -177,18 +181,35 @@ static inline __attribute__((always_inline)) void attend_tile(
             for (int half = WIDTH / 2; half > 0; half /= 2)
                 for (int j = 0; j < half; j++) total[j] += total[j + half];
             most_R[r] = top;
-            total_R[r] = total_R[r] * shrink + total[0];
-            const int used = visible < num_here ? visible : num_here;
+            total_R[r] = total_R[r] * shrink_R[r] + total[0];
+        }
+        /* Two rows at once share the loads of values; a key that a row may not see has weight zero there. */
+        for (int r = 0; r < padded; r += 2) {
+            const float *weights_0 = scores_RS[r], *weights_1 = scores_RS[r + 1];
             for (int c = 0; c < C; c += 4 * WIDTH) {
-                vec sum[4];
+                vec sum_0[4], sum_1[4];
                 const int vectors = C - c < 4 * WIDTH ? (C - c) / WIDTH : 4;
-                for (int v = 0; v < vectors; v++) sum[v] = load(&sums_RC[r][c + v * WIDTH]) * shrink;
-                for (int j = 0; j < used; j++) {
-                    const float *v_C = is_bf16 ? wide + j * C
-                        : (const float *)(values + (int64_t)table[(base + j) / BLOCK] * BLOCK * C * size) + (j % BLOCK) * C;
-                    for (int v = 0; v < vectors; v++) sum[v] += score[j] * load(v_C + c + v * WIDTH);
+                for (int v = 0; v < vectors; v++) {
+                    sum_0[v] = load(&sums_RC[r][c + v * WIDTH]) * shrink_R[r];
+                    sum_1[v] = load(&sums_RC[r + 1][c + v * WIDTH]) * shrink_R[r + 1];
                 }
-                for (int v = 0; v < vectors; v++) store(&sums_RC[r][c + v * WIDTH], sum[v]);
+                for (int b = 0; b < blocks_here; b++) {
+                    const float *v_SC = is_bf16 ? wide + b * BLOCK * C
+                        : (const float *)(values + (int64_t)table[base / BLOCK + b] * BLOCK * C * size);
+                    const int last = num_here - b * BLOCK < BLOCK ? num_here - b * BLOCK : BLOCK;
+                    for (int j = 0; j < last; j++) {
+                        const float w_0 = weights_0[b * BLOCK + j], w_1 = weights_1[b * BLOCK + j];
+                        for (int v = 0; v < vectors; v++) {
+                            vec value = load(v_SC + j * C + c + v * WIDTH);
+                            sum_0[v] += w_0 * value;
+                            sum_1[v] += w_1 * value;
+                        }
+                    }
+                }
+                for (int v = 0; v < vectors; v++) {
+                    store(&sums_RC[r][c + v * WIDTH], sum_0[v]);
+                    store(&sums_RC[r + 1][c + v * WIDTH], sum_1[v]);
+                }
             }
         }
     }
