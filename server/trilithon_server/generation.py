@@ -182,42 +182,46 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
-    def _take(self, part: Part, delta: wire.SequenceDelta) -> list[tuple[Part, Choice | None]]:
-        out: list[tuple[Part, Choice | None]] = []
-        now = time.monotonic()
+    def _take(self, part: Part, delta: wire.SequenceDelta) -> tuple[tuple[Part, Choice | None], ...]:
+        """What a delta is news of; this runs for every token, so the common case comes first."""
+        began: tuple[tuple[Part, Choice | None], ...] = ()
+        if not part.started or delta.finish:
+            began = self._begin_or_end(part, delta)
+        choice = part.choices[delta.index]
+        if choice.finish is not None or not (delta.tokens or delta.finish):
+            return began
+        if delta.tokens:
+            now = self._last_token_s = time.monotonic()
+            if choice.last_event_s:
+                self._inter_token.observe(now - choice.last_event_s)
+            elif self._first_token_s is None:
+                self._first_token_s = now
+            choice.last_event_s = now
+        if choice.feed(delta):
+            part.stream.abort_sequence(delta.index)
+        if choice.finish is not None or len(choice.new_ids) >= self.params.stream_interval:
+            return (*began, (part, choice))
+        return began
+
+    def _begin_or_end(self, part: Part, delta: wire.SequenceDelta) -> tuple[tuple[Part, None], ...]:
+        """A prompt's first deltas and its last; tells its start once, when everything about the prompt is known."""
         if delta.HasField("started"):
             part.cached_tokens = delta.started.cached_tokens
             if self._queue_s is None:
                 self._queue_s = self._submitted_s - self.call.arrived_s + delta.started.queue_ms / 1000
         if delta.prompt_tokens:
             part.prompt_tokens = self._prompt_infos(part, delta.prompt_tokens)
-        wants_prompt = self.params.prompt_logprobs is not None
-        if not part.started and (not wants_prompt or delta.tokens or delta.finish or delta.prompt_tokens):
-            part.started = True
-            out.append((part, None))
         if delta.finish:
             self._preemptions = max(self._preemptions, delta.timings.preemptions)
             if delta.finish == wire.TIME_LIMIT and self._queue_s is None:
                 raise DeadlineExceeded("the time limit passed while the request was queued.", code="timeout")
             if delta.finish == wire.CANCELLED and self._abort_cause == "overdue":
                 raise DeadlineExceeded("the time limit passed.", code="timeout")
-        if not delta.tokens and not delta.finish:
-            return out
-        choice = part.choices[delta.index]
-        if choice.finish is not None:
-            return out
-        if delta.tokens:
-            if self._first_token_s is None:
-                self._first_token_s = now
-            self._last_token_s = now
-            if choice.last_event_s:
-                self._inter_token.observe(now - choice.last_event_s)
-            choice.last_event_s = now
-        if choice.feed(delta):
-            part.stream.abort_sequence(delta.index)
-        if choice.finish is not None or len(choice.new_ids) >= self.params.stream_interval:
-            out.append((part, choice))
-        return out
+        complete = self.params.prompt_logprobs is None or delta.tokens or delta.finish or delta.prompt_tokens
+        if part.started or not complete:
+            return ()
+        part.started = True
+        return ((part, None),)
 
     def _prompt_infos(self, part: Part, tokens: Sequence[wire.Token]) -> list[TokenInfo]:
         """The prompt's tokens; nothing comes before the first, so it has no log-probability."""

@@ -7,11 +7,13 @@ statistics that came with their last step, so a step costs two histogram observa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -60,7 +62,8 @@ class Metrics:
         )
         self._duration = _histogram("request_duration_seconds", "From arrival to the end.", _SECONDS, r)
         self._first_token = _histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS, r)
-        self._inter_token = _histogram("inter_token_seconds", "Between two events of one sequence.", _STEP_SECONDS, r)
+        self._inter_token = _InterToken()
+        r.register(self._inter_token)
         self._per_token = _histogram(
             "time_per_output_token_seconds", "Mean time per token after the first, per request.", _STEP_SECONDS, r
         )
@@ -109,9 +112,9 @@ class Metrics:
 
         engine.step_listeners.append(on_step)
 
-    def inter_token(self, model: str) -> Histogram:
-        """The histogram to observe between two events of a sequence; looked up once per request, not per token."""
-        return self._inter_token.labels(model)
+    def inter_token(self, model: str) -> Intervals:
+        """Where the time between two events of a sequence goes; looked up once per request, not per token."""
+        return self._inter_token.of(model)
 
     def request_ended(self, record: RequestRecord) -> None:
         """Count one request at its end."""
@@ -152,6 +155,39 @@ class Metrics:
 
 def _histogram(name: str, text: str, buckets: Iterable[float], registry: CollectorRegistry) -> Histogram:
     return Histogram(f"trilithon_{name}", text, ["model"], buckets=tuple(buckets), registry=registry)
+
+
+class Intervals:
+    """A histogram that costs a tenth of the library's to observe: it is used for every token."""
+
+    __slots__ = ("counts", "total_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_STEP_SECONDS) + 1)
+        self.total_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one interval."""
+        self.counts[bisect_left(_STEP_SECONDS, seconds)] += 1
+        self.total_s += seconds
+
+
+class _InterToken(Collector):
+    def __init__(self) -> None:
+        self._by_model: dict[str, Intervals] = {}
+
+    def of(self, model: str) -> Intervals:
+        return self._by_model.setdefault(model, Intervals())
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "trilithon_inter_token_seconds", "Between two events of one sequence.", labels=["model"]
+        )
+        bounds = [*map(str, _STEP_SECONDS), "+Inf"]
+        for model, intervals in self._by_model.items():
+            buckets = list(zip(bounds, map(float, accumulate(intervals.counts)), strict=True))
+            family.add_metric([model], buckets, sum_value=intervals.total_s)
+        yield family
 
 
 class _EngineCollector(Collector):

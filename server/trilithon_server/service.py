@@ -32,7 +32,7 @@ from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
 from trilithon_server.sampling import SamplingParams, to_wire, validate
-from trilithon_server.served import Call, ServedModel
+from trilithon_server.served import Call, Capability, ServedModel
 from trilithon_server.tracing import make_tracer
 from trilithon_server.validation import Bounds, Violations, nearest, shown
 
@@ -117,6 +117,10 @@ class Service:
         if call is not None:
             call.record.model = found.name
         return found
+
+    def first(self, capability: Capability) -> str:
+        """The first model that can do something, for requests that cannot name one; empty when there is none."""
+        return next((name for name, model in self.models.items() if capability in model.capabilities), "")
 
     def fingerprint(self, hello: wire.Hello) -> str:
         """Version, layout and configuration: answers repeat only while it is the same."""

@@ -158,7 +158,7 @@ async def megatron(service: Service, exchange: Exchange, call: Call) -> None:
     async def work() -> None:
         generation = await service.generate(
             call,
-            "",
+            service.first("generate"),
             list(body.prompts),
             values,
             found=found,
