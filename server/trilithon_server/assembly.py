@@ -15,6 +15,7 @@ from trilithon.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
+    InvalidArgument,
     Overloaded,
     TrilithonError,
     Unavailable,
@@ -53,7 +54,20 @@ _FINISH = {
     wire.TIME_LIMIT: FinishReason.TIME_LIMIT,
 }
 
+_SENDERS_FAULT = (
+    "invalid_constraint",
+    "kv_capacity_exceeded",
+    "context_length_exceeded",
+    "prompt_too_long",
+    "empty_prompt",
+    "token_id_range",
+    "invalid_value",
+    "unsupported_task",
+)
+"""Codes of requests that the engine refuses although the front let them pass."""
+
 _ERRORS: dict[str, type[TrilithonError]] = {
+    **dict.fromkeys(_SENDERS_FAULT, InvalidArgument),
     "constraint_dead_end": FailedPrecondition,
     "queue_timeout": DeadlineExceeded,
     "timeout": DeadlineExceeded,
