@@ -40,7 +40,7 @@ class Rule:
 _BOOL = {"type": "boolean"}
 _TRUE_FALSE = "must be true or false"
 _UNIT = "must be greater than 0 and at most 1"
-_UNIT_SCHEMA = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_UNIT_SCHEMA = {"type": "number", "minimum": 1e-30, "maximum": 1}  # a float cannot tell much less from 0
 _IDS = {"type": "integer", "minimum": 0}
 
 
@@ -164,9 +164,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="repetition_penalty",
         proto="penalties.repetition",
-        check=number(0, 10, above=True),
-        text="must be greater than 0 and at most 10",
-        schema={"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+        check=number(1e-6, 10),
+        text="must be greater than 0 (at least 0.000001) and at most 10",
+        schema=_range(1e-6, 10),
         meaning="Divides (below zero: multiplies) logits of tokens of the prompt and the answer. Default 1 (off).",
     ),
     Rule(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,8 @@ class Bounds:
 
 
 Check = Callable[[Any, Bounds], Any]
+
+_FLOAT32 = struct.Struct("f")
 
 
 class Broken(Exception):
@@ -192,6 +195,12 @@ def as_whole(value: object) -> int:
     raise Broken
 
 
+def float32(value: float) -> float:
+    """The nearest number that protobuf and the engine can hold; what it makes of a value is what counts."""
+    nearest_float: float = _FLOAT32.unpack(_FLOAT32.pack(value))[0]
+    return nearest_float
+
+
 def number(low: float, high: float, *, above: bool = False, zero: bool = False) -> Check:
     """From `low` (exclusive with `above`) to `high`; with `zero`, 0 too."""
 
@@ -199,9 +208,12 @@ def number(low: float, high: float, *, above: bool = False, zero: bool = False) 
         given = as_number(value)
         if zero and given == 0:
             return 0.0
-        if not low <= given <= high or (above and given == low):
+        if not low <= given <= high:
             raise Broken
-        return given
+        kept = float32(given)
+        if above and kept <= low:  # 1e-60 is above 0 and yet nothing as a float
+            raise Broken
+        return kept
 
     return check
 

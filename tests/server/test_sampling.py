@@ -86,6 +86,8 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 10**400}, "temperature", "a whole number of"),
     ({"top_p": 0}, "top_p", "`top_p` must be greater than 0 and at most 1. Given: 0."),
     ({"typical_p": 0}, "typical_p", "greater than 0"),
+    ({"top_p": 5e-324}, "top_p", "greater than 0"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty", "at least 0.000001"),
     ({"top_k": -2}, "top_k", "must be 0 (off)"),
     ({"top_k": 1.5}, "top_k", "Given: 1.5"),
     ({"n": 0}, "n", "`n` must be from 1 to 16. Given: 0."),
