@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,10 +37,15 @@ class Load:
         server: where they go.
         max_tokens: of each.
         streams, plain: how many of each per protocol.
+        running: entering waits until every request has been admitted and this many streams have had a token; None:
+            all of them.
     """
 
-    def __init__(self, server: Server, *, max_tokens: int = LONG, streams: int = 1, plain: int = 1) -> None:
+    def __init__(
+        self, server: Server, *, max_tokens: int = LONG, streams: int = 1, plain: int = 1, running: int | None = None
+    ) -> None:
         self._server = server
+        self._running = 2 * streams if running is None else running
         self._max_tokens = max_tokens
         self.outcomes: list[Outcome] = []
         self._threads: list[threading.Thread] = []
@@ -55,12 +58,16 @@ class Load:
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
-        running = [outcome for outcome in self.outcomes if outcome.streamed]
-        wait_until(lambda: all(outcome.tokens or outcome.ended for outcome in running), seconds=60)
+        wait_until(lambda: sum(bool(o.tokens or o.ended) for o in self.outcomes) >= self._running, seconds=60)
+        wait_until(lambda: self._admitted() >= len(self.outcomes), seconds=60)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.wait(seconds=60)
+
+    def _admitted(self) -> int:
+        ended = sum(bool(outcome.ended) for outcome in self.outcomes)
+        return ended + int(gauge(self._server, "requests_running") + gauge(self._server, "requests_waiting"))
 
     def wait(self, *, seconds: float) -> None:
         """Return when every request has ended; AssertionError when one has not within `seconds`."""
@@ -129,6 +136,12 @@ def readiness(server: Server) -> int:
         return 0
 
 
+def gauge(server: Server, name: str) -> float:
+    """The value of a metric that has one series."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=5).text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"trilithon_{name}{{"))
+
+
 def wait_until(condition: object, *, seconds: float) -> None:
     """Poll until `condition()` holds; AssertionError after `seconds`."""
     assert callable(condition)
@@ -137,17 +150,6 @@ def wait_until(condition: object, *, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"did not hold within {seconds} s"
         pause.wait(0.005)
-
-
-@contextmanager
-def paused(process: psutil.Process) -> Iterator[None]:
-    """Stop a process; let it go on at the end if it is still there."""
-    process.suspend()
-    try:
-        yield
-    finally:
-        if process.is_running():
-            process.resume()
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -297,7 +297,8 @@ class EngineClient:
         else:
             self._loss_kind = kind
             self.losses[kind] = self.losses.get(kind, 0) + 1
-            _log.warning("engine_lost", extra={"engine": self.name, "cause": cause, "in_flight": self.in_flight})
+            level = logging.INFO if kind == "connection" else logging.WARNING  # the cause is the supervisor's to tell
+            _log.log(level, "engine_lost", extra={"engine": self.name, "cause": cause, "in_flight": self.in_flight})
         self.state = state
         self.cause = cause or self.cause
         self.stats = None

@@ -35,7 +35,7 @@ def test_R5_in_flight_work_finishes_and_new_work_is_refused(tiny_dir: Path, sock
     """
     with serving(tiny_dir, *FLAGS, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
         processes = Processes(server)
-        with Load(server, max_tokens=1500) as load:
+        with Load(server, max_tokens=400) as load:
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: readiness(server) == 503, seconds=2.0)
             assert refusals(server) == [("draining", True)] * 2

@@ -6,16 +6,20 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
 import pytest
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served import serving
+from grpc_status import rpc_status
+from served import Server, serving
 from tiny import tiny_llama
 from under_load import Load, Processes, readiness, wait_until
 
 from trilithon import Client
+from trilithon.api.v1 import generation_pb2, generation_pb2_grpc
 from trilithon.errors import Overloaded, TrilithonError
 
 FLAGS = ("--log-format", "json", "--set", "engines.0.kv_cache_bytes=16MiB")
@@ -60,15 +64,15 @@ def test_R3_a_long_prefill_is_not_called_dead(tmp_path: Path, sockets: Path) -> 
 
     Inverse seen: with OVERDUE judged by the time since the last beat (0.5 s) the rank is killed in the middle.
     """
-    wide = tiny_llama(tmp_path / "wide", layers=6, hidden=512, heads=8, groups=8, ffn=2048, context=8192)
-    flags = ("--max-batch-tokens", "4096", *FLAGS, "--set", "engines.0.kv_cache_bytes=256MiB")
+    wide = tiny_llama(tmp_path / "wide", layers=4, hidden=256, heads=8, groups=8, ffn=1024, context=4096)
+    flags = ("--max-batch-tokens", "3072", *FLAGS, "--set", "engines.0.kv_cache_bytes=64MiB")
     with serving(wide, *flags, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
         took: list[float] = []
 
         def ask() -> None:
             began = time.monotonic()
             with Client(server.url, max_retries=0, timeout=120) as client:
-                client.generate([5] * 4000, max_tokens=1)
+                client.generate([5] * 3000, max_tokens=1)
             took.append(time.monotonic() - began)
 
         thread = threading.Thread(target=ask)
@@ -96,68 +100,46 @@ def test_R3_readiness_goes_off_when_a_rank_hangs_without_any_work(tiny_dir: Path
         server.wait_ready()
 
 
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_R4_a_full_queue_is_refused_with_a_time_to_retry(protocol: str, tiny_dir: Path, sockets: Path) -> None:
+def test_R4_a_full_queue_is_refused_with_a_time_to_retry(tiny_dir: Path, sockets: Path) -> None:
     """
-    One sequence a step and a queue of three: four requests are taken, the rest refused at once with a time from 1 to
-    30 s, and those that were taken finish.
+    One sequence a step and a queue of one: of two requests one runs and one waits, and every further one is refused
+    at once, with a time from 1 to 30 s. HTTP says 429 with Retry-After, gRPC RESOURCE_EXHAUSTED with RetryInfo. What
+    was taken finishes, and then there is room again.
 
-    Inverse seen: with `limits.max_queue_requests` at its default none of the eight is refused.
+    Inverse seen: with `limits.max_queue_requests` at its default nothing is refused.
     """
-    flags = ("--set", "engines.0.max_batch_sequences=1", "--set", "limits.max_queue_requests=3", *FLAGS)
-    with serving(tiny_dir, *flags, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
-        url = server.url if protocol == "http" else server.grpc_target
-        with Load(server, max_tokens=2000, plain=0) as load:  # two requests: one runs, one waits
-            refused: list[Overloaded] = []
-            with Client(url, max_retries=0, timeout=60) as client:
-                taken = [
-                    threading.Thread(target=client.generate, args=("a",), kwargs={"max_tokens": 1}) for _ in range(2)
-                ]
-                for thread in taken:
-                    thread.start()
-                wait_until(lambda: _waiting(server.url) >= 3, seconds=20)
-                for _ in range(4):
-                    began = time.monotonic()
-                    with pytest.raises(Overloaded) as caught:
-                        client.generate("a", max_tokens=1)
-                    assert time.monotonic() - began < 1.0
-                    refused.append(caught.value)
-                load.wait(seconds=60)
-                for thread in taken:
-                    thread.join(60)
-
-        assert {"queue_full"} == {error.code for error in refused}
-        assert all(1 <= (error.retry_after_s or 0) <= 30 for error in refused)
-
-
-def test_R4_the_refusal_on_the_wire(tiny_dir: Path, sockets: Path) -> None:
-    """HTTP says 429 with Retry-After in whole seconds; gRPC says RESOURCE_EXHAUSTED with RetryInfo in its details."""
-    from google.rpc import error_details_pb2
-    from grpc_status import rpc_status
-
-    from trilithon.api.v1 import generation_pb2, generation_pb2_grpc
-
     flags = ("--set", "engines.0.max_batch_sequences=1", "--set", "limits.max_queue_requests=1", *FLAGS)
     with serving(tiny_dir, *flags, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
-        with Load(server, max_tokens=2000, plain=0) as load:  # one runs, one waits: the queue is full
-            wait_until(lambda: _waiting(server.url) >= 1, seconds=20)
+        with Load(server, max_tokens=400, plain=0, running=1) as load:
+            refused: list[Overloaded] = []
+            for url in (server.url, server.grpc_target):
+                began = time.monotonic()
+                with Client(url, max_retries=0, timeout=60) as client, pytest.raises(Overloaded) as caught:
+                    client.generate("a", max_tokens=1)
+                assert time.monotonic() - began < 2.0
+                refused.append(caught.value)
             answer = httpx.post(f"{server.url}/v1/completions", json={"model": server.model, "prompt": "a"})
-            with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-                stub = generation_pb2_grpc.GenerationServiceStub(channel)
-                request = generation_pb2.GenerateRequest()
-                request.prompt.text = "a"
-                with pytest.raises(grpc.RpcError) as caught:
-                    stub.Generate(request, timeout=10)
-            details = rpc_status.from_call(caught.value).details  # type: ignore[arg-type]  # it is a Call too
+            status, details = _grpc_refusal(server)
             load.wait(seconds=60)
+        with Client(server.url, max_retries=0, timeout=60) as client:
+            client.generate("a", max_tokens=1)
 
-        assert answer.status_code == 429
+        assert {"max_tokens"} == {outcome.ended for outcome in load.outcomes}
+        assert {"queue_full"} == {error.code for error in refused}
+        assert all(1 <= (error.retry_after_s or 0) <= 30 for error in refused)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 30
-        assert answer.json()["error"]["code"] == "queue_full"
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in details)
 
 
-def _waiting(url: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next(float(line.split()[-1]) for line in lines if line.startswith("trilithon_requests_waiting"))
+def _grpc_refusal(server: Server) -> tuple[grpc.StatusCode, list[Any]]:
+    """Status and details of one refused call, as any gRPC client sees them."""
+    request = generation_pb2.GenerateRequest()
+    request.prompt.text = "a"
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Generate(request, timeout=10)
+    call: Any = caught.value  # it is a grpc.Call too, which the stubs do not say
+    return call.code(), list(rpc_status.from_call(call).details)

@@ -97,6 +97,7 @@ class Child:
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._on_output = on_output
         self._on_status = on_status
+        self._closed = False
         self._selector: selectors.BaseSelector | None = None
         self._pidfd: int | None = None
         self._control_fd: int | None = None
@@ -145,7 +146,9 @@ class Child:
             selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
     def read(self) -> None:
-        """Hand on everything that the child has said so far."""
+        """Hand on everything that the child has said so far; nothing once it is closed."""
+        if self._closed:
+            return
         for line in self._output.read():
             self.tail.append(line)
             self._on_output(line)
@@ -197,6 +200,9 @@ class Child:
         """Kill what is left of the group and release the pipes; idempotent."""
         self.signal(signal.SIGKILL)
         self.wait(timeout_s=5.0)
+        if self._closed:
+            return
+        self._closed = True
         for fd in (self._output.fd, self._status.fd, self._pidfd, self._control_fd):
             self._unregister(fd)
         self._output_file.close()

@@ -125,9 +125,14 @@ class EngineGroup:
             return None
         return self._hung(now) or self._too_slow(now)
 
+    @property
+    def peer_lost(self) -> bool:
+        """Whether a rank has given up on another and the culprit is still being looked for."""
+        return self._peer_lost_at is not None
+
     def take_peer_lost(self) -> bool:
-        """True once per loss: a rank gave up on another, and the culprit is still being looked for."""
-        told, self._peer_lost_told = self._peer_lost_told, self._peer_lost_at is not None
+        """`peer_lost`, told once per loss."""
+        told, self._peer_lost_told = self._peer_lost_told, self.peer_lost
         return self._peer_lost_told and not told
 
     def stalled(self, seconds: float) -> Loss:
@@ -155,6 +160,7 @@ class EngineGroup:
             self._beats.close()
             self._beats = None
         self._remove_files()
+        self._peer_lost_at = None
         self.state = "lost"
 
     def coordinates(self, rank: int) -> tuple[int, int]:

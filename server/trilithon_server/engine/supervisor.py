@@ -36,6 +36,7 @@ from trilithon_server.engine.watch import ExternalEngine
 EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 2, 6, 130
 MAX_RESTARTS, RESTART_WINDOW_S = 3, 600.0
 TICK_S = 0.1
+HOLD_S = 0.15  # children's lines wait this long, so that a dead rank's cause is told before its peers' complaints
 FRONT_SILENCE_S = 15.0  # the front says it lives every second; its loop is stuck when it is silent this long
 FRONT_START_S = 60.0
 ABORT_S = 5.0  # for the front to tell every client, once it may not wait any longer
@@ -72,6 +73,7 @@ class Supervisor:
         self._run_dir = run_dir
         self._on_ready = on_ready
         self._write_line = write_line
+        self._held: deque[tuple[float, str, str]] = deque()  # (arrival, process, line), not yet passed on
         self._selector = selectors.DefaultSelector()
         self._external = [ExternalEngine(spec, run_dir=run_dir) for spec in specs] if external else []
         self._groups = [] if external else [self._make_group(spec) for spec in specs]
@@ -124,6 +126,16 @@ class Supervisor:
         while self._signals:
             self._on_stop_signal(self._signals.pop(0))
         self._check_front()
+        self._check_engines()
+        self._pass_on(older_than_s=HOLD_S)
+        for engine in self._external:
+            for state, cause in engine.check():
+                self._tell_engine(engine.name, state, kind="hung" if state == "lost" else "", cause=cause)
+        self._announce()
+        if self._stop_deadline is not None and time.monotonic() > self._stop_deadline:
+            self._abort_or_kill()
+
+    def _check_engines(self) -> None:
         now = time.monotonic()
         for group in self._groups:
             loss = group.check()
@@ -136,12 +148,6 @@ class Supervisor:
                 del self._restart_at[group.spec.name]
                 group.start()
                 self._tell_engine(group.spec.name, "loading")
-        for engine in self._external:
-            for state, cause in engine.check():
-                self._tell_engine(engine.name, state, kind="hung" if state == "lost" else "", cause=cause)
-        self._announce()
-        if self._stop_deadline is not None and now > self._stop_deadline:
-            self._abort_or_kill()
 
     def _finished(self) -> bool:
         return self._exit_code is not None and self._front is None
@@ -152,6 +158,18 @@ class Supervisor:
             self._announced = True
             self._on_ready()
 
+    def _hold(self, process: str, line: str) -> None:
+        self._held.append((time.monotonic(), process, line))
+
+    def _pass_on(self, *, older_than_s: float) -> None:
+        """Write the children's lines that have waited long enough; none while a culprit is still being looked for."""
+        if older_than_s and any(group.peer_lost for group in self._groups):
+            return
+        horizon = time.monotonic() - older_than_s
+        while self._held and self._held[0][0] <= horizon:
+            _, process, line = self._held.popleft()
+            self._write_line(process, line)
+
     # -- engines --------------------------------------------------------------------------------------------
 
     def _make_group(self, spec: EngineSpec) -> EngineGroup:
@@ -160,7 +178,7 @@ class Supervisor:
             run_dir=self._run_dir,
             selector=self._selector,
             startup_s=self._server.startup_seconds,
-            on_output=lambda rank, line: self._write_line(f"{spec.name}.{rank}", line),
+            on_output=lambda rank, line: self._hold(f"{spec.name}.{rank}", line),
             on_ready=lambda: self._tell_engine(spec.name, "ready"),
         )
 
@@ -208,7 +226,7 @@ class Supervisor:
             argv,
             name="front",
             env={**os.environ, **_FRONT_ENV},
-            on_output=lambda line: self._write_line("front", line),
+            on_output=lambda line: self._hold("front", line),
             on_status=self._on_front_status,
             control=True,
         )
@@ -322,6 +340,7 @@ class Supervisor:
             self._front = None
         for group in self._groups:
             group.stop(grace_s=RANK_GRACE_S if self._exit_code in (EXIT_OK, EXIT_INTERRUPTED) else 0.0)
+        self._pass_on(older_than_s=0.0)
         for name in ("config.json", *(f"{group.spec.name}.json" for group in self._groups)):
             with contextlib.suppress(FileNotFoundError):
                 (self._run_dir / name).unlink()
