@@ -26,7 +26,7 @@ def main() -> int:
     torch.set_num_threads(load["threads"])
     dtype = getattr(torch, load["dtype"])
     model = AutoModelForCausalLM.from_pretrained(load["model_dir"], dtype=dtype, local_files_only=True)
-    model.eval()
+    model.train(False)
     _say(out, {"ready_s": time.perf_counter() - started_s, "torch": torch.__version__})
     for line in sys.stdin:
         command = json.loads(line)

@@ -265,7 +265,7 @@ def _block(result: Mapping[str, Any], workload: Workload) -> str:
         f"{place['cpu']}, {place['num_cpus']} cores, {place['memory_gib']} GiB; {result['dtype']}, "
         f"{result['threads']} threads; trilithon {versions['trilithon']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}",
-        f"{workload.num_requests} requests at once, {workload.prompt_len} tokens in, {workload.answer_len} out, greedy; "
+        f"{workload.num_requests} requests at once, {workload.prompt_len} tokens in, {workload.answer_len} out; "
         f"{workload.runs} interleaved rounds after a warm-up; median [min .. max]",
         "",
         f"ratio to generate() one at a time      {_range(result['ratios']['one_at_a_time'], '.2f')}",

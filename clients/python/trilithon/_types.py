@@ -44,7 +44,7 @@ class Timings(_Answer):
 class Token(_Answer):
     """One token; `logprob` is a natural logarithm, `rank` 1 is the most likely, `top` the likeliest at its position."""
 
-    id: int
+    id: int = 0
     text: str = ""
     logprob: float | None = None
     rank: int = 0
