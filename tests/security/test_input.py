@@ -219,6 +219,16 @@ def test_S9_bytes_that_are_no_message(front: Front) -> None:
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]  # the stubs do not say so
 
 
+def test_S5_metadata_is_bounded(front: Front) -> None:
+    """More metadata than the limit is refused before anything is read."""
+    stub = models_pb2_grpc.ModelsServiceStub(front.channel)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ListModels(models_pb2.ListModelsRequest(), metadata=(*METADATA, ("x-padding", "x" * 9000)))
+
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]  # the stubs do not say so
+
+
 def test_rich_errors_name_the_fields(front: Front) -> None:
     """INVALID_ARGUMENT carries ErrorInfo, every violation and the request's id."""
     request = generation_pb2.GenerateRequest(

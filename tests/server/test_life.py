@@ -238,6 +238,21 @@ def test_R4_a_full_queue_refuses_with_a_time_to_come_back(narrow: Front) -> None
     assert refused[0].headers["x-should-retry"] == "true"
 
 
+@pytest.mark.parametrize(
+    ("limit", "code"), [({"queue_timeout_ms": 50}, "queue_timeout"), ({"time_limit_ms": 80}, "timeout")], ids=str
+)
+def test_R7_time_that_runs_out_in_the_queue_is_an_error(narrow: Front, limit: dict[str, int], code: str) -> None:
+    """A request that never began has no answer to give: 504 with its reason, DEADLINE_EXCEEDED over gRPC."""
+    hold = threading.Thread(target=lambda: narrow.post("/v1/generate", OTHER, **{**LONG, "max_tokens": 500}))
+    hold.start()
+    poll(lambda: narrow.engine()["running"] == 1, "the engine is not busy")
+
+    answer = narrow.post("/v1/generate", model=MODEL, prompt="x", max_tokens=1, **limit)
+
+    hold.join()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, code)
+
+
 def test_S5_requests_in_flight_per_key_are_bounded(narrow: Front) -> None:
     """One key cannot hold more than its share, whatever the queue has room for; another key is not affected."""
 
