@@ -97,8 +97,17 @@ def test_reflection_lists_the_services(front: Front) -> None:
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     files = reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[0])
 
-    listed, file = list(stub.ServerReflectionInfo(iter([ask, files]), metadata=(("x-api-key", ACME),)))
+    metadata = (("x-api-key", ACME),)
+    v1 = front.channel.stream_stream(
+        f"/{REFLECTION_V1}/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
 
+    listed, file = list(stub.ServerReflectionInfo(iter([ask, files]), metadata=metadata))
+    (listed_by_v1,) = list(v1(iter([ask]), metadata=metadata))
+
+    assert listed_by_v1 == listed
     assert {item.name for item in listed.list_services_response.service} >= set(SERVICES)
     assert file.file_descriptor_response.file_descriptor_proto
 
@@ -185,6 +194,8 @@ def mutual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path
     certificate(folder, "stranger")
     flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(folder / "authority.pem")]
     with serving(tiny_llama(folder / MODEL), *flags, wait=False) as server:
+        with httpx.Client(verify=tls_context(folder, "client")) as friend:
+            _eventually(lambda: friend.get(f"https://127.0.0.1:{server.http_port}/livez"))
         yield server, folder
 
 
@@ -201,8 +212,7 @@ def test_S4_mutual_tls_over_http(mutual: tuple[Any, Path]) -> None:
     url = f"https://127.0.0.1:{server.http_port}/livez"
 
     with httpx.Client(verify=tls_context(folder, "client")) as friend:
-        answer = _eventually(lambda: friend.get(url))
-    assert answer.status_code == 200
+        assert friend.get(url).status_code == 200
     for who in (None, "stranger"):
         with httpx.Client(verify=tls_context(folder, who)) as other, pytest.raises(httpx.TransportError):
             other.get(url)

@@ -22,8 +22,6 @@ LONG = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 400, "ignore
 JSON = {"content-type": "application/json"}
 METADATA = (("authorization", f"Bearer {ACME}"),)
 WAIT_S = 30.0
-R6_ROUNDS = 60
-"""Requests of the disconnect test; each draws its own kind and moment."""
 
 
 def poll(condition: Callable[[], bool], what: str) -> None:
@@ -146,14 +144,15 @@ def _crashing_client(front: Front, rng: random.Random) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
 
 
-def test_R6_clients_that_leave_take_their_blocks_along(front: Front) -> None:
+@pytest.mark.parametrize("rounds", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_R6_clients_that_leave_take_their_blocks_along(front: Front, rounds: int) -> None:
     """
     Streamed and plain, several prompts, n > 1, constrained: whenever the client vanishes, all blocks come back.
 
     Inverse check: without the race against `http.disconnect` plain requests run to their end and the wait times out.
     """
     total = total_blocks(front)
-    seeds = range(R6_ROUNDS)
+    seeds = range(rounds)
     threads = [
         threading.Thread(target=lambda part=seeds[i::4]: [_crashing_client(front, random.Random(s)) for s in part])
         for i in range(4)

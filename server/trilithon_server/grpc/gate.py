@@ -10,7 +10,7 @@ import contextvars
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -72,8 +72,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             inner = handler.unary_stream
 
             async def unary_stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
-                async with frame.rpc(raw, decode, context) as request:
-                    async for item in inner(request, context):
+                async with frame.rpc(raw, decode, context) as request, aclosing(inner(request, context)) as items:
+                    async for item in items:
                         yield item
 
             return grpc.unary_stream_rpc_method_handler(unary_stream, None, handler.response_serializer)

@@ -42,10 +42,10 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    async def _begin(self, request: generation_pb2.GenerateRequest, *, stream: bool) -> Generation:
+    async def _begin(self, request: generation_pb2.GenerateRequest, context: Any, *, stream: bool) -> Generation:
         found = Violations()
         prompt, field = convert.prompt_of(request.prompt, found)
-        return await self._service.generate(
+        generation = await self._service.generate(
             current_call(),
             convert.model_name(request.meta),
             [prompt],
@@ -54,10 +54,13 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
             stream=stream,
             field=field,
         )
+        # A cancelled stream may be dropped while it waits for a send, outside our generator: do not wait for its end.
+        context.add_done_callback(lambda _: generation.close("disconnect"))
+        return generation
 
     async def Generate(self, request: generation_pb2.GenerateRequest, context: Any) -> generation_pb2.GenerateResponse:
         """Answer when all is generated."""
-        async with await self._begin(request, stream=False) as generation:
+        async with await self._begin(request, context, stream=False) as generation:
             await generation.joined()
             fields = answers.generated(generation)
         fields["choices"] = convert.choices(fields["choices"])
@@ -67,7 +70,7 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[generation_pb2.GenerateEvent]:
         """Answer token by token."""
-        async with await self._begin(request, stream=True) as generation:
+        async with await self._begin(request, context, stream=True) as generation:
             offsets = generation.params.return_offsets
             async for part, choice in generation.news():
                 if choice is None:
