@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from trilithon_parallel.attention import PackedView, PagedBatch, PagedKVCache, _
 from trilithon_parallel.config import load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage
+from trilithon_parallel.transformer import rowwise
 
 # fp32, another order of additions (bars E1, E2).
 TOLERANCE = 1e-5
@@ -85,7 +87,7 @@ def test_E2_E3_batch_invariant_mode_is_bitwise(family: str, dtype: torch.dtype, 
     """
     Alone, chunked, token by token, among others: the same bits, at any dtype and thread count.
 
-    Inverse: without `rowwise` gpt2 at fp32 fails it; with the mode off it fails as the next test shows.
+    Inverse: a view that ignores the flag fails it with torch's attention, as the next test shows too.
     """
     torch.set_num_threads(threads)
     stage = load_model(FAMILIES[family](tmp_path / "model"), dtype=dtype, batch_invariant=True)
@@ -109,12 +111,22 @@ def test_E2_without_the_mode_bits_differ_at_bf16(
     assert not all(torch.equal(results[0], result) for result in results[1:])
 
 
+def test_E2_rowwise_activations_do_not_see_their_place() -> None:
+    """Each element alone, in any row: the same bits. (Inverse: plain gelu differs, which the last line checks.)"""
+    x_TF = torch.randn(40, 100, generator=torch.Generator().manual_seed(1))
+    whole_TF = rowwise(F.gelu, x_TF)
+
+    assert torch.equal(torch.cat([rowwise(F.gelu, row_TF) for row_TF in torch.split(x_TF, 1)]), whole_TF)
+    assert torch.equal(rowwise(F.gelu, x_TF.flip(0)).flip(0), whole_TF)
+    assert not torch.equal(torch.cat([F.gelu(part) for part in x_TF.flatten().split(1)]), F.gelu(x_TF).flatten())
+
+
 def test_a_poisoned_neighbour_changes_nothing(tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
     """NaN in one sequence's blocks stays there: padding reads no other's. (Inverse: padding with block 0 fails it.)"""
     stage = load_model(FAMILIES["llama"](tmp_path / "model"))
     serve = server(stage, num_sequences=2, max_len=400)
     served(serve, [{0: 300, 1: 20}])
-    for block in serve.tables[0]:
+    for block in (0, *serve.tables[0]):  # block 0 belongs to nobody here
         serve.cache.kv_LKGNSC[:, :, :, block] = torch.nan
 
     logits = serve.step({0: TOKENS[0, 300:301], 1: TOKENS[1, 20:21]})
