@@ -6,10 +6,20 @@ import json
 from typing import Any
 
 import pytest
-from front_server import ACME, MODEL, Front, bearer
+from front_server import ACME, ENCODER, MODEL, Front, bearer
 from google.protobuf.json_format import MessageToDict
 
-from trilithon.api.v1 import common_pb2, generation_pb2, generation_pb2_grpc
+from trilithon.api.v1 import (
+    common_pb2,
+    embed_pb2,
+    embed_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    tokenize_pb2,
+    tokenize_pb2_grpc,
+)
 
 PROMPT = "Once upon a time"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -175,3 +185,41 @@ def test_scores_agree_with_prompt_logprobs(front: Front) -> None:
     assert item["sum_logprob"][0] == pytest.approx(expected, abs=1e-4)
     assert item["byte_count"] == [len(" there was"), 2]
     assert len(item["details"]) == 2
+
+
+def test_E3_other_calls_agree_between_protocols(front: Front) -> None:
+    """Scores, vectors, token ids, rendered chats and models are the same over gRPC and HTTP."""
+    metadata = (("authorization", f"Bearer {ACME}"),)
+    chat = common_pb2.Chat(messages=[common_pb2.ChatMessage(role="user", content="Hi")])
+    item = generation_pb2.ScoreItem(context=common_pb2.Prompt(text=PROMPT), continuations=[" there"])
+    meta, encoder = common_pb2.RequestMeta(model=MODEL), common_pb2.RequestMeta(model=ENCODER)
+    tokens = tokenize_pb2_grpc.TokenizeServiceStub(front.channel)
+
+    scored = generation_pb2_grpc.GenerationServiceStub(front.channel).Score(
+        generation_pb2.ScoreRequest(meta=meta, items=[item]), metadata=metadata
+    )
+    embedded = embed_pb2_grpc.EmbedServiceStub(front.channel).Embed(
+        embed_pb2.EmbedRequest(meta=encoder, inputs=[common_pb2.Prompt(text="a cat")]), metadata=metadata
+    )
+    tokenized = tokens.Tokenize(tokenize_pb2.TokenizeRequest(model=MODEL, texts=[PROMPT]), metadata=metadata)
+    rendered = tokens.RenderChat(tokenize_pb2.RenderChatRequest(model=MODEL, chat=chat), metadata=metadata)
+    model = models_pb2_grpc.ModelsServiceStub(front.channel).GetModel(
+        models_pb2.GetModelRequest(id=MODEL), metadata=metadata
+    )
+
+    over_http = {
+        "score": front.post("/v1/score", model=MODEL, items=[{"context": PROMPT, "continuations": [" there"]}]).json(),
+        "embed": front.post("/v1/embeddings", model=ENCODER, input="a cat").json(),
+        "tokenize": front.post("/v1/tokenize", model=MODEL, texts=[PROMPT]).json(),
+        "render": front.post("/v1/render", model=MODEL, messages=[{"role": "user", "content": "Hi"}]).json(),
+        "model": front.http.get(f"/v1/models/{MODEL}", headers=bearer(ACME)).json(),
+    }
+    assert list(scored.items[0].sum_logprob) == pytest.approx(over_http["score"]["items"][0]["sum_logprob"], abs=1e-5)
+    assert list(embedded.data[0].values) == pytest.approx(over_http["embed"]["data"][0]["embedding"], abs=1e-6)
+    assert list(tokenized.results[0].ids) == over_http["tokenize"]["results"][0]["ids"]
+    assert (rendered.text, list(rendered.ids)) == (over_http["render"]["text"], over_http["render"]["ids"])
+    assert (model.digest, model.max_context_tokens) == (
+        over_http["model"]["digest"],
+        over_http["model"]["max_context_tokens"],
+    )
+    assert models_pb2.Model.Kind.Name(model.kind) == "KIND_BASE"
