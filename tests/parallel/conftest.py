@@ -62,7 +62,9 @@ class Server:
         bounds = [0]
         for length in lens:
             bounds.append(bounds[-1] + length)
-        context, tables = [self.lens[i] for i in new], [self.tables[i] for i in new]
+        context = [self.lens[i] for i in new]
+        used = [-(-(at + length) // BLOCK_SIZE) for at, length in zip(context, lens, strict=True)]
+        tables = [self.tables[i][:num] for i, num in zip(new, used, strict=True)]
         batch = PagedBatch(bounds, context, tables, PagedBatch.slots(tables, context, lens))
         positions_T = torch.cat([torch.arange(at, at + n) for at, n in zip(context, lens, strict=True)])
         with torch.inference_mode():
