@@ -48,8 +48,7 @@ def test_R1_killing_any_rank_under_load_ends_everything_typed_and_restarts(
     protocols, the dead rank's cause logged before any other trouble, then ready again; a fourth loss within ten
     minutes ends the server with exit code 6. Nothing is left over.
 
-    Inverse seen: with `_on_loss` not telling the front, requests of a killed follower wait for gloo and the first
-    bound breaks; without the group's kill the other ranks survive as orphans.
+    Inverse seen: with `_check_engines` ignoring the loss it finds, a killed rank is not logged and never replaced.
     """
     ranks = tp * pp
     with (
