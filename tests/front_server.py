@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ class Front:
     server: Server
     http: httpx.Client
     channel: grpc.Channel
+    run_dir: Path
+    """Where the engines' sockets are."""
+    decoder: Path
+    """The decoder's model directory."""
 
     def post(self, path: str, key: str = ACME, **body: Any) -> httpx.Response:
         """POST JSON with a key."""
@@ -63,9 +68,11 @@ def fronted(folder: Path, *flags: str) -> Iterator[Front]:
     second = ["--set", "engines.1.name=encoder", "--set", f"engines.1.model={encoder}"]
     second += ["--set", "engines.1.num_threads=1", "--set", "engines.1.memory_fraction=0.1"]
     keys = write_keys(folder)
+    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "4MiB", *second, *flags)
     with (
-        serving(decoder, "--api-keys-file", str(keys), "--kv-cache-bytes", "4MiB", *second, *flags) as server,
+        tempfile.TemporaryDirectory(prefix="tri-") as run_dir,  # a socket's path must be short
+        serving(decoder, "--run-dir", run_dir, *flags) as server,
         httpx.Client(base_url=server.url, timeout=60, headers={}) as http,
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
     ):
-        yield Front(server, http, channel)
+        yield Front(server, http, channel, Path(run_dir), decoder)

@@ -168,7 +168,7 @@ def test_metrics_have_their_names(front: Front) -> None:
 
     missing = [name for name in SECTION_13 if f"\ntrilithon_{name}" not in text and name != "rejected_total"]
     assert missing == []
-    assert 'finish_reason="",model="",route="/v1/completions"' not in text
+    assert 'code="invalid_value",finish_reason="",model="tiny",route="/v1/completions"' in text
     assert 'trilithon_rank_up{model="tiny",pp="0",rank="0",tp="0"} 1.0' in text
 
 
