@@ -191,12 +191,12 @@ async def _run(
 @contextlib.contextmanager
 def aborting(service: Service, call: Call, stream: EngineStream) -> Iterator[None]:
     """Keep a stream in the table of running requests; abort what is left of it at the end."""
-    service.remember(call, stream)
+    service.running.add(call, stream)
     try:
         yield
     finally:
         stream.abort("disconnect")
-        service.forget(call, stream)
+        service.running.remove(call, stream)
 
 
 async def _read(model: ServedModel, stream: EngineStream) -> tuple[list[TokenInfo], int]:

@@ -31,6 +31,7 @@ from trilithon_server.generation import Generation, Part
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
+from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import Call, Capability, ServedModel
 from trilithon_server.tracing import make_tracer
@@ -78,7 +79,7 @@ class Service:
             if not model.encoder
         }
         self._started = False
-        self._running: dict[tuple[str, str], list[Generation | EngineStream]] = {}
+        self.running = Running()
         for model in models:
             metrics.watch_engine(model.name, model.engine)
 
@@ -269,9 +270,9 @@ class Service:
             parts=parts,
             limit_s=limit_s,
             metrics=self.metrics,
-            on_close=lambda closed: self.forget(call, closed),
+            on_close=lambda closed: self.running.remove(call, closed),
         )
-        self.remember(call, generation)
+        self.running.add(call, generation)
         return generation
 
     def submit(
@@ -317,26 +318,6 @@ class Service:
         return end_s - now
 
     # -- running requests -----------------------------------------------------------------------------------
-
-    def remember(self, call: Call, work: Generation | EngineStream) -> None:
-        """Enter work into the table that `abort` looks in."""
-        self._running.setdefault((call.principal.tenant, call.request_id), []).append(work)
-
-    def forget(self, call: Call, work: Generation | EngineStream) -> None:
-        """Take it out again."""
-        key = (call.principal.tenant, call.request_id)
-        left = [item for item in self._running.get(key, ()) if item is not work]
-        if left:
-            self._running[key] = left
-        else:
-            self._running.pop(key, None)
-
-    def abort(self, call: Call, request_id: str) -> bool:
-        """End a request of the same tenant; whether there was one."""
-        work = self._running.get((call.principal.tenant, request_id), ())
-        for item in work:
-            item.abort("cancelled")
-        return bool(work)
 
     def abort_all(self, model_name: str = "", cause: str = "cancelled") -> int:
         """End every request, or those of one model; how many there were."""

@@ -114,7 +114,7 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
         """End a request of the same key."""
         if not request.request_id:
             raise invalid("request_id", "must be set", code="missing_parameter")
-        running = self._service.abort(current_call(), request.request_id)
+        running = self._service.running.abort(current_call(), request.request_id)
         return generation_pb2.AbortResponse(was_running=running)
 
 

@@ -143,7 +143,7 @@ async def render_route(service: Service, exchange: Exchange, call: Call) -> None
 
 async def abort(service: Service, exchange: Exchange, call: Call) -> None:
     """DELETE /v1/requests/{id}"""
-    await exchange.respond_json({"was_running": service.abort(call, exchange.path_params["id"])})
+    await exchange.respond_json({"was_running": service.running.abort(call, exchange.path_params["id"])})
 
 
 async def megatron(service: Service, exchange: Exchange, call: Call) -> None:
