@@ -33,10 +33,10 @@ def find_model(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path.resolve()
-    from trilithon import _store
+    from trilithon._store import resolve
 
     try:
-        return _store.resolve(name_or_path)
+        return resolve(name_or_path)
     except (ValueError, LookupError, OSError) as error:
         raise ModelRefused(str(error.args[0]) if error.args else str(error)) from None
 

@@ -67,7 +67,8 @@ def test_R1_killing_any_rank_under_load_ends_everything_typed_and_restarts(
 
             assert {"engine_lost"} == {outcome.ended for outcome in load.outcomes}
             assert all(outcome.at_s - killed_s < FAILED_S for outcome in load.outcomes)
-            assert [not outcome.streamed for outcome in load.outcomes] == [o.advised_retry for o in load.outcomes]
+            advised = [not o.streamed and victim < MAX_RESTARTS for o in load.outcomes]
+            assert [o.advised_retry for o in load.outcomes] == advised
             loss = losses(server)[-1]
             expected = {"rank": victim, "tp": victim % tp, "pp": victim // tp, "kind": "killed"}
             assert expected.items() <= loss.items()
