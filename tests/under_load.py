@@ -27,6 +27,7 @@ class Outcome:
     advised_retry: bool = False
     tokens: int = 0
     at_s: float = 0.0
+    error: str = ""
 
 
 class Load:
@@ -79,6 +80,7 @@ class Load:
     def _ask(self, url: str, outcome: Outcome) -> None:
         try:
             with Client(url, max_retries=0, timeout=300) as client:
+                wait_until(lambda: _reaches(client), seconds=30)  # on a loaded machine a first connect may time out
                 if outcome.streamed:
                     for event in client.generate("a", stream=True, max_tokens=self._max_tokens, ignore_eos=True):
                         outcome.tokens += 1
@@ -87,7 +89,7 @@ class Load:
                     done = client.generate("a", max_tokens=self._max_tokens, ignore_eos=True)
                     outcome.ended = done.finish_reason or ""
         except TrilithonError as error:
-            outcome.ended = error.code
+            outcome.ended, outcome.error = error.code, str(error)
             outcome.advised_retry = error.retry_after_s is not None
         except Exception as error:  # a thread's own failure must reach the assertions
             outcome.ended = repr(error)
@@ -150,6 +152,13 @@ def wait_until(condition: object, *, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"did not hold within {seconds} s"
         pause.wait(0.005)
+
+
+def _reaches(client: Client) -> bool:
+    try:
+        return bool(client.health())
+    except TrilithonError:
+        return False
 
 
 def _runs(process: psutil.Process) -> bool:

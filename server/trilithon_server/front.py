@@ -35,6 +35,7 @@ from trilithon_server.served import ServedModel
 ALIVE_INTERVAL_S = 1.0
 STALL_S = 10.0  # work in flight, no step finished and none under way for this long: the leader is stuck
 ABORT_GRACE_S = 2.0  # for the engine to confirm aborts
+LINGER_S = 0.3  # what was just cut short must reach its client before the connections close under it
 FLUSH_S = 2.0  # for answers that are already made to reach their clients
 
 _log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class Front:
         for client in clients:
             client.fail_all_shutdown()
         await asyncio.gather(idle, return_exceptions=True)
+        if self._abort.is_set() or any(client.state == "failed" for client in clients):
+            await asyncio.sleep(LINGER_S)
 
     async def _read_control(self, fd: int) -> None:
         reader = asyncio.StreamReader()
