@@ -221,11 +221,11 @@ class EngineCore:
             plan.tokens += sequence.tokens[item.start : item.start + item.length]
             plan.starts.append(item.start)
             plan.lengths.append(item.length)
-            plan.tables.append(sequence.blocks[: -(-(item.start + item.length) // self._limits.block_size)])
+            plan.tables.append(list(sequence.blocks))
             matchers = self._extras[request.id].matchers
             for drawer in item.draws:
                 matcher = matchers.get(drawer.index)
-                mask = None if matcher is None else matcher.mask(may_end=bool(request.submit.sampling.end_token_ids))
+                mask = None if matcher is None else matcher.mask(may_end=bool(request.end_ids))
                 plan.draws.append(Draw(entry, drawer.id, mask))
             if item.score_to > item.score_from:
                 plan.scores.append(Score(entry, sequence.id, item.score_from, item.score_to))
@@ -300,25 +300,28 @@ class EngineCore:
         self._finish_if_due(sequence, drawn.token, now_s)
 
     def _finish_if_due(self, sequence: Sequence, token: int, now_s: float) -> None:
-        sampling = sequence.request.submit.sampling
-        matcher = self._extras[sequence.request.id].matchers.get(sequence.index)
-        is_end = token in sampling.end_token_ids
-        is_stop = token in sampling.stop_token_ids
+        request = sequence.request
+        matcher = self._extras[request.id].matchers.get(sequence.index)
+        is_end, is_stop = token in request.end_ids, token in request.stop_ids
         if matcher is not None and not matcher.accept(token) and not (is_end or is_stop):
             message = f"the constraint cannot go on: {matcher.error() or 'token refused'}."
-            self._fail(sequence.request, "constraint_dead_end", message, now_s)
+            self._fail(request, "constraint_dead_end", message, now_s)
             return
-        complete = matcher is not None and matcher.is_complete()
+        finish: Finish.ValueType | None = None
         if is_end:
-            self._finish(sequence, Finish.EOS_TOKEN, now_s=now_s, matched=token, complete=complete)
+            finish = Finish.EOS_TOKEN
         elif is_stop:
-            self._finish(sequence, Finish.STOP_TOKEN, now_s=now_s, matched=token, complete=complete)
+            finish = Finish.STOP_TOKEN
         elif matcher is not None and matcher.is_exhausted():
-            self._finish(sequence, Finish.CONSTRAINT_END, now_s=now_s, complete=complete)
-        elif sequence.num_generated >= sampling.max_tokens:
-            self._finish(sequence, Finish.MAX_TOKENS, now_s=now_s, complete=complete)
+            finish = Finish.CONSTRAINT_END
+        elif len(sequence.tokens) - request.num_prompt >= request.max_new_tokens:
+            finish = Finish.MAX_TOKENS
         elif len(sequence.tokens) >= self.facts.max_context:
-            self._finish(sequence, Finish.CONTEXT_LENGTH, now_s=now_s, complete=complete)
+            finish = Finish.CONTEXT_LENGTH
+        if finish is not None:
+            matched = token if is_end or is_stop else 0
+            complete = matcher is not None and matcher.is_complete()
+            self._finish(sequence, finish, now_s=now_s, matched=matched, complete=complete)
 
     def _take_vector(self, sequence: Sequence, vector: list[float], now_s: float) -> None:
         if sequence.finished:
@@ -338,7 +341,7 @@ class EngineCore:
     def _deliver_scores(self, sequence: Sequence) -> None:
         extra = self._extras.get(sequence.request.id)
         if extra is not None and extra.scores:
-            self.outbox.delta(sequence.request.sequences[0]).prompt_tokens.extend(extra.scores)
+            self.outbox.delta(sequence).prompt_tokens.extend(extra.scores)
             extra.scores = []
 
     def _fail(self, request: Request, code: str, message: str, now_s: float) -> None:

@@ -68,7 +68,7 @@ class Outbox:
 
     def started(self, request: Request, *, now_s: float) -> None:
         """A request has entered its first step."""
-        started = self.delta(request.sequences[0]).started
+        started = self.delta(request.live[0]).started
         started.cached_tokens = request.num_cached
         started.queue_ms = (now_s - request.arrival_s) * 1e3
 

@@ -66,10 +66,20 @@ class Request:
     num_cached: int = 0  # prompt tokens that the prefix cache served when the request started
     num_scored: int = 0  # prompt positions whose successor has its log-probability
 
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.submit.prompt)
+    # Read for every token of every step, so taken out of the message once.
+    num_prompt: int = field(init=False)
+    max_new_tokens: int = field(init=False)  # upper bound on the tokens of each answer
+    wants_scores: bool = field(init=False)  # log-probabilities of prompt tokens were asked for
+    end_ids: frozenset[int] = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.submit.sampling
+        self.num_prompt = len(self.submit.prompt)
+        self.max_new_tokens = sampling.max_tokens
+        self.wants_scores = self.submit.HasField("sampling") and sampling.prompt_logprobs >= 0
+        self.end_ids = frozenset(sampling.end_token_ids)
+        self.stop_ids = frozenset(sampling.stop_token_ids)
 
     @property
     def live(self) -> list[Sequence]:
@@ -80,16 +90,6 @@ class Request:
     def in_flight(self) -> bool:
         """Whether any sequence, finished or not, is in a plan that has not come back."""
         return any(sequence.in_flight for sequence in self.sequences)
-
-    @property
-    def wants_scores(self) -> bool:
-        """Whether log-probabilities of prompt tokens were asked for."""
-        return self.submit.HasField("sampling") and self.submit.sampling.prompt_logprobs >= 0
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Upper bound on the tokens of each answer."""
-        return self.submit.sampling.max_tokens
 
     def may_read_cache(self) -> bool:
         """A prompt whose log-probabilities are still owed must be computed, not looked up."""

@@ -64,8 +64,11 @@ class Runner:
     def _forward(self, plan: StepPlan, output: StepOutput) -> float:
         """The forward pass; returns the seconds spent waiting for the stage before."""
         device = self._grid.device
-        positions = [np.arange(start, start + length) for start, length in zip(plan.starts, plan.lengths, strict=True)]
-        positions_T = torch.from_numpy(np.concatenate(positions)).to(device)
+        if len(plan.tokens) == len(plan.starts):  # decodes alone
+            positions_T = torch.tensor(plan.starts, dtype=torch.int64, device=device)
+        else:
+            spans = zip(plan.starts, plan.lengths, strict=True)
+            positions_T = torch.from_numpy(np.concatenate([np.arange(at, at + n) for at, n in spans])).to(device)
         bounds = [0, *np.cumsum(plan.lengths).tolist()]
         view = self._view(plan, bounds, positions_T)
         waited = 0.0
@@ -96,7 +99,7 @@ class Runner:
             return PackedView(bounds, causal=False)
         for source, target in plan.copies:
             self.cache.copy_block(source, target)
-        if len(plan.tokens) == len(plan.starts):  # decodes alone
+        if len(plan.tokens) == len(plan.starts):
             pairs = zip(plan.tables, plan.starts, strict=True)
             slots_T = torch.tensor([table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for table, at in pairs])
         else:

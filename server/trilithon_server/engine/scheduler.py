@@ -102,7 +102,8 @@ class Scheduler:
             if request.wants_scores and item.score_to > item.score_from:
                 request.num_scored = item.score_to
             self._register(sequence)
-            self._unpark(sequence)
+            if len(request.sequences) > 1:
+                self._unpark(sequence)
             if sequence.finished:
                 self._retire(sequence)
 
@@ -178,8 +179,9 @@ class Scheduler:
         sequence.scheduled = start + length
         draws: list[Sequence] = []
         if sequence.remaining == 0 and request.max_new_tokens > 0:
-            unborn = [s for s in request.sequences if s.parked and not s.finished] if not sequence.num_generated else []
-            draws = [s for s in [sequence, *unborn] if not s.finished]
+            draws = [sequence]
+            if len(request.sequences) > 1 and not sequence.num_generated:  # the others start from the same logits
+                draws += [s for s in request.sequences if s.parked and not s.finished]
         item = Item(sequence, start, length, draws)
         if request.wants_scores:
             item.score_from = max(start, request.num_scored)

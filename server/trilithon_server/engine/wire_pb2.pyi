@@ -598,11 +598,11 @@ class SequenceDelta(google.protobuf.message.Message):
     def error(self) -> Global___Error: ...
     @property
     def started(self) -> Global___Started:
-        """once per request, on index 0, when it first enters a step"""
+        """once per request, on its first unfinished answer, when it enters a step"""
 
     @property
     def prompt_tokens(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """with prompt_logprobs: tokens 1.. of the prompt, once, on index 0"""
+        """with prompt_logprobs: tokens 1.. of the prompt, once, on one answer"""
 
     @property
     def embedding(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
@@ -679,7 +679,10 @@ class Error(google.protobuf.message.Message):
     CODE_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     code: builtins.str
-    """constraint_dead_end, numerical_failure, queue_timeout, queue_full, engine_lost, internal_error"""
+    """While running: constraint_dead_end, numerical_failure, queue_timeout, engine_lost. Instead of running: queue_full, or
+    what the front should have refused: invalid_constraint, kv_capacity_exceeded, context_length_exceeded,
+    prompt_too_long, empty_prompt, token_id_range, invalid_value, unsupported_task.
+    """
     message: builtins.str
     def __init__(
         self,
