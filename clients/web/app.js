@@ -127,7 +127,7 @@ async function answer({ body, turn, actions, onText }) {
     onText(turn.text);
     turn.settle();
     const facts = factsOf({
-      ...seen, finish, numTokens: numTokens(), ttft: seen.first, duration: seen.last ?? elapsed(), perplexity: turn.perplexity,
+      ...seen, finish, constrained: Boolean(body.constraint ?? body.response_format), numTokens: numTokens(), ttft: seen.first, duration: seen.last ?? elapsed(), perplexity: turn.perplexity,
     });
     turn.finish({ facts, actions });
     announcer.finish(finish === "stopped" ? "Stopped." : `Answer complete: ${facts.slice(0, 2).join(", ")}.`);

@@ -152,7 +152,7 @@ export class AnswerTurn {
 }
 
 /** The small print under an answer. */
-export function factsOf({ finish, detail, usage, numTokens, ttft, duration, perplexity, fingerprint }) {
+export function factsOf({ finish, constrained, detail, usage, numTokens, ttft, duration, perplexity, fingerprint }) {
   const generated = usage?.completion_tokens ?? numTokens;
   const facts = [finish];
   if (generated) facts.push(`${generated} token${generated === 1 ? "" : "s"}`);
@@ -165,7 +165,7 @@ export function factsOf({ finish, detail, usage, numTokens, ttft, duration, perp
   if (perplexity !== null) facts.push(`perplexity ${perplexity.toFixed(2)}`);
   if (detail?.seed !== undefined && detail?.seed !== null) facts.push(`seed ${detail.seed}`);
   if (detail?.matched_stop) facts.push(`stop ${JSON.stringify(detail.matched_stop)}`);
-  if (detail?.constraint_complete === false) facts.push("constraint not complete");
+  if (constrained && detail?.constraint_complete === false) facts.push("constraint not complete");
   if (fingerprint) facts.push(fingerprint);
   return facts;
 }

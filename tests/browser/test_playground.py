@@ -60,6 +60,7 @@ def test_E3_shown_answer_equals_the_unstreamed_one(server: Server, visit: Visit)
     )
 
     assert shown_answer(page) == plain["choices"][0]["message"]["content"]
+    expect(page.locator(".turn.assistant .notes")).not_to_contain_text("constraint")
 
 
 def test_an_answer_appears_while_it_is_generated(server: Server, visit: Visit) -> None:

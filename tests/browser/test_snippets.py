@@ -28,7 +28,8 @@ def here(code: str, server: Server) -> str:
     """The same code with this server's ports and model, and shorter answers."""
     code = code.replace("127.0.0.1:8000", server.origin.removeprefix("http://"))
     code = code.replace("127.0.0.1:8001", f"127.0.0.1:{server.grpc_port}")
-    return code.replace(MODEL, server.model).replace("48", "8").replace("=32", "=8")
+    # Whole numbers only: a port may well hold the same digits.
+    return re.sub(r"\b(48|32)\b", "8", code.replace(MODEL, server.model))
 
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda value: value if value.endswith(".md") else "")
