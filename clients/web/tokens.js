@@ -54,7 +54,7 @@ export const closePopover = () => popover.close();
 
 function describe(token) {
   const rank = token.top.findIndex((other) => other.token === token.token);
-  const where = rank >= 0 ? `rank ${rank + 1}` : token.top.length ? `rank above ${token.top.length}` : "";
+  const where = rank >= 0 ? `rank ${rank + 1}` : token.top.length ? `beyond rank ${token.top.length}` : "";
   const head = h(
     "div",
     { class: "popover-head" },
