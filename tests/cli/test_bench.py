@@ -59,7 +59,7 @@ def test_events_have_the_time_of_their_last_byte(texts: list[str], chunks: list[
     """
     However chunks and packets cut the stream, each text has the arrival time of the packet that completed its line.
 
-    Seen to fail with the time of the packet that began the line.
+    Seen to fail with the time of the packet in which the line began.
     """
     raw = _stream(texts, chunk_sizes=chunks)
     edges = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})

@@ -59,7 +59,7 @@ def test_version_is_the_distributions() -> None:
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_types_are_exact(checker: str) -> None:
-    """The overloads give exact types under both checkers. Seen to fail with the overload on `n` taken out."""
+    """The overloads give exact types under both checkers. Seen to fail with another type in the overload on `n`."""
     file = ROOT / "tests" / "typing" / "client_types.py"
     options = ["--strict", "--no-incremental"] if checker == "mypy" else ["--pythonpath", sys.executable]
     done = subprocess.run(
