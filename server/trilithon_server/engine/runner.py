@@ -117,6 +117,11 @@ class Runner:
         while len(self._sent) > self._grid.pp.size:
             self._sent.popleft().wait()
 
+    def flush(self) -> None:
+        """Wait until the next stage has everything; a send that is dropped before that is never delivered by gloo."""
+        while self._sent:
+            self._sent.popleft().wait()
+
     def _sample(self, hidden_TH: Tensor, bounds: list[int], plan: StepPlan, output: StepOutput) -> None:
         """Logits are made on every rank of the tp axis (they gather), tokens on its first."""
         assert isinstance(self._stage, CausalStage)

@@ -200,10 +200,12 @@ def warm_up(
         count = max(1, spec.max_batch_tokens // length)
         plan = StepPlan(0, tokens=[0] * (length * count), starts=[0] * count, lengths=[length] * count)
         plan.pools = [Pooling()] * count
-        Runner(stage, grid=grid, cache=None).execute(plan)
+        runner = Runner(stage, grid=grid, cache=None)
+        runner.execute(plan)
         if max_context > spec.max_batch_tokens:  # one text beyond the budget runs alone
             plan = StepPlan(1, tokens=[0] * max_context, starts=[0], lengths=[max_context], pools=[Pooling()])
-            Runner(stage, grid=grid, cache=None).execute(plan)
+            runner.execute(plan)
+        runner.flush()
         return time.monotonic() - began
     cache = PagedKVCache(config, grid, num_blocks=1, dtype=_DTYPES[spec.dtype])
     runner = Runner(stage, grid=grid, cache=cache)
@@ -214,6 +216,7 @@ def warm_up(
     plan.registrations = [(0, Submit(prompt=[0], sampling=sampling))]
     plan.draws = [Draw(0, 0)]
     runner.execute(plan)
+    runner.flush()
     step_s = time.monotonic() - began
     with torch.inference_mode():
         if grid.is_last_stage:
