@@ -65,7 +65,7 @@ def test_R1_killing_any_rank_under_load_ends_everything_typed_and_restarts(
                 wait_until(lambda: health(channel) != health_pb2.HealthCheckResponse.SERVING, seconds=READINESS_S)
                 load.wait(seconds=FAILED_S)
 
-            assert [] == [outcome for outcome in load.outcomes if outcome.ended != "engine_lost"]
+            assert [outcome for outcome in load.outcomes if outcome.ended != "engine_lost"] == []
             assert all(outcome.at_s - killed_s < FAILED_S for outcome in load.outcomes)
             advised = [not o.streamed and victim < MAX_RESTARTS for o in load.outcomes]
             assert [o.advised_retry for o in load.outcomes] == advised
