@@ -138,6 +138,8 @@ class Transformers:
 def main() -> int:
     """Measure, print, save."""
     args = _arguments()
+    # Asked to stop, leave through the blocks that stop the two sides.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     model_dir = _model_dir(args.model)
     workload = Workload(
         num_requests=args.concurrency,
@@ -148,7 +150,9 @@ def main() -> int:
         warmup=args.concurrency,
         seed=args.seed,
     )
-    with our_server(str(model_dir), args.dtype, args.serve_flag) as server:
+    with our_server(
+        str(model_dir), args.dtype, [f"--kv-cache-bytes={args.kv_cache_bytes}", *args.serve_flag]
+    ) as server:
         peer = Transformers(model_dir, args.dtype, args.threads)
         try:
             result = _measure(server, peer, workload, model_dir)
@@ -163,6 +167,7 @@ def main() -> int:
         "machine": machine(),
         "dtype": args.dtype,
         "threads": args.threads,
+        "kv_cache_bytes": args.kv_cache_bytes,
         "workload_digest": workload.digest,
         "seed": args.seed,
         "versions": {
@@ -205,8 +210,10 @@ def _measure(server: Server, peer: Transformers, workload: Workload, model_dir: 
         return run_one
 
     sides = {"ours": ours, "one_at_a_time": theirs(1), "static_batch": theirs(batch)}
+    print("comparing greedy answers", file=sys.stderr, flush=True)
     agreement = _agreement(server.url, peer, workload)
-    for side in sides.values():
+    for name_of_side, side in sides.items():
+        print(f"warm-up: {name_of_side}", file=sys.stderr, flush=True)
         side(-1)
     front_shares.clear()
     details.clear()
@@ -282,7 +289,8 @@ def _block(result: Mapping[str, Any], workload: Workload) -> str:
         f"ours, start to first answer s          {ours['first_answer_s']:.1f} "
         f"({', '.join(f'{name} {seconds:.1f}' for name, seconds in ours['phases_s'].items())})",
         f"transformers, start to ready s         {peer['ready_s']:.1f}",
-        f"ours, peak memory of all processes     {ours['peak_bytes'] / GIB:.2f} GiB",
+        f"ours, peak memory of all processes     {ours['peak_bytes'] / GIB:.2f} GiB, "
+        f"of it {result['kv_cache_bytes']} for keys and values",
         f"transformers, peak memory              {peer['peak_bytes'] / GIB:.2f} GiB",
     ]
     return "\n".join(lines)
@@ -345,7 +353,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the peer")
-    parser.add_argument("--serve-flag", action="append", default=[], help="a further flag of `trilithon serve`")
+    parser.add_argument("--kv-cache-bytes", default="1GiB", help="of our server, so that its memory compares")
+    parser.add_argument(
+        "--serve-flag", action="append", default=[], help="of `trilithon serve`, as in --serve-flag=--tp=2"
+    )
     parser.add_argument("--save", help="write the result as JSON")
     return parser.parse_args()
 
