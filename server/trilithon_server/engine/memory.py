@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,20 +45,26 @@ def used_bytes(device: torch.device) -> int:
     return _status_bytes("VmRSS")
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start to watch the peak anew."""
+@dataclass(slots=True)
+class Peak:
+    """What a piece of work held at its most, beyond what was held before it."""
+
+    num_bytes: int = 0
+
+
+@contextlib.contextmanager
+def watch(device: torch.device) -> Iterator[Peak]:
+    """Measure the peak of the memory that the block takes."""
+    peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # without the right to reset it the peak since start stands: never too low
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held since `reset_peak`."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return _status_bytes("VmHWM")
+    else:
+        with contextlib.suppress(OSError):  # without the right to reset it the peak since start stands: never too low
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = used_bytes(device)
+    yield peak
+    most = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status_bytes("VmHWM")
+    peak.num_bytes = max(0, most - before)
 
 
 def kv_bytes(

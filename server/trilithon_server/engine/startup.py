@@ -148,10 +148,13 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
         stage.prepare()
         weights = max(0, memory.used_bytes(grid.device) - overhead)
     with phase("warmup"):
-        memory.reset_peak(grid.device)
-        before = memory.used_bytes(grid.device)
-        warmup_s = warm_up(spec, config, stage, grid=grid, max_context=max_context)
-        activations = max(0, memory.peak_bytes(grid.device) - before)
+        with memory.watch(grid.device) as step:
+            warmup_s = warm_up(spec, config, stage, grid=grid, max_context=max_context)
+        # The step has run without a past: what a full window adds is attention's, and layers use it one after another.
+        with memory.watch(grid.device) as past:
+            if config.is_causal:
+                probe_attention(spec, config, grid=grid, max_context=max_context)
+        activations = step.num_bytes + past.num_bytes
     with phase("kv"):
         cache, kv = None, 0
         num_blocks = 0
@@ -189,11 +192,7 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
 def warm_up(
     spec: EngineSpec, config: ModelConfig, stage: CausalStage | EncoderStage, *, grid: Grid, max_context: int
 ) -> float:
-    """
-    The largest step that a plan can ask for, for its peak of memory; returns its seconds.
-
-    The cache is one block that stands for all: attention gathers as much from it as from a full one.
-    """
+    """The most tokens and the most rows of logits that a plan can ask for; returns the seconds that they took."""
     began = time.monotonic()
     if isinstance(stage, EncoderStage):
         length = min(max_context, spec.max_batch_tokens)
@@ -207,35 +206,44 @@ def warm_up(
             runner.execute(plan)
         runner.flush()
         return time.monotonic() - began
-    cache = PagedKVCache(config, grid, num_blocks=1, dtype=_DTYPES[spec.dtype])
-    runner = Runner(stage, grid=grid, cache=cache)
     length = min(max_context, spec.max_batch_tokens)
+    num_blocks = -(-length // spec.block_size)
+    runner = Runner(stage, grid=grid, cache=PagedKVCache(config, grid, num_blocks=num_blocks, dtype=stage.dtype))
     sampling = Sampling(num_sequences=1, repetition_penalty=1.0, top_p=1.0, typical_p=1.0, top_p_decay=1.0, logprobs=1)
-    plan = StepPlan(0, tokens=[0] * length, starts=[max_context - length], lengths=[length])
-    plan.tables = [[0] * -(-max_context // spec.block_size)]
+    plan = StepPlan(0, tokens=[0] * length, starts=[0], lengths=[length], tables=[list(range(num_blocks))])
     plan.registrations = [(0, Submit(prompt=[0], sampling=sampling))]
     plan.draws = [Draw(0, 0)]
     runner.execute(plan)
     runner.flush()
-    step_s = time.monotonic() - began
-    with torch.inference_mode():
-        if grid.is_last_stage:
+    if grid.is_last_stage:
+        with torch.inference_mode():
             hidden_BH = torch.zeros(spec.max_batch_sequences, config.hidden_size, dtype=stage.dtype, device=grid.device)
             stage.gather_logits(hidden_BH)
-        _probe_decode(spec, config, cache, grid=grid, max_context=max_context)
-    return step_s
+    return time.monotonic() - began
 
 
-def _probe_decode(spec: EngineSpec, config: ModelConfig, cache: PagedKVCache, *, grid: Grid, max_context: int) -> None:
-    """One layer's attention of the decodes that gather the most."""
-    count = max(1, min(spec.max_batch_sequences, _gather_tokens(max_context) // max_context))
-    table = [0] * -(-max_context // spec.block_size)
-    slots_T = torch.zeros(count, dtype=torch.int64)
-    batch = PagedBatch(list(range(count + 1)), [max_context - 1] * count, [table] * count, slots_T)
-    sizes, dtype = local_sizes(config, grid.tp.size), _DTYPES[spec.dtype]
-    q_TAC = torch.zeros(count, sizes.heads, config.head_dim, dtype=dtype, device=grid.device)
-    k_TGC = torch.zeros(count, sizes.groups, config.head_dim, dtype=dtype, device=grid.device)
-    PagedView(cache, batch).attend(0, q_TAC, k_TGC, k_TGC)
+def probe_attention(spec: EngineSpec, config: ModelConfig, *, grid: Grid, max_context: int) -> None:
+    """
+    One layer's attention at a full window: the last chunk of a prompt, then as many decodes as a plan may gather for.
+
+    The cache is one block that stands for all: attention gathers as much from it as from a full one.
+    """
+    dtype, table = _DTYPES[spec.dtype], [0] * -(-max_context // spec.block_size)
+    sizes = local_sizes(config, grid.tp.size)
+    cache = PagedKVCache(config, grid, num_blocks=1, dtype=dtype)
+
+    def attend(count: int, length: int) -> None:
+        num_tokens = count * length
+        bounds = list(range(0, num_tokens + 1, length))
+        slots_T = torch.zeros(num_tokens, dtype=torch.int64)
+        batch = PagedBatch(bounds, [max_context - length] * count, [table] * count, slots_T)
+        q_TAC = torch.zeros(num_tokens, sizes.heads, config.head_dim, dtype=dtype, device=grid.device)
+        k_TGC = torch.zeros(num_tokens, sizes.groups, config.head_dim, dtype=dtype, device=grid.device)
+        PagedView(cache, batch).attend(0, q_TAC, k_TGC, k_TGC)
+
+    with torch.inference_mode():
+        attend(1, min(max_context, spec.max_batch_tokens))
+        attend(max(1, min(spec.max_batch_sequences, _gather_tokens(max_context) // max_context)), 1)
 
 
 def model_digest(model_dir: Path) -> str:
