@@ -65,8 +65,11 @@ def _dense(q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, causal: bool) -> Tens
     """One sequence attending to itself, by torch's kernel: [T, A, C]."""
     per_group = q_TAC.shape[1] // k_TGC.shape[1]
     out_ATC = F.scaled_dot_product_attention(
-        q_TAC.transpose(0, 1).unsqueeze(0), k_TGC.transpose(0, 1).unsqueeze(0), v_TGC.transpose(0, 1).unsqueeze(0),
-        is_causal=causal, enable_gqa=per_group > 1,
+        q_TAC.transpose(0, 1).unsqueeze(0),
+        k_TGC.transpose(0, 1).unsqueeze(0),
+        v_TGC.transpose(0, 1).unsqueeze(0),
+        is_causal=causal,
+        enable_gqa=per_group > 1,
     )
     return out_ATC.squeeze(0).transpose(0, 1)
 
@@ -83,18 +86,21 @@ class PagedKVCache:
         native: use the compiled kernel; None uses it where it is available and takes the model's shape.
     """
 
-    def __init__(self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype,
-                 native: bool | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype, native: bool | None = None
+    ) -> None:
         sizes = local_sizes(config, grid.tp.size)
         fits = grid.device.type == "cpu" and native_ops.takes(
-            heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype)
+            heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype
+        )
         self.is_native = fits and not native_ops.unavailable_reason() if native is None else native
         assert not self.is_native or fits
         self.heads = sizes.heads
         num_layers = len(stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank])
         self.num_blocks, self.groups, self.head_dim = num_blocks, sizes.groups, config.head_dim
-        self.kv_LKGNSC = torch.zeros(num_layers, 2, sizes.groups, num_blocks, BLOCK_SIZE, config.head_dim,
-                                     dtype=dtype, device=grid.device)
+        self.kv_LKGNSC = torch.zeros(
+            num_layers, 2, sizes.groups, num_blocks, BLOCK_SIZE, config.head_dim, dtype=dtype, device=grid.device
+        )
         # Views made once: per layer both kinds with kind and group folded, by block and by position.
         self.addresses = [kv.data_ptr() for kv in self.kv_LKGNSC.unbind(0)]
         self._by_block = [kv.flatten(0, 1) for kv in self.kv_LKGNSC.unbind(0)]
@@ -186,18 +192,32 @@ class PagedView:
         self._slots_T = batch.slots_T.to(self._device)
         if cache.is_native:  # invariant by its own order of additions
             self._native = NativeStep(
-                heads=cache.heads, groups=cache.groups, channels=cache.head_dim, num_blocks=cache.num_blocks,
-                dtype=dtype, bounds=batch.cu_seqlens, context_lens=batch.context_lens, tables=batch.block_tables,
-                slots_T=self._slots_T)
+                heads=cache.heads,
+                groups=cache.groups,
+                channels=cache.head_dim,
+                num_blocks=cache.num_blocks,
+                dtype=dtype,
+                bounds=batch.cu_seqlens,
+                context_lens=batch.context_lens,
+                tables=batch.block_tables,
+                slots_T=self._slots_T,
+            )
             return
         lens = [stop - start for start, stop in pairwise(batch.cu_seqlens)]
         singles = [i for i, new in enumerate(lens) if new == 1]
-        self._decodes = [self._decode_group(batch, members, is_all=len(members) == len(lens))
-                         for members in _similar_lengths(singles, batch.context_lens)]
+        self._decodes = [
+            self._decode_group(batch, members, is_all=len(members) == len(lens))
+            for members in _similar_lengths(singles, batch.context_lens)
+        ]
         self._chunks = [
-            _Chunk(batch.cu_seqlens[i], batch.cu_seqlens[i + 1], batch.context_lens[i],
-                   self._device_blocks([self._table(batch, i, self._width(batch.context_lens[i] + new))]))
-            for i, new in enumerate(lens) if new > 1
+            _Chunk(
+                batch.cu_seqlens[i],
+                batch.cu_seqlens[i + 1],
+                batch.context_lens[i],
+                self._device_blocks([self._table(batch, i, self._width(batch.context_lens[i] + new))]),
+            )
+            for i, new in enumerate(lens)
+            if new > 1
         ]
 
     def attend(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
@@ -299,10 +319,12 @@ def _row_tiles(a_BQX: Tensor, b_BXY: Tensor) -> Tensor:
     if rows == ROW_TILE:
         return torch.bmm(a_BQX, b_BXY)
     tiles = rows // ROW_TILE
-    return torch.stack([
-        torch.bmm(a_QX.reshape(tiles, ROW_TILE, inner), b_XY.expand(tiles, -1, -1)).flatten(0, 1)
-        for a_QX, b_XY in zip(a_BQX, b_BXY, strict=True)
-    ])
+    return torch.stack(
+        [
+            torch.bmm(a_QX.reshape(tiles, ROW_TILE, inner), b_XY.expand(tiles, -1, -1)).flatten(0, 1)
+            for a_QX, b_XY in zip(a_BQX, b_BXY, strict=True)
+        ]
+    )
 
 
 def _similar_lengths(members: list[int], lens: Sequence[int]) -> list[list[int]]:

@@ -107,13 +107,19 @@ def load_config(model_dir: Path) -> ModelConfig:
     """
     path = Path(model_dir) / "config.json"
     if not Path(model_dir).is_dir():
-        raise ModelError(f"model directory {str(model_dir)!r} does not exist.", code="model_not_found",
-                         hint="Give a directory with config.json, or fetch one with `trilithon pull`.")
+        raise ModelError(
+            f"model directory {str(model_dir)!r} does not exist.",
+            code="model_not_found",
+            hint="Give a directory with config.json, or fetch one with `trilithon pull`.",
+        )
     raw = _read_json(path)
     names = raw.get("architectures") or []
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ModelError(f"{path.name} architectures is not supported. Given: {names!r}.", code="model_unsupported",
-                         hint=f"Allowed: one of {', '.join(ARCHITECTURES)}.")
+        raise ModelError(
+            f"{path.name} architectures is not supported. Given: {names!r}.",
+            code="model_unsupported",
+            hint=f"Allowed: one of {', '.join(ARCHITECTURES)}.",
+        )
     reader = _Reader(raw, path.name)
     generation_path = path.with_name("generation_config.json")
     generation = _read_json(generation_path) if generation_path.exists() else {}
@@ -123,14 +129,20 @@ def load_config(model_dir: Path) -> ModelConfig:
         fields |= _pooling(path.parent)
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
     config = ModelConfig(
-        family=family, architecture=names[0], dtype=_dtype(reader),
+        family=family,
+        architecture=names[0],
+        dtype=_dtype(reader),
         bos_id=_optional_id(generation.get("bos_token_id", raw.get("bos_token_id"))),
         eos_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None),
-        pad_id=_optional_id(raw.get("pad_token_id")), **fields,
+        pad_id=_optional_id(raw.get("pad_token_id")),
+        **fields,
     )
     if config.num_heads % config.num_kv_heads:
-        raise ModelError(f"{path.name} num_attention_heads must be a multiple of num_key_value_heads. "
-                         f"Given: {config.num_heads} and {config.num_kv_heads}.", hint="The file is broken.")
+        raise ModelError(
+            f"{path.name} num_attention_heads must be a multiple of num_key_value_heads. "
+            f"Given: {config.num_heads} and {config.num_kv_heads}.",
+            hint="The file is broken.",
+        )
     return config
 
 
@@ -144,31 +156,40 @@ class _Reader:
         value = self.raw.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ModelError(f"{self.where} {key} must be a positive integer. Given: {value!r}.",
-                             hint="Repair the file or export the model again.")
+            raise ModelError(
+                f"{self.where} {key} must be a positive integer. Given: {value!r}.",
+                hint="Repair the file or export the model again.",
+            )
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ModelError(f"{self.where} {key} must be a positive number. Given: {value!r}.",
-                             hint="Repair the file or export the model again.")
+            raise ModelError(
+                f"{self.where} {key} must be a positive number. Given: {value!r}.",
+                hint="Repair the file or export the model again.",
+            )
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.raw.get(key)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise ModelError(f"{self.where} {key} must be true or false. Given: {value!r}.",
-                             hint="Repair the file or export the model again.")
+            raise ModelError(
+                f"{self.where} {key} must be true or false. Given: {value!r}.",
+                hint="Repair the file or export the model again.",
+            )
         return value
 
     def require(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
         """The value of `key`, which must be one that this project computes exactly."""
         value = self.raw.get(key, default)
         if not any(value == option and type(value) is type(option) for option in allowed):
-            raise ModelError(f"{self.where} {key} is not supported. Given: {value!r}.", code="model_unsupported",
-                             hint=f"Allowed: {', '.join(map(repr, allowed))}.")
+            raise ModelError(
+                f"{self.where} {key} is not supported. Given: {value!r}.",
+                code="model_unsupported",
+                hint=f"Allowed: {', '.join(map(repr, allowed))}.",
+            )
         return value
 
 
@@ -182,13 +203,24 @@ def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
     attention_bias = architecture == "LlamaForCausalLM" and reader.flag("attention_bias", False)
     theta, scaling = _rope(reader)
     return {
-        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("num_hidden_layers"),
-        "num_heads": heads, "num_kv_heads": reader.size("num_key_value_heads", heads),
-        "head_dim": reader.size("head_dim", hidden // heads), "ffn_size": reader.size("intermediate_size"),
-        "max_context": reader.size("max_position_embeddings"), "norm": "rms",
-        "norm_eps": reader.number("rms_norm_eps", 1e-6), "norm_order": "pre", "activation": "silu", "gated_mlp": True,
-        "position": "rope", "rope_theta": theta, "rope_scaling": scaling,
-        "qkv_bias": attention_bias or architecture == "Qwen2ForCausalLM", "out_bias": attention_bias,
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "num_layers": reader.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": reader.size("num_key_value_heads", heads),
+        "head_dim": reader.size("head_dim", hidden // heads),
+        "ffn_size": reader.size("intermediate_size"),
+        "max_context": reader.size("max_position_embeddings"),
+        "norm": "rms",
+        "norm_eps": reader.number("rms_norm_eps", 1e-6),
+        "norm_order": "pre",
+        "activation": "silu",
+        "gated_mlp": True,
+        "position": "rope",
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "qkv_bias": attention_bias or architecture == "Qwen2ForCausalLM",
+        "out_bias": attention_bias,
         "mlp_bias": architecture == "LlamaForCausalLM" and reader.flag("mlp_bias", False),
         "tied_embeddings": reader.flag("tie_word_embeddings", False),
     }
@@ -199,21 +231,29 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
     raw = reader.raw
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise ModelError(f"{reader.where} rope_scaling must be an object or null. Given: {parameters!r}.",
-                         hint="Repair the file or export the model again.")
+        raise ModelError(
+            f"{reader.where} rope_scaling must be an object or null. Given: {parameters!r}.",
+            hint="Repair the file or export the model again.",
+        )
     inner = _Reader(parameters, f"{reader.where} rope_scaling")
     theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
-        raise ModelError(f"{reader.where} rope_scaling.rope_type is not supported. Given: {kind!r}.",
-                         code="model_unsupported", hint="Allowed: 'default', 'linear', 'llama3'.")
+        raise ModelError(
+            f"{reader.where} rope_scaling.rope_type is not supported. Given: {kind!r}.",
+            code="model_unsupported",
+            hint="Allowed: 'default', 'linear', 'llama3'.",
+        )
     factor = inner.number("factor", 1.0)
     if kind == "linear":
         return theta, RopeScaling("linear", factor)
     return theta, RopeScaling(
-        "llama3", factor, inner.number("low_freq_factor", 1.0), inner.number("high_freq_factor", 4.0),
+        "llama3",
+        factor,
+        inner.number("low_freq_factor", 1.0),
+        inner.number("high_freq_factor", 4.0),
         inner.size("original_max_position_embeddings", reader.size("max_position_embeddings")),
     )
 
@@ -226,12 +266,23 @@ def _gpt2(reader: _Reader, architecture: str) -> dict[str, Any]:
     reader.require("add_cross_attention", (False,), False)
     activation = reader.require("activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu"), "gelu_new")
     return {
-        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("n_layer"),
-        "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads,
-        "ffn_size": reader.size("n_inner", 4 * hidden), "max_context": reader.size("n_positions"), "norm": "layer",
-        "norm_eps": reader.number("layer_norm_epsilon", 1e-5), "norm_order": "pre",
-        "activation": "gelu" if activation == "gelu" else "gelu_tanh", "gated_mlp": False, "position": "learned",
-        "qkv_bias": True, "out_bias": True, "mlp_bias": True,
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "num_layers": reader.size("n_layer"),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "ffn_size": reader.size("n_inner", 4 * hidden),
+        "max_context": reader.size("n_positions"),
+        "norm": "layer",
+        "norm_eps": reader.number("layer_norm_epsilon", 1e-5),
+        "norm_order": "pre",
+        "activation": "gelu" if activation == "gelu" else "gelu_tanh",
+        "gated_mlp": False,
+        "position": "learned",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
         "tied_embeddings": reader.flag("tie_word_embeddings", True),
     }
 
@@ -243,19 +294,33 @@ def _bert(reader: _Reader, architecture: str) -> dict[str, Any]:
     reader.require("is_decoder", (False,), False)
     activation = reader.require("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"), "gelu")
     return {
-        "vocab_size": reader.size("vocab_size"), "hidden_size": hidden, "num_layers": reader.size("num_hidden_layers"),
-        "num_heads": heads, "num_kv_heads": heads, "head_dim": hidden // heads,
-        "ffn_size": reader.size("intermediate_size"), "max_context": reader.size("max_position_embeddings"),
-        "norm": "layer", "norm_eps": reader.number("layer_norm_eps", 1e-12), "norm_order": "post",
-        "activation": "gelu" if activation == "gelu" else "gelu_tanh", "gated_mlp": False, "position": "learned",
-        "qkv_bias": True, "out_bias": True, "mlp_bias": True, "token_types": reader.size("type_vocab_size", 2),
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": hidden,
+        "num_layers": reader.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "ffn_size": reader.size("intermediate_size"),
+        "max_context": reader.size("max_position_embeddings"),
+        "norm": "layer",
+        "norm_eps": reader.number("layer_norm_eps", 1e-12),
+        "norm_order": "post",
+        "activation": "gelu" if activation == "gelu" else "gelu_tanh",
+        "gated_mlp": False,
+        "position": "learned",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "token_types": reader.size("type_vocab_size", 2),
     }
 
 
 def _divides(reader: _Reader, hidden: int, heads: int, hidden_key: str, heads_key: str) -> None:
     if hidden % heads:
-        raise ModelError(f"{reader.where} {hidden_key} must be a multiple of {heads_key}. Given: {hidden} and {heads}.",
-                         hint="The file is broken.")
+        raise ModelError(
+            f"{reader.where} {hidden_key} must be a multiple of {heads_key}. Given: {hidden} and {heads}.",
+            hint="The file is broken.",
+        )
 
 
 def _pooling(model_dir: Path) -> dict[str, Any]:
@@ -267,9 +332,11 @@ def _pooling(model_dir: Path) -> dict[str, Any]:
     modes = [key for key, value in raw.items() if key.startswith("pooling_mode_") and value is True]
     pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0] if modes else "")
     if len(modes) != 1 or pooling is None:
-        raise ModelError(f"1_Pooling/config.json pooling mode is not supported. Given: {modes!r}.",
-                         code="model_unsupported",
-                         hint="Allowed: exactly one of pooling_mode_mean_tokens, pooling_mode_cls_token.")
+        raise ModelError(
+            f"1_Pooling/config.json pooling mode is not supported. Given: {modes!r}.",
+            code="model_unsupported",
+            hint="Allowed: exactly one of pooling_mode_mean_tokens, pooling_mode_cls_token.",
+        )
     modules = model_dir / "modules.json"
     listed = json.loads(modules.read_text("utf-8")) if modules.exists() else []
     return {"pooling": pooling, "normalize": any("Normalize" in str(module.get("type", "")) for module in listed)}
@@ -291,12 +358,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path.name} is missing in the model directory.", code="model_not_found",
-                         hint="A model directory holds config.json, *.safetensors and the tokenizer's files.") from None
+        raise ModelError(
+            f"{path.name} is missing in the model directory.",
+            code="model_not_found",
+            hint="A model directory holds config.json, *.safetensors and the tokenizer's files.",
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path.name} is not readable JSON: {error}.",
-                         hint="Copy or export the model again.") from None
+        raise ModelError(
+            f"{path.name} is not readable JSON: {error}.", hint="Copy or export the model again."
+        ) from None
     if not isinstance(raw, dict):
-        raise ModelError(f"{path.name} must hold one JSON object. Given: {type(raw).__name__}.",
-                         hint="Copy or export the model again.")
+        raise ModelError(
+            f"{path.name} must hold one JSON object. Given: {type(raw).__name__}.",
+            hint="Copy or export the model again.",
+        )
     return raw

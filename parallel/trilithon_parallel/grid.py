@@ -92,8 +92,10 @@ class Grid:
         """
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         if tp * pp * dp != world_size:
-            raise ValueError(f"grid tp * pp * dp must be the number of ranks. Given: {tp} * {pp} * {dp} and "
-                             f"{world_size} ranks. Start {tp * pp * dp} ranks or change the layout.")
+            raise ValueError(
+                f"grid tp * pp * dp must be the number of ranks. Given: {tp} * {pp} * {dp} and "
+                f"{world_size} ranks. Start {tp * pp * dp} ranks or change the layout."
+            )
         if world_size == 1:
             return cls.single(device)
         rank = dist.get_rank()

@@ -39,8 +39,9 @@ class ColumnParallelLinear(nn.Module):
     The paper's f (`copy_to_tp`) belongs before it; it is applied once for several products of one input, by the block.
     """
 
-    def __init__(self, in_features: int, out_local: int, *, bias: bool, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(
+        self, in_features: int, out_local: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.weight = empty_parameter(out_local, in_features, dtype=dtype, device=device)
         self.bias = empty_parameter(out_local, dtype=dtype, device=device) if bias else None
@@ -53,8 +54,17 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """Y = g(X W^T) + b with W cut by input columns: the ranks' shares are summed, then the bias is added once."""
 
-    def __init__(self, in_local: int, out_features: int, *, bias: bool, axis: Axis, ordered_reduce: bool,
-                 dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        in_local: int,
+        out_features: int,
+        *,
+        bias: bool,
+        axis: Axis,
+        ordered_reduce: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.axis, self.ordered_reduce = axis, ordered_reduce
         self.weight = empty_parameter(out_features, in_local, dtype=dtype, device=device)

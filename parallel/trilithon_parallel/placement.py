@@ -46,8 +46,9 @@ class Placement:
     tied_to: str | None = None
 
 
-def _rule(pattern: str, stage: Stage, cut: Cut | None = None, dim: int | None = None,
-          tied_to: str | None = None) -> Placement:
+def _rule(
+    pattern: str, stage: Stage, cut: Cut | None = None, dim: int | None = None, tied_to: str | None = None
+) -> Placement:
     return Placement(re.compile(pattern), cut, dim, stage, tied_to)
 
 
@@ -134,7 +135,7 @@ def local_slice(name: str, global_shape: tuple[int, ...], *, config: ModelConfig
     start = min(start, true_size)
     cut = slice(start, min(start + local, true_size))
     dim = rule.dim
-    return LocalSlice((*whole[:dim], cut, *whole[dim + 1:]), (*global_shape[:dim], local, *global_shape[dim + 1:]))
+    return LocalSlice((*whole[:dim], cut, *whole[dim + 1 :]), (*global_shape[:dim], local, *global_shape[dim + 1 :]))
 
 
 def _extent(cut: Cut, config: ModelConfig, tp: int, tp_rank: int) -> tuple[int, int]:
@@ -183,7 +184,8 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
             ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
             ("self_attn.o_proj", hidden, width, config.out_bias),
             *([("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []),
-            ("mlp.up_proj", ffn, hidden, config.mlp_bias), ("mlp.down_proj", hidden, ffn, config.mlp_bias),
+            ("mlp.up_proj", ffn, hidden, config.mlp_bias),
+            ("mlp.down_proj", hidden, ffn, config.mlp_bias),
         ):
             shapes[f"{at}{part}.weight"] = (rows, columns)
             if has_bias:
@@ -233,11 +235,17 @@ def check_layout(config: ModelConfig, *, tp: int, pp: int) -> None:
         ModelError: `layout_invalid`, with the values that are allowed.
     """
     if not 1 <= tp <= config.num_heads:
-        raise ModelError(f"layout tp must be from 1 to the model's number of heads. Given: {tp}.",
-                         code="layout_invalid", hint=f"Allowed: 1 to {config.num_heads}.")
+        raise ModelError(
+            f"layout tp must be from 1 to the model's number of heads. Given: {tp}.",
+            code="layout_invalid",
+            hint=f"Allowed: 1 to {config.num_heads}.",
+        )
     if not 1 <= pp <= config.num_layers:
-        raise ModelError(f"layout pp must be from 1 to the model's number of layers. Given: {pp}.",
-                         code="layout_invalid", hint=f"Allowed: 1 to {config.num_layers}.")
+        raise ModelError(
+            f"layout pp must be from 1 to the model's number of layers. Given: {pp}.",
+            code="layout_invalid",
+            hint=f"Allowed: 1 to {config.num_layers}.",
+        )
 
 
 def layout_waste(config: ModelConfig, tp: int) -> float:

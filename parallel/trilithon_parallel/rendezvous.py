@@ -65,8 +65,9 @@ def join(*, device: str | torch.device = "cpu", timeout_s: float = 120.0) -> Wor
                 store = _store(host, port, rank, world_size, timeout)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, OSError) as error:
-        raise RendezvousError(f"rank {rank} of {world_size} could not join within {timeout_s:g} s: "
-                              f"{str(error).splitlines()[0]}") from error
+        raise RendezvousError(
+            f"rank {rank} of {world_size} could not join within {timeout_s:g} s: {str(error).splitlines()[0]}"
+        ) from error
     return world
 
 
@@ -94,8 +95,15 @@ def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta)
         listener.close()
         raise
     # The store owns the descriptor from here and closes it when it goes.
-    return TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
-                         master_listen_fd=listener.detach())
+    return TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 @contextmanager

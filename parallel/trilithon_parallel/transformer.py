@@ -100,12 +100,14 @@ class Attention(nn.Module):
         width, kv_width = sizes.heads * config.head_dim, sizes.groups * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
             backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype)
-            for rows in (width, kv_width, kv_width))
+            for rows in (width, kv_width, kv_width)
+        )
         self.o_proj = backend.row_linear(width, config.hidden_size, bias=config.out_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor, *, layer: int, rope: tuple[Tensor, Tensor] | None,
-                view: AttentionView) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor, *, layer: int, rope: tuple[Tensor, Tensor] | None, view: AttentionView
+    ) -> Tensor:
         """Normed input and the residual stream, both [T, H] -> the residual stream after attention."""
         if self.fused is not None:
             qkv_TAC = self.fused(x_TH).view(x_TH.shape[0], -1, self.head_dim)
@@ -134,8 +136,11 @@ class MLP(nn.Module):
         super().__init__()
         ffn = local_sizes(config, grid.tp.size).ffn
         self.tp, self.backend, self.activation = grid.tp, backend, config.activation
-        self.gate_proj = (backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
-                          if config.gated_mlp else None)
+        self.gate_proj = (
+            backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
+            if config.gated_mlp
+            else None
+        )
         self.up_proj = backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
         self.down_proj = backend.row_linear(ffn, config.hidden_size, bias=config.mlp_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None

@@ -28,8 +28,9 @@ def _one_thread() -> None:
 def load_model() -> LoadModel:
     """A function from a model directory to its one-rank stage, packed for serving unless `prepare=False`."""
 
-    def load(model_dir: Path, *, dtype: torch.dtype = torch.float32, batch_invariant: bool = False,
-             prepare: bool = True) -> CausalStage | EncoderStage:
+    def load(
+        model_dir: Path, *, dtype: torch.dtype = torch.float32, batch_invariant: bool = False, prepare: bool = True
+    ) -> CausalStage | EncoderStage:
         config, grid = load_config(model_dir), Grid.single()
         backend = select("torch", batch_invariant=batch_invariant)
         stage = build_stage(config, grid=grid, backend=backend, dtype=dtype)
@@ -50,8 +51,9 @@ class Server:
         self.stage = stage
         per_sequence = -(-max_len // BLOCK_SIZE)
         num_blocks = per_sequence * num_sequences + 1
-        self.cache = PagedKVCache(stage.config, stage.grid, num_blocks=num_blocks, dtype=stage.dtype,
-                                  native=self.native)
+        self.cache = PagedKVCache(
+            stage.config, stage.grid, num_blocks=num_blocks, dtype=stage.dtype, native=self.native
+        )
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(1)).add(1).tolist()
         self.tables = [order[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]
         self.lens = [0] * num_sequences

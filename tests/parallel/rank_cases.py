@@ -34,8 +34,14 @@ TOLERANCE = 1e-5  # log-probabilities, fp32 (bar E1)
 CHUNKS = (9, 1, 20, *[1] * 6)  # new tokens of each step: prefill, decode, a second chunk, decodes
 
 
-def load(model_dir: Path, grid: Grid, *, dtype: torch.dtype = torch.float32, batch_invariant: bool = False,
-         prepare: bool = True) -> CausalStage | EncoderStage:
+def load(
+    model_dir: Path,
+    grid: Grid,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
+    prepare: bool = True,
+) -> CausalStage | EncoderStage:
     config = load_config(model_dir)
     backend = select("torch", batch_invariant=batch_invariant)
     stage = build_stage(config, grid=grid, backend=backend, dtype=dtype)
@@ -45,8 +51,9 @@ def load(model_dir: Path, grid: Grid, *, dtype: torch.dtype = torch.float32, bat
     return stage
 
 
-def through_stages(stage: nn.Module, x: Tensor, grid: Grid, run: Callable[[Tensor], Tensor],
-                   dtype: torch.dtype) -> Tensor:
+def through_stages(
+    stage: nn.Module, x: Tensor, grid: Grid, run: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> Tensor:
     """Receive, run, hand on; the result is the last stage's hidden states."""
     if not grid.is_first_stage:
         shape = (len(x), stage.config.hidden_size)
@@ -57,8 +64,9 @@ def through_stages(stage: nn.Module, x: Tensor, grid: Grid, run: Callable[[Tenso
     return hidden_TH
 
 
-def generate(model_dir: Path, grid: Grid, *, dtype: torch.dtype = torch.float32, batch_invariant: bool = False,
-             beside: int = 0) -> tuple[list[int], Tensor]:
+def generate(
+    model_dir: Path, grid: Grid, *, dtype: torch.dtype = torch.float32, batch_invariant: bool = False, beside: int = 0
+) -> tuple[list[int], Tensor]:
     """
     Greedy tokens and the log-probabilities [steps, V] of a paged run; on all but the last stage both are dummies.
 
@@ -84,7 +92,8 @@ def generate(model_dir: Path, grid: Grid, *, dtype: torch.dtype = torch.float32,
             positions_T = torch.cat([torch.arange(at, at + n) for at, n in zip(contexts, lens, strict=True)])
             x = torch.tensor(tokens[context : context + new] + list(range(sum(others))))
             hidden_TH = through_stages(
-                stage, x, grid, lambda x, p=positions_T, v=view: stage(x, positions_T=p, view=v), dtype)
+                stage, x, grid, lambda x, p=positions_T, v=view: stage(x, positions_T=p, view=v), dtype
+            )
             if grid.is_last_stage:
                 logprobs.append(stage.gather_logits(hidden_TH[:new]).log_softmax(-1))
                 drawn.append(int(logprobs[-1][-1].argmax()))
@@ -114,7 +123,8 @@ def same_encoding(model_dir: Path, grid: Grid) -> None:
         with torch.inference_mode():
             x = torch.arange(30)
             hidden_TH = through_stages(
-                stage, x, place, lambda x, s=stage, v=view: s(x, positions_T=positions_T, view=v), torch.float32)
+                stage, x, place, lambda x, s=stage, v=view: s(x, positions_T=positions_T, view=v), torch.float32
+            )
             results.append(stage.pool(hidden_TH, bounds))
     if grid.is_last_stage:
         assert (results[0] - results[1]).abs().max() <= TOLERANCE
@@ -265,8 +275,16 @@ def case_names(world_size: int) -> list[str]:
     for tp, pp in LAYOUTS[world_size]:
         kinds = ("text-llama", "text-gpt2", "text-untied", "encoding", "invariant-fp32", "invariant-bf16")
         names += [f"{kind}-tp{tp}pp{pp}" for kind in kinds]
-    return [*names, "gradients-llama", "gradients-gpt2", "gradients-untied", "collectives", "counts", "gradcheck",
-            "missing_rank"]
+    return [
+        *names,
+        "gradients-llama",
+        "gradients-gpt2",
+        "gradients-untied",
+        "collectives",
+        "counts",
+        "gradcheck",
+        "missing_rank",
+    ]
 
 
 def main(work_dir: Path) -> None:

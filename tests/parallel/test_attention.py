@@ -46,7 +46,8 @@ def served(serve: Any, plan: list[dict[int, int]]) -> dict[int, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_E3_paged_chunked_and_mixed_steps_equal_one_forward(
-        family: str, tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
+    family: str, tmp_path: Path, load_model: Callable[..., Any], server: Any
+) -> None:
     """Prefill in chunks, beside decodes of other sequences, at lengths that need several decode groups."""
     stage = load_model(FAMILIES[family](tmp_path / "model"))
     plan = [{0: 5, 1: 300, 2: 17}, {0: 1, 1: 40, 2: 16}, {2: 1, 0: 1}, *[{0: 1, 1: 1, 2: 1}] * 4]
@@ -58,13 +59,13 @@ def test_E3_paged_chunked_and_mixed_steps_equal_one_forward(
         assert (logprobs_TV - expected_TV).abs().max() <= TOLERANCE
 
 
-def test_E2_alone_and_in_a_batch_within_tolerance(
-        tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
+def test_E2_alone_and_in_a_batch_within_tolerance(tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
     """fp32: a request alone = the same request among others. (Inverse: gathering a neighbour's block fails it.)"""
     stage = load_model(FAMILIES["llama"](tmp_path / "model"))
     alone = served(server(stage, num_sequences=4, max_len=400), [{0: 40}, *[{0: 1}] * 8])[0]
-    batched = served(server(stage, num_sequences=4, max_len=400),
-                     [{1: 200, 0: 40}, {2: 3, 3: 90, 0: 1}, *[{1: 1, 0: 1, 3: 1}] * 7])[0]
+    batched = served(
+        server(stage, num_sequences=4, max_len=400), [{1: 200, 0: 40}, {2: 3, 3: 90, 0: 1}, *[{1: 1, 0: 1, 3: 1}] * 7]
+    )[0]
 
     assert (alone - batched).abs().max() <= TOLERANCE
     assert torch.equal(alone.argmax(-1), batched.argmax(-1))
@@ -82,8 +83,9 @@ INVARIANT_PLANS: list[list[dict[int, int]]] = [
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_E2_E3_batch_invariant_mode_is_bitwise(family: str, dtype: torch.dtype, threads: int, tmp_path: Path,
-                                               load_model: Callable[..., Any], server: Any) -> None:
+def test_E2_E3_batch_invariant_mode_is_bitwise(
+    family: str, dtype: torch.dtype, threads: int, tmp_path: Path, load_model: Callable[..., Any], server: Any
+) -> None:
     """
     Alone, chunked, token by token, among others: the same bits, at any dtype and thread count.
 
@@ -98,8 +100,7 @@ def test_E2_E3_batch_invariant_mode_is_bitwise(family: str, dtype: torch.dtype, 
         assert torch.equal(results[0], result)
 
 
-def test_E2_without_the_mode_bits_differ_at_bf16(
-        tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
+def test_E2_without_the_mode_bits_differ_at_bf16(tmp_path: Path, load_model: Callable[..., Any], server: Any) -> None:
     """The bitwise test above can fail: with the mode off, torch's attention gives some plan other bits."""
     if server.native:
         pytest.skip("the compiled kernel adds in one order whatever the mode")

@@ -36,16 +36,18 @@ def test_packed_products_equal_linear(kind: Any, dtype: torch.dtype, rows: int) 
     if kind is torch_ops._OneDnnProduct and not torch_ops._can_pack(dtype):
         pytest.skip("this CPU has no packed product of this dtype")
     generator = torch.Generator().manual_seed(1)
-    x, weight, bias, residual = (torch.randn(*shape, generator=generator).to(dtype)
-                                 for shape in ((rows, 40), (24, 40), (24,), (rows, 24)))
+    x, weight, bias, residual = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 40), (24, 40), (24,), (rows, 24))
+    )
     expected = F.linear(x.float(), weight.float(), bias.float())
 
     product = kind(weight, bias)
 
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(product(x).float(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(product(x, residual).float(), expected + residual.float(), rtol=tolerance,
-                               atol=2 * tolerance)
+    torch.testing.assert_close(
+        product(x, residual).float(), expected + residual.float(), rtol=tolerance, atol=2 * tolerance
+    )
 
 
 def test_E2_tiled_products_do_not_see_their_batch() -> None:
@@ -86,13 +88,20 @@ def fresh_guard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_guard")
-@pytest.mark.parametrize("error", [ImportError("no wheel"), OSError("libcuda.so.1: cannot open"),
-                                   RuntimeError("found 0 devices"), AssertionError("bad install"),
-                                   FileNotFoundError("libtransformer_engine.so")],
-                         ids=lambda error: type(error).__name__)
-def test_a_broken_transformer_engine_is_a_reason_not_a_crash(
-        error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """"te" says why it cannot be; "auto" falls back to torch."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no wheel"),
+        OSError("libcuda.so.1: cannot open"),
+        RuntimeError("found 0 devices"),
+        AssertionError("bad install"),
+        FileNotFoundError("libtransformer_engine.so"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_broken_transformer_engine_is_a_reason_not_a_crash(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "te" says why it cannot be; "auto" falls back to torch."""
+
     def broken(name: str) -> ModuleType:
         raise error
 
@@ -120,10 +129,24 @@ class StubLinear(nn.Module):
 
     calls: ClassVar[list[dict[str, Any]]] = []
 
-    def __init__(self, in_features: int, out_features: int, *, sequence_parallel: bool, fuse_wgrad_accumulation: bool,
-                 tp_group: Any, tp_size: int, get_rng_state_tracker: Any, init_method: Any, bias: bool,
-                 return_bias: bool, params_dtype: torch.dtype, parallel_mode: str, parameters_split: Any,
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sequence_parallel: bool,
+        fuse_wgrad_accumulation: bool,
+        tp_group: Any,
+        tp_size: int,
+        get_rng_state_tracker: Any,
+        init_method: Any,
+        bias: bool,
+        return_bias: bool,
+        params_dtype: torch.dtype,
+        parallel_mode: str,
+        parameters_split: Any,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.calls.append({key: value for key, value in locals().items() if key not in ("self", "__class__")})
         shape = [out_features, in_features]
@@ -145,8 +168,9 @@ class StubLinear(nn.Module):
 class StubNorm(nn.Module):
     """te.RMSNorm and te.LayerNorm by their shared arguments."""
 
-    def __init__(self, normalized_shape: int, *, eps: float, zero_centered_gamma: bool, dtype: torch.dtype,
-                 device: torch.device) -> None:
+    def __init__(
+        self, normalized_shape: int, *, eps: float, zero_centered_gamma: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         assert zero_centered_gamma is False
         self.eps = eps

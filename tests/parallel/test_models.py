@@ -21,8 +21,13 @@ from trilithon_parallel.models import CausalStage, EncoderStage
 # fp32 sums in another order; the bar is 1e-4.
 TOLERANCE = 1e-4
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LLAMAS: dict[str, dict[str, Any]] = {
     "grouped": {"hidden": 72, "heads": 9, "groups": 3},
     "multi_query": {"heads": 4, "groups": 1},
@@ -68,8 +73,17 @@ def test_E10_llama_like_logits(architecture: str, tmp_path: Path, load_model: Ca
     model_dir = tiny_llama(tmp_path / "model", layers=2, hidden=64, heads=4, groups=2)
     kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     window = {"use_sliding_window": False} if architecture.startswith("Qwen2") else {"sliding_window": None}
-    config = kind(vocab_size=300, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  intermediate_size=96, max_position_embeddings=256, tie_word_embeddings=False, **window)
+    config = kind(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        **window,
+    )
     model = getattr(transformers, architecture)(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # biases start at zero, which would hide them
@@ -128,20 +142,24 @@ def test_gradients_reach_every_parameter(tmp_path: Path, load_model: Callable[..
         torch.testing.assert_close(parameter.grad[:rows], expected[name].grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [
-    ("architectures", ["MambaForCausalLM"], "Allowed: one of LlamaForCausalLM"),
-    ("architectures", [], "architectures is not supported. Given: \\[\\]"),
-    ("hidden_act", "relu", "hidden_act is not supported. Given: 'relu'. Allowed: 'silu'"),
-    ("num_hidden_layers", 0, "num_hidden_layers must be a positive integer. Given: 0"),
-    ("num_hidden_layers", True, "num_hidden_layers must be a positive integer. Given: True"),
-    ("num_key_value_heads", 3, "must be a multiple of num_key_value_heads. Given: 4 and 3"),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_type is not supported. Given: 'yarn'"),
-    ("rope_scaling", "long", "rope_scaling must be an object or null. Given: 'long'"),
-    ("rms_norm_eps", "small", "rms_norm_eps must be a positive number. Given: 'small'"),
-    ("tie_word_embeddings", "yes", "tie_word_embeddings must be true or false. Given: 'yes'"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("architectures", ["MambaForCausalLM"], "Allowed: one of LlamaForCausalLM"),
+        ("architectures", [], "architectures is not supported. Given: \\[\\]"),
+        ("hidden_act", "relu", "hidden_act is not supported. Given: 'relu'. Allowed: 'silu'"),
+        ("num_hidden_layers", 0, "num_hidden_layers must be a positive integer. Given: 0"),
+        ("num_hidden_layers", True, "num_hidden_layers must be a positive integer. Given: True"),
+        ("num_key_value_heads", 3, "must be a multiple of num_key_value_heads. Given: 4 and 3"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_type is not supported. Given: 'yarn'"),
+        ("rope_scaling", "long", "rope_scaling must be an object or null. Given: 'long'"),
+        ("rms_norm_eps", "small", "rms_norm_eps must be a positive number. Given: 'small'"),
+        ("tie_word_embeddings", "yes", "tie_word_embeddings must be true or false. Given: 'yes'"),
+    ],
+)
 def test_R11_a_config_that_we_do_not_compute_is_refused(
-        field: str, value: object, message: str, tmp_path: Path) -> None:
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
     """One sentence names the file, the field, the value and what is allowed; never a silently different model."""
     model_dir = tiny_llama(tmp_path / "model")
     raw = json.loads((model_dir / "config.json").read_text())

@@ -26,14 +26,41 @@ from trilithon_parallel.placement import (
 )
 
 SMOLLM2 = ModelConfig(
-    family="llama", architecture="LlamaForCausalLM", vocab_size=49152, hidden_size=576, num_layers=30, num_heads=9,
-    num_kv_heads=3, head_dim=64, ffn_size=1536, max_context=8192, norm="rms", norm_eps=1e-5, norm_order="pre",
-    activation="silu", gated_mlp=True, position="rope", tied_embeddings=True,
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=49152,
+    hidden_size=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    ffn_size=1536,
+    max_context=8192,
+    norm="rms",
+    norm_eps=1e-5,
+    norm_order="pre",
+    activation="silu",
+    gated_mlp=True,
+    position="rope",
+    tied_embeddings=True,
 )
 GPT2 = replace(
-    SMOLLM2, family="gpt2", vocab_size=50257, hidden_size=768, num_layers=12, num_heads=12, num_kv_heads=12,
-    ffn_size=3072, max_context=1024, norm="layer", activation="gelu_tanh", gated_mlp=False, position="learned",
-    qkv_bias=True, out_bias=True, mlp_bias=True,
+    SMOLLM2,
+    family="gpt2",
+    vocab_size=50257,
+    hidden_size=768,
+    num_layers=12,
+    num_heads=12,
+    num_kv_heads=12,
+    ffn_size=3072,
+    max_context=1024,
+    norm="layer",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    position="learned",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
 )
 BERT = replace(GPT2, family="bert", vocab_size=30522, norm_order="post", token_types=2, tied_embeddings=False)
 
@@ -44,9 +71,16 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     base = draw(st.sampled_from([SMOLLM2, GPT2, BERT]))
     groups = draw(st.integers(1, 6))
     return replace(
-        base, vocab_size=draw(st.integers(1, 700)), hidden_size=8, num_layers=draw(st.integers(1, 5)),
-        num_kv_heads=groups, num_heads=groups * draw(st.integers(1, 4)), head_dim=2, ffn_size=draw(st.integers(1, 40)),
-        max_context=16, tied_embeddings=draw(st.booleans()),
+        base,
+        vocab_size=draw(st.integers(1, 700)),
+        hidden_size=8,
+        num_layers=draw(st.integers(1, 5)),
+        num_kv_heads=groups,
+        num_heads=groups * draw(st.integers(1, 4)),
+        head_dim=2,
+        ffn_size=draw(st.integers(1, 40)),
+        max_context=16,
+        tied_embeddings=draw(st.booleans()),
     )
 
 
@@ -92,8 +126,10 @@ def test_a_query_head_sits_with_its_own_group(config: ModelConfig, data: st.Data
     name_q, name_k = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk")
     shapes = global_shapes(config)
     for tp_rank in range(tp):
-        q, k = (local_slice(name, shapes[name], config=config, tp=tp, tp_rank=tp_rank).slices[0]
-                for name in (name_q, name_k))
+        q, k = (
+            local_slice(name, shapes[name], config=config, tp=tp, tp_rank=tp_rank).slices[0]
+            for name in (name_q, name_k)
+        )
         for local_head, head in enumerate(range(q.start // config.head_dim, q.stop // config.head_dim)):
             local_group = local_head // (sizes.heads // sizes.groups)
             assert k.start // config.head_dim + local_group == head // per_group
@@ -116,8 +152,10 @@ def test_vocabulary_padding(tp: int, padded: int) -> None:
     assert local_sizes(GPT2, tp).vocab * tp == padded
 
 
-@pytest.mark.parametrize(("tp", "heads", "groups", "waste"), [(1, 9, 3, 0.0), (2, 6, 2, 0.25), (3, 3, 1, 0.0),
-                                                             (4, 3, 1, 0.25), (9, 1, 1, 0.0)])
+@pytest.mark.parametrize(
+    ("tp", "heads", "groups", "waste"),
+    [(1, 9, 3, 0.0), (2, 6, 2, 0.25), (3, 3, 1, 0.0), (4, 3, 1, 0.25), (9, 1, 1, 0.0)],
+)
 def test_smollm2_at_any_tp(tp: int, heads: int, groups: int, waste: float) -> None:
     """9 heads in 3 groups: zero groups at 2 and 4, replicated groups at 9."""
     sizes = local_sizes(SMOLLM2, tp)
@@ -131,8 +169,10 @@ def test_stage_sizes_differ_by_at_most_one() -> None:
     assert [len(layers) for layers in stage_layers(30, 4)] == [8, 8, 7, 7]
 
 
-@pytest.mark.parametrize(("tp", "pp", "allowed"), [(0, 1, "Allowed: 1 to 9"), (10, 1, "Allowed: 1 to 9"),
-                                                   (1, 31, "Allowed: 1 to 30"), (1, 0, "Allowed: 1 to 30")])
+@pytest.mark.parametrize(
+    ("tp", "pp", "allowed"),
+    [(0, 1, "Allowed: 1 to 9"), (10, 1, "Allowed: 1 to 9"), (1, 31, "Allowed: 1 to 30"), (1, 0, "Allowed: 1 to 30")],
+)
 def test_R11_a_layout_that_does_not_fit_is_refused(tp: int, pp: int, allowed: str) -> None:
     """The message names the axis, the value given and the values allowed."""
     with pytest.raises(ModelError, match=allowed) as caught:

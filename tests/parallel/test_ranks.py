@@ -55,15 +55,19 @@ def outcomes(models: Path) -> Iterator[Callable[[int], list[dict[str, str]]]]:
         (work_dir / "models").symlink_to(models)
         port = _free_port()
         for rank in range(world_size):
-            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            env = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
             command = [sys.executable, "-W", "error::FutureWarning", str(SCRIPT), str(work_dir)]
             processes.append(subprocess.Popen(command, env=env))
         for process in processes[-world_size:]:
             process.wait(LIMIT_S)
-        known[world_size] = [
-            json.loads(path.read_text()) for path in sorted(work_dir.glob("rank*.json"))
-        ]
+        known[world_size] = [json.loads(path.read_text()) for path in sorted(work_dir.glob("rank*.json"))]
         return known[world_size]
 
     yield run
@@ -85,7 +89,8 @@ def _free_port() -> int:
 BARS = {"text": "E1", "encoding": "E1", "invariant": "E2", "sockets": "S2"}
 ALL = [
     pytest.param(size, name, id=f"{BARS.get(name.split('-')[0], 'core')}-{size}ranks-{name}")
-    for size in CASES.LAYOUTS for name in CASES.case_names(size)
+    for size in CASES.LAYOUTS
+    for name in CASES.case_names(size)
 ]
 
 

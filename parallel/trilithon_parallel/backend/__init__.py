@@ -25,13 +25,13 @@ class Backend(Protocol):
     name: str
     batch_invariant: bool
 
-    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid,
-                      dtype: torch.dtype) -> nn.Module:
+    def column_linear(
+        self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
         """X W^T + b with W [out_local, in_features]; names `weight`, `bias`."""
         ...
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid,
-                   dtype: torch.dtype) -> nn.Module:
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """residual + g(X W^T) + b with W [out_features, in_local]; called with (x, residual)."""
         ...
 
@@ -66,15 +66,22 @@ def select(name: BackendName, *, batch_invariant: bool = False, device: str | to
     from trilithon_parallel.backend import te_ops, torch_ops
 
     if name not in ("torch", "te", "auto"):
-        raise ModelError(f"backend is unknown. Given: {name!r}.", code="backend_unavailable",
-                         hint="Allowed: torch, te, auto.")
+        raise ModelError(
+            f"backend is unknown. Given: {name!r}.", code="backend_unavailable", hint="Allowed: torch, te, auto."
+        )
     if name == "torch" or (name == "auto" and (torch.device(device).type != "cuda" or te_ops.unavailable_reason())):
         return torch_ops.TorchBackend(batch_invariant=batch_invariant)
     reason = te_ops.unavailable_reason()
     if reason:
-        raise ModelError(f"backend 'te' is not available: {reason}.", code="backend_unavailable",
-                         hint="Install trilithon[gpu] on a CUDA machine, or use backend torch or auto.")
+        raise ModelError(
+            f"backend 'te' is not available: {reason}.",
+            code="backend_unavailable",
+            hint="Install trilithon[gpu] on a CUDA machine, or use backend torch or auto.",
+        )
     if batch_invariant:
-        raise ModelError("backend 'te' has no batch-invariant mode.", code="backend_unavailable",
-                         hint="Use backend torch with batch_invariant, or turn batch_invariant off.")
+        raise ModelError(
+            "backend 'te' has no batch-invariant mode.",
+            code="backend_unavailable",
+            hint="Use backend torch with batch_invariant, or turn batch_invariant off.",
+        )
     return te_ops.TransformerEngineBackend()

@@ -36,9 +36,22 @@ class _Step(ctypes.Structure):
     """`struct step` of the C file."""
 
     _fields_ = (
-        *[(name, ctypes.c_int32) for name in ("num_sequences", "num_tokens", "heads", "groups", "channels",
-                                              "table_width", "is_bf16", "num_threads")],
-        ("num_blocks", ctypes.c_int64), ("scale", ctypes.c_float), ("num_items", ctypes.c_int32),
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                "num_sequences",
+                "num_tokens",
+                "heads",
+                "groups",
+                "channels",
+                "table_width",
+                "is_bf16",
+                "num_threads",
+            )
+        ],
+        ("num_blocks", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("num_items", ctypes.c_int32),
         *[(name, ctypes.c_void_p) for name in ("slots", "bounds", "context_lens", "tables", "items")],
     )
 
@@ -77,8 +90,12 @@ def _compile(compiler: str, cache_dir: Path) -> Path:
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-") as work_dir:
             made = Path(work_dir) / target.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], capture_output=True, check=True,
-                           timeout=COMPILE_LIMIT_S)
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
+                capture_output=True,
+                check=True,
+                timeout=COMPILE_LIMIT_S,
+            )
             made.replace(target)  # ranks may compile at once; the last rename wins, all files are equal
     return target
 
@@ -91,16 +108,30 @@ def unavailable_reason() -> str:
 
 def takes(*, heads: int, groups: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the kernel computes attention of this shape (sizes are the rank's own)."""
-    return (dtype in (torch.float32, torch.bfloat16) and channels % 16 == 0 and channels <= MAX_CHANNELS
-            and heads // groups <= MAX_ROWS)
+    return (
+        dtype in (torch.float32, torch.bfloat16)
+        and channels % 16 == 0
+        and channels <= MAX_CHANNELS
+        and heads // groups <= MAX_ROWS
+    )
 
 
 class NativeStep:
     """One step's ragged batch, laid out for the kernel once and used by every layer."""
 
-    def __init__(self, *, heads: int, groups: int, channels: int, num_blocks: int,
-                 dtype: torch.dtype, bounds: Sequence[int], context_lens: Sequence[int],
-                 tables: Sequence[Sequence[int]], slots_T: Tensor) -> None:
+    def __init__(
+        self,
+        *,
+        heads: int,
+        groups: int,
+        channels: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        bounds: Sequence[int],
+        context_lens: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        slots_T: Tensor,
+    ) -> None:
         library = _load(home() / "kernels")
         assert isinstance(library, ctypes.CDLL), library
         self._function = library.paged_attention
@@ -115,11 +146,27 @@ class NativeStep:
         width = max(map(len, tables), default=1)
         int32 = functools.partial(torch.tensor, dtype=torch.int32)
         # Held here: the structure has their addresses alone.
-        self._tensors = (slots_T.contiguous(), int32(bounds), int32(context_lens),
-                         int32([[*table, *[0] * (width - len(table))] for table in tables]), int32(items))
-        self._step = _Step(len(tables), len(slots_T), heads, groups, channels, width, dtype == torch.bfloat16,
-                           torch.get_num_threads(), num_blocks, channels**-0.5, len(items),
-                           *[tensor.data_ptr() for tensor in self._tensors])
+        self._tensors = (
+            slots_T.contiguous(),
+            int32(bounds),
+            int32(context_lens),
+            int32([[*table, *[0] * (width - len(table))] for table in tables]),
+            int32(items),
+        )
+        self._step = _Step(
+            len(tables),
+            len(slots_T),
+            heads,
+            groups,
+            channels,
+            width,
+            dtype == torch.bfloat16,
+            torch.get_num_threads(),
+            num_blocks,
+            channels**-0.5,
+            len(items),
+            *[tensor.data_ptr() for tensor in self._tensors],
+        )
         self._address = ctypes.addressof(self._step)
 
     def attend(self, layer_address: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
@@ -127,6 +174,15 @@ class NativeStep:
         channels = q_TAC.shape[-1]
         assert all(x.stride()[1:] == (channels, 1) or x.shape[1] == 1 for x in (q_TAC, k_TGC, v_TGC))
         out_TAC = torch.empty(q_TAC.shape, dtype=q_TAC.dtype)
-        self._function(self._address, layer_address, q_TAC.data_ptr(), q_TAC.stride(0), k_TGC.data_ptr(),
-                       k_TGC.stride(0), v_TGC.data_ptr(), v_TGC.stride(0), out_TAC.data_ptr())
+        self._function(
+            self._address,
+            layer_address,
+            q_TAC.data_ptr(),
+            q_TAC.stride(0),
+            k_TGC.data_ptr(),
+            k_TGC.stride(0),
+            v_TGC.data_ptr(),
+            v_TGC.stride(0),
+            out_TAC.data_ptr(),
+        )
         return out_TAC

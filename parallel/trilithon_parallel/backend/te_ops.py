@@ -84,20 +84,21 @@ class TransformerEngineBackend:
     name = "te"
     batch_invariant = False
 
-    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid,
-                      dtype: torch.dtype) -> nn.Module:
+    def column_linear(
+        self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
         """A column-parallel `te.Linear`."""
         return self._linear("column", in_features, out_local * grid.tp.size, bias=bias, grid=grid, dtype=dtype)
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid,
-                   dtype: torch.dtype) -> nn.Module:
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """A row-parallel `te.Linear`, called with (x, residual)."""
         return self._linear("row", in_local * grid.tp.size, out_features, bias=bias, grid=grid, dtype=dtype)
 
     def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """`te.RMSNorm` or `te.LayerNorm`."""
-        return _classes()[config.norm](config.hidden_size, eps=config.norm_eps, zero_centered_gamma=False,
-                                       dtype=dtype, device=grid.device)
+        return _classes()[config.norm](
+            config.hidden_size, eps=config.norm_eps, zero_centered_gamma=False, dtype=dtype, device=grid.device
+        )
 
     def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
         """Nothing: each of its column-parallel layers reduces its own input gradient."""
@@ -110,12 +111,21 @@ class TransformerEngineBackend:
     def pack_row(self, part: nn.Module) -> None:
         """Nothing to do, as above."""
 
-    def _linear(self, kind: str, in_features: int, out_features: int, *, bias: bool, grid: Grid,
-                dtype: torch.dtype) -> nn.Module:
+    def _linear(
+        self, kind: str, in_features: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
         options: dict[str, Any] = {
-            "sequence_parallel": False, "fuse_wgrad_accumulation": False, "tp_group": grid.tp.group,
-            "tp_size": grid.tp.size, "get_rng_state_tracker": None, "init_method": _leave, "bias": bias,
-            "return_bias": False, "params_dtype": dtype, "parallel_mode": kind, "parameters_split": None,
+            "sequence_parallel": False,
+            "fuse_wgrad_accumulation": False,
+            "tp_group": grid.tp.group,
+            "tp_size": grid.tp.size,
+            "get_rng_state_tracker": None,
+            "init_method": _leave,
+            "bias": bias,
+            "return_bias": False,
+            "params_dtype": dtype,
+            "parallel_mode": kind,
+            "parameters_split": None,
             "device": grid.device,
         }
         return _classes()[kind](in_features, out_features, **options)

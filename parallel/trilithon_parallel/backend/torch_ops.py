@@ -113,16 +113,23 @@ class TorchBackend:
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
 
-    def column_linear(self, in_features: int, out_local: int, *, bias: bool, grid: Grid,
-                      dtype: torch.dtype) -> nn.Module:
+    def column_linear(
+        self, in_features: int, out_local: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
         """A `ColumnParallelLinear`."""
         return ColumnParallelLinear(in_features, out_local, bias=bias, dtype=dtype, device=grid.device)
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid,
-                   dtype: torch.dtype) -> nn.Module:
+    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """A `RowParallelLinear`; in the batch-invariant mode ranks' shares are added in rank order."""
-        return RowParallelLinear(in_local, out_features, bias=bias, axis=grid.tp, ordered_reduce=self.batch_invariant,
-                                 dtype=dtype, device=grid.device)
+        return RowParallelLinear(
+            in_local,
+            out_features,
+            bias=bias,
+            axis=grid.tp,
+            ordered_reduce=self.batch_invariant,
+            dtype=dtype,
+            device=grid.device,
+        )
 
     def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """`RMSNorm` or `LayerNorm`."""

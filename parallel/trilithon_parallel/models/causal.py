@@ -29,8 +29,9 @@ class CausalStage(nn.Module):
         self._head: Product | None = None
         self.vocab_local = local_sizes(config, grid.tp.size).vocab
         if grid.is_last_stage:
-            self.lm_head = ColumnParallelLinear(config.hidden_size, self.vocab_local, bias=False, dtype=dtype,
-                                                device=grid.device)
+            self.lm_head = ColumnParallelLinear(
+                config.hidden_size, self.vocab_local, bias=False, dtype=dtype, device=grid.device
+            )
             if config.tied_embeddings and grid.is_first_stage:
                 self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -45,8 +45,7 @@ class Trunk(nn.Module):
             if config.norm_order == "post":
                 self.embed_norm = backend.norm(config, grid=grid, dtype=dtype)
         ids = stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank]
-        self.layers = nn.ModuleDict(
-            {str(i): Block(config, grid=grid, backend=backend, dtype=dtype) for i in ids})
+        self.layers = nn.ModuleDict({str(i): Block(config, grid=grid, backend=backend, dtype=dtype) for i in ids})
         if grid.is_last_stage and config.norm_order == "pre":
             self.norm = backend.norm(config, grid=grid, dtype=dtype)
         self.rotary = Rotary(config, dtype=dtype, device=device) if config.position == "rope" else None
