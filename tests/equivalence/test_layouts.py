@@ -78,7 +78,8 @@ def test_E1_E5_same_answer_in_every_layout(
     smollm2_dir: Path, expected: dict[str, list[Answer]], tp: int, pp: int
 ) -> None:
     """
-    Greedy tokens are identical and log-probabilities close (see the constants) at every layout, bitwise when only pp differs; seeded
+    Greedy tokens are identical and log-probabilities close (see the constants) at every layout, bitwise when only pp
+    differs; seeded
     draws are the same tokens. tp = 2 pads this model's 3 key/value groups to 4.
     """
     with serving(smollm2_dir, *FLAGS, "--tp", str(tp), "--pp", str(pp)) as server, Client(server.url) as client:
