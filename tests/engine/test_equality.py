@@ -25,14 +25,16 @@ def assert_equal(one: Answer, other: Answer) -> None:
 def test_E3_prefix_hit_equals_miss(start: Start, sampling: dict[str, Any]) -> None:
     """A prompt found in the prefix cache gives the answer that it gives when computed.
 
-    Inverse seen red: let the hit's blocks be those of another prompt (drop the parent from the key).
+    Inverse seen red: leave the parent out of a block's key.
     """
     driver = start()
     miss = driver.answer(PROMPT, sampling=sampling)
     hit = driver.answer(PROMPT, sampling=sampling)
     other = driver.answer([9, *PROMPT[1:]], sampling=sampling)
+    # Blocks of both prompts are cached by now, but the second one of `PROMPT` only after its first.
+    crossed = driver.answer([9, *PROMPT[1:16], *PROMPT[32:]], sampling=sampling)
 
-    assert (miss.cached_tokens, hit.cached_tokens, other.cached_tokens) == (0, 64, 0)
+    assert [x.cached_tokens for x in (miss, hit, other, crossed)] == [0, 64, 0, 16]
     assert_equal(hit, miss)
 
 
@@ -55,7 +57,7 @@ def test_E3_chunked_prefill_equals_whole(start: Start, budget: int) -> None:
 def test_E3_preempted_equals_never_preempted(start: Start, prefix_cache: bool) -> None:
     """Requests that lose their blocks and are computed again give what they give alone, n > 1 included.
 
-    Inverse seen red: keep `computed` when the blocks are taken; append the drawn token to the sampler's state twice.
+    Inverse seen red: drop the generated tokens of a preempted answer.
     """
     requests = [
         (PROMPT[:20], {"max_tokens": 60}),
@@ -138,7 +140,7 @@ def test_E1_E5_two_ranks_equal_one(start: Start, tp: int, pp: int) -> None:
     """
     Greedy, seeded, scored, penalised and forked answers at (tp, pp) equal those of one rank; afterwards all is freed.
 
-    Inverse seen red: seed the draw by rank; send the token ids of the previous plan.
+    Inverse seen red: seed the draw by rank; leave the block copies out of the plan.
     """
     cases: list[dict[str, Any]] = [
         {"prompt_logprobs": 3, "logprobs": 5, "logprob_token_ids": [7]},
