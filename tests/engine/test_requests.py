@@ -265,7 +265,7 @@ def test_R8_a_constraint_cut_by_max_tokens_says_so(start: Start) -> None:
 def test_R8_a_dead_end_is_an_error_for_its_sender_alone(start: Start) -> None:
     """A constraint that meets masks which forbid its tokens fails, never an unconstrained text; others go on.
 
-    Inverse seen red: sample from the unmasked row when nothing is allowed.
+    Inverse seen red: sample from the unmasked row when nothing is allowed, and ignore that the matcher refuses it.
     """
     driver = start()
     # The only token allowed is no digit.
