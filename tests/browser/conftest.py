@@ -26,9 +26,14 @@ CHROMIUM_ARGS = (
 API_KEY = "sk-browser-test"  # of a server that lives as long as one test session, on loopback
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """One headless browser for all tests; each test has a context of its own."""
+    """
+    One headless browser for a module's tests; each test has a context of its own.
+
+    Not for the session: while playwright's synchronous API is open, its event loop counts as running, and no other
+    test could run one.
+    """
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
