@@ -23,7 +23,7 @@ class Product(Protocol):
     """A packed product Y = X W^T + b. `residual`, where given, is added to the result."""
 
     def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
-        """[T, K] -> [T, O]."""
+        """[T, K] -> [T, O], in the residual's dtype where one is given; without, a sum may come in a wider one."""
         ...
 
 
@@ -52,11 +52,17 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Y = g(X W^T) + b with W cut by input columns: the ranks' shares are summed, then the bias is added once."""
+    """
+    Y = g(X W^T) + b with W cut by input columns: the ranks' shares are summed, then the bias is added once.
+
+    `terms` are the sizes of the pieces that this rank's inputs consist of at any tp (`placement.sum_terms`); their sum
+    is `in_local`. A packed product may keep its sum in a wider dtype until the residual stream takes it: one rounding,
+    after the last rank's share.
+    """
 
     def __init__(
         self,
-        in_local: int,
+        terms: Sequence[int],
         out_features: int,
         *,
         bias: bool,
@@ -66,8 +72,8 @@ class RowParallelLinear(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.axis, self.ordered_reduce = axis, ordered_reduce
-        self.weight = empty_parameter(out_features, in_local, dtype=dtype, device=device)
+        self.axis, self.ordered_reduce, self.terms = axis, ordered_reduce, tuple(terms)
+        self.weight = empty_parameter(out_features, sum(terms), dtype=dtype, device=device)
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
         self.product: Product | None = None
 
@@ -82,7 +88,7 @@ class RowParallelLinear(nn.Module):
         y_TO = reduce_from_tp(y_TO, self.axis, ordered=self.ordered_reduce)
         if self.bias is not None and (self.product is None or self.axis.size > 1):
             y_TO = y_TO + self.bias
-        return residual_TO + y_TO
+        return (residual_TO + y_TO).to(residual_TO.dtype)
 
     def pack(self, make: Callable[[Tensor, Tensor | None], Product]) -> None:
         """Serve from here on: the weight, and the bias where no sum comes between, move into `make`'s product."""

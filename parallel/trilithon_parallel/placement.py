@@ -21,9 +21,11 @@ columns. Padding always follows the real part, so a rank's tensor is one slice o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
@@ -33,6 +35,8 @@ Stage = Literal["first", "layer", "last"]
 
 # The vocabulary is padded to a multiple of this times tp (Megatron-LM's `make_vocab_size_divisible_by`).
 VOCAB_MULTIPLE = 128
+# A long sum that tp cuts is made of at most so many terms (`sum_terms`): tp = 1, 2, 3, 4, 6 and 12 share their borders.
+SUM_TERMS = 12
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,23 @@ def _extent(cut: Cut, config: ModelConfig, tp: int, tp_rank: int) -> tuple[int, 
         return sizes.heads * config.head_dim, tp_rank * sizes.heads * config.head_dim
     first_group = tp_rank // sizes.kv_replicas * sizes.groups
     return sizes.groups * config.head_dim, first_group * config.head_dim
+
+
+def sum_terms(cut: Cut, config: ModelConfig, *, tp: int, tp_rank: int) -> list[int]:
+    """
+    How a rank's share of a row-parallel product's inputs is cut into terms: their sizes, in order.
+
+    The borders lie where the whole model has them, so a layout moves terms between ranks and leaves each as it is:
+    where the terms are added exactly enough, every layout has the same sum (`layers.py`). A rank's border that is none
+    of the model's (`tp` does not divide its heads or ffn by whole terms) cuts a term in two.
+    """
+    local, start = _extent(cut, config, tp, tp_rank)
+    if cut == "ffn":
+        term = config.ffn_size // math.gcd(config.ffn_size, SUM_TERMS)
+    else:
+        term = config.num_heads // math.gcd(config.num_heads, SUM_TERMS) * config.head_dim
+    inner = range(start - start % term + term, start + local, term)
+    return [stop - first for first, stop in pairwise([start, *inner, start + local])]
 
 
 def stage_layers(num_layers: int, pp: int) -> list[range]:

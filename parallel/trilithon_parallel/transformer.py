@@ -18,7 +18,7 @@ from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import Product
-from trilithon_parallel.placement import local_sizes
+from trilithon_parallel.placement import local_sizes, sum_terms
 
 if TYPE_CHECKING:
     from trilithon_parallel.backend import Backend
@@ -102,7 +102,8 @@ class Attention(nn.Module):
             backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype)
             for rows in (width, kv_width, kv_width)
         )
-        self.o_proj = backend.row_linear(width, config.hidden_size, bias=config.out_bias, grid=grid, dtype=dtype)
+        terms = sum_terms("q", config, tp=grid.tp.size, tp_rank=grid.tp.rank)
+        self.o_proj = backend.row_linear(terms, config.hidden_size, bias=config.out_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None
 
     def forward(
@@ -142,7 +143,8 @@ class MLP(nn.Module):
             else None
         )
         self.up_proj = backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
-        self.down_proj = backend.row_linear(ffn, config.hidden_size, bias=config.mlp_bias, grid=grid, dtype=dtype)
+        terms = sum_terms("ffn", config, tp=grid.tp.size, tp_rank=grid.tp.rank)
+        self.down_proj = backend.row_linear(terms, config.hidden_size, bias=config.mlp_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:

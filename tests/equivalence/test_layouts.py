@@ -11,10 +11,8 @@ from served import Server, serving
 
 from trilithon import Client, Completion
 
-# Natural-logarithm units, fp32. A layout changes the order of fp32 additions in 30 layers, nothing else.
+# Natural-logarithm units, fp32.
 LOGPROB_TOLERANCE = 1e-5
-# The aim is 1e-5 here too. It is NOT met on this model yet: 1.8e-5 was measured at tp = 2, where sums are cut in two.
-TP_LOGPROB_TOLERANCE = 5e-5
 NUM_TOKENS = 32
 PROMPTS = (
     "The capital of France is",
@@ -87,7 +85,7 @@ def test_E1_E5_same_answer_in_every_layout(
         actual_sampled = [sampled(client, prompt) for prompt in PROMPTS]
 
     difference = worst_difference(expected["greedy"], actual_greedy)
-    assert difference <= (TP_LOGPROB_TOLERANCE if tp > 1 else 0.0)
+    assert difference <= (LOGPROB_TOLERANCE if tp > 1 else 0.0)
     assert [tokens for tokens, _ in expected["sampled"]] == [tokens for tokens, _ in actual_sampled]
 
 

@@ -31,8 +31,10 @@ class Backend(Protocol):
         """X W^T + b with W [out_local, in_features]; names `weight`, `bias`."""
         ...
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
-        """residual + g(X W^T) + b with W [out_features, in_local]; called with (x, residual)."""
+    def row_linear(
+        self, terms: Sequence[int], out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
+        """residual + g(X W^T) + b with W [out_features, sum(terms)], see `sum_terms`; called with (x, residual)."""
         ...
 
     def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:

@@ -90,9 +90,11 @@ class TransformerEngineBackend:
         """A column-parallel `te.Linear`."""
         return self._linear("column", in_features, out_local * grid.tp.size, bias=bias, grid=grid, dtype=dtype)
 
-    def row_linear(self, in_local: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> nn.Module:
+    def row_linear(
+        self, terms: Sequence[int], out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
+    ) -> nn.Module:
         """A row-parallel `te.Linear`, called with (x, residual)."""
-        return self._linear("row", in_local * grid.tp.size, out_features, bias=bias, grid=grid, dtype=dtype)
+        return self._linear("row", sum(terms) * grid.tp.size, out_features, bias=bias, grid=grid, dtype=dtype)
 
     def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """`te.RMSNorm` or `te.LayerNorm`."""
