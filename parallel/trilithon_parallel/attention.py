@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trilithon_parallel.backend import native_ops
-from trilithon_parallel.backend.native_ops import NativeStep
+from trilithon_parallel.backend import native_attention
+from trilithon_parallel.backend.native import unavailable_reason
+from trilithon_parallel.backend.native_attention import NativeStep
 from trilithon_parallel.backend.torch_ops import has_native_bf16
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
@@ -90,10 +91,10 @@ class PagedKVCache:
         self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype, native: bool | None = None
     ) -> None:
         sizes = local_sizes(config, grid.tp.size)
-        fits = grid.device.type == "cpu" and native_ops.takes(
+        fits = grid.device.type == "cpu" and native_attention.takes(
             heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype
         )
-        self.is_native = fits and not native_ops.unavailable_reason() if native is None else native
+        self.is_native = fits and not unavailable_reason() if native is None else native
         assert not self.is_native or fits
         self.heads = sizes.heads
         num_layers = len(stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank])

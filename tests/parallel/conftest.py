@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trilithon_parallel.attention import BLOCK_SIZE, PagedBatch, PagedKVCache, PagedView
-from trilithon_parallel.backend import native_ops, select
+from trilithon_parallel.backend import native, select
 from trilithon_parallel.config import load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
@@ -81,6 +81,6 @@ class Server:
 @pytest.fixture(params=[False, True], ids=["torch", "native"])
 def server(request: pytest.FixtureRequest) -> type[Server]:
     """The `Server` class, with attention in torch alone and with the compiled kernel."""
-    if request.param and native_ops.unavailable_reason():
-        pytest.skip(native_ops.unavailable_reason())
+    if request.param and native.unavailable_reason():
+        pytest.skip(native.unavailable_reason())
     return type("Server", (Server,), {"native": request.param})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.placement import (
     RULES,
+    SUM_TERMS,
     check_layout,
     global_shapes,
     layout_waste,
@@ -23,6 +25,7 @@ from trilithon_parallel.placement import (
     source_name,
     stage_layers,
     stage_names,
+    sum_terms,
 )
 
 SMOLLM2 = ModelConfig(
@@ -133,6 +136,26 @@ def test_a_query_head_sits_with_its_own_group(config: ModelConfig, data: st.Data
         for local_head, head in enumerate(range(q.start // config.head_dim, q.stop // config.head_dim)):
             local_group = local_head // (sizes.heads // sizes.groups)
             assert k.start // config.head_dim + local_group == head // per_group
+
+
+@given(config=configs(), data=st.data())
+def test_E1_ranks_share_the_terms_of_one_rank(config: ModelConfig, data: st.DataObject) -> None:
+    """
+    Over the ranks the terms of a sum have the borders that they have on one rank, and the ranks' own; none is lost.
+
+    Inverse: cutting a rank's share into equal terms of its own turns it red at three heads and tp = 2.
+    """
+    tp = data.draw(st.integers(1, config.num_heads))
+    for cut, size in (("q", config.num_heads * config.head_dim), ("ffn", config.ffn_size)):
+        whole = set(accumulate(sum_terms(cut, config, tp=1, tp_rank=0)))
+        shares = [sum_terms(cut, config, tp=tp, tp_rank=rank) for rank in range(tp)]
+        borders = set(accumulate(term for share in shares for term in share))
+        ends = set(accumulate(sum(share) for share in shares))
+        assert all(term > 0 for share in shares for term in share)
+        assert max(whole) == size
+        assert {at for at in borders if at <= size} - ends <= whole <= borders
+        if size % (tp * SUM_TERMS) == 0:
+            assert ends <= whole
 
 
 @given(config=configs(), data=st.data())

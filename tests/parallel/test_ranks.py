@@ -32,10 +32,11 @@ CASES = _script()
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models whose sizes no number of ranks divides: 3 groups of 3 heads, 5 heads, odd ffn, odd vocabulary."""
+    """Tiny models whose sizes ranks don't divide (3 groups of 3 heads, 5 heads, odd vocabulary), and one, `untied`."""
     root = tmp_path_factory.mktemp("ranks") / "models"
     tiny_llama(root / "llama", layers=4, hidden=72, heads=9, groups=3, ffn=100, vocab=391, scale=0.3)
-    tiny_llama(root / "untied", layers=5, hidden=64, heads=8, groups=2, tied=False, scale=0.3)
+    whole = {"heads": 8, "groups": 2, "head_dim": 16, "ffn": 768}
+    tiny_llama(root / "untied", layers=5, hidden=64, tied=False, scale=0.3, **whole)
     tiny_gpt2(root / "gpt2", layers=4, hidden=60, heads=5, scale=0.3)
     tiny_bert(root / "bert", layers=4, hidden=60, heads=5, ffn=90)
     return root
@@ -101,7 +102,8 @@ def test_E1_E2_S2_ranks(world_size: int, case: str, outcomes: Callable[[int], li
     Each case holds on each rank; what a case checks is said in rank_cases.py.
 
     Inverse: leaving out the paper's f turns `gradients-*` red, adding the row bias on every rank before the sum turns
-    `text-gpt2-tp*` red, an unordered sum turns `invariant-*-tp4` red, `env://` turns `sockets` red.
+    `text-gpt2-tp*` red, an unordered sum turns `invariant-*-tp4` red,
+    rounding each rank's share to fp32 before the sum turns `text-untied-tp*` red, `env://` turns `sockets` red.
     """
     reports = outcomes(world_size)
 

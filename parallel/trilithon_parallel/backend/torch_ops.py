@@ -1,8 +1,8 @@
 """
-The torch backend: the reference everywhere, and packed oneDNN products on CPUs.
+The torch backend: the reference everywhere, and packed products on CPUs.
 
-The packed operators are private to torch, so they are probed once and stand behind `Product`; `F.linear` is the
-reference that they are tested against.
+Our own kernel makes them where a C compiler is at hand (`native_product.py`), else oneDNN's operators, which are private
+to torch, so they are probed once. All stand behind `Product`; `F.linear` is the reference that they are tested against.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trilithon_parallel.backend import native_product
+from trilithon_parallel.backend.native_product import NativeProduct, even_terms
 from trilithon_parallel.collectives import copy_to_tp
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
@@ -64,19 +66,18 @@ class _OneDnnProduct:
 
 class _WidenedProduct:
     """
-    A bfloat16 product on a CPU without bfloat16 instructions: fp32 packed weights, fp32 sums, one rounding at the end.
+    A bfloat16 or float16 product without the instructions, or in fp32 terms: an fp32 product of the widened weight.
 
     The same numbers as a native product (which also adds in fp32), several times faster than torch's emulation there,
     at twice the weights' memory.
     """
 
-    def __init__(self, weight_OK: Tensor, bias_O: Tensor | None) -> None:
-        self._product = _OneDnnProduct(weight_OK.float(), None if bias_O is None else bias_O.float())
-        self._dtype = weight_OK.dtype
+    def __init__(self, product: Product) -> None:
+        self._product = product
 
     def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
-        y_TO = self._product(x_TK.float()).to(self._dtype)
-        return y_TO if residual_TO is None else residual_TO + y_TO
+        y_TO = self._product(x_TK.float(), None if residual_TO is None else residual_TO.float())
+        return y_TO if y_TO.dtype == torch.float64 else y_TO.to(x_TK.dtype)
 
 
 class _PlainProduct:
@@ -136,7 +137,7 @@ class _TermsProduct:
 
 
 class TorchBackend:
-    """Plain torch modules; on CPUs `pack` gives oneDNN's packed products."""
+    """Plain torch modules; on CPUs packing gives products that read weights in the order of their use."""
 
     name = "torch"
 
@@ -184,19 +185,25 @@ class TorchBackend:
         return self._product(weight, torch.cat(biases) if biases else None)
 
     def pack_row(self, part: nn.Module) -> None:
-        """Give a row-parallel layer its packed product; in fp32 on CPUs, one that is the same sum at every tp."""
+        """Give a row-parallel layer its packed product; in fp32 and when batch-invariant, the same sum at every tp."""
         assert isinstance(part, RowParallelLinear)
-        if part.weight.device.type == "cpu" and part.weight.dtype == torch.float32:
-            part.pack(functools.partial(_TermsProduct, terms=part.terms, make=self._product))
-        else:
-            part.pack(self._product)
+        part.pack(functools.partial(self._product, terms=part.terms))
 
-    def _product(self, weight_OK: Tensor, bias_O: Tensor | None) -> Product:
+    def _product(self, weight_OK: Tensor, bias_O: Tensor | None, *, terms: Sequence[int] | None = None) -> Product:
+        """The best product for this weight here; `terms` where the inputs are cut by tp."""
         dtype, is_cpu = weight_OK.dtype, weight_OK.device.type == "cpu"
-        kind: type[_OneDnnProduct | _WidenedProduct | _PlainProduct] = _PlainProduct
-        if is_cpu and dtype in (torch.float32, torch.bfloat16) and _can_pack(dtype):
-            kind = _OneDnnProduct
-        elif is_cpu and dtype in (torch.bfloat16, torch.float16) and _can_pack(torch.float32):
-            kind = _WidenedProduct
-        product = kind(weight_OK, bias_O)
-        return _TiledProduct(product) if self.batch_invariant else product
+        is_exact = is_cpu and terms is not None and (dtype == torch.float32 or self.batch_invariant)
+        native_terms = even_terms(weight_OK.shape[1]) if terms is None else terms
+        if is_cpu and native_product.takes(dtype, native_terms):
+            return NativeProduct(weight_OK, bias_O, terms=native_terms, wide=is_exact)
+        if is_cpu and dtype in (torch.bfloat16, torch.float16) and (is_exact or not _can_pack(dtype)):
+            bias = None if bias_O is None else bias_O.float()
+            return _WidenedProduct(self._product(weight_OK.float(), bias, terms=terms))
+
+        def make(weight_OK: Tensor, bias_O: Tensor | None) -> Product:
+            kind = _OneDnnProduct if is_cpu and _can_pack(dtype) else _PlainProduct
+            return _TiledProduct(kind(weight_OK, bias_O)) if self.batch_invariant else kind(weight_OK, bias_O)
+
+        if is_exact and terms is not None:
+            return _TermsProduct(weight_OK, bias_O, terms=terms, make=make)
+        return make(weight_OK, bias_O)

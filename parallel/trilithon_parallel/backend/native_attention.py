@@ -1,33 +1,17 @@
-"""
-The paged-attention kernel for CPUs: compiled once from `paged_attention.c` with the system's C compiler, then cached.
-
-Optional: without a compiler, or on a shape that it does not take, `attention.py` computes the same with torch alone.
-It is plain C behind ctypes (no torch headers), so it compiles in a second, and it shares torch's OpenMP threads.
-"""
+"""One step's attention over the paged cache by the C kernel (`paged_attention.c`), read in place."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trilithon_parallel.weights.store import home
+from trilithon_parallel.backend import native
 
-SOURCE = Path(__file__).with_name("paged_attention.c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
-COMPILE_LIMIT_S = 60
 # The kernel's own limits (see the C file): rows of queries in a tile, channels of a head.
 MAX_ROWS, MAX_CHANNELS = 48, 256
 
@@ -56,56 +40,6 @@ class _Step(ctypes.Structure):
     )
 
 
-@functools.cache
-def _load(cache_dir: Path) -> ctypes.CDLL | str:
-    """The compiled kernel, or why there is none."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        return "no C compiler (gcc or cc) is on the path"
-    try:
-        library = ctypes.CDLL(str(_compile(compiler, cache_dir)))
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    pointer, stride = ctypes.c_void_p, ctypes.c_int64
-    library.paged_attention.argtypes = [pointer, pointer, pointer, stride, pointer, stride, pointer, stride, pointer]
-    library.paged_attention.restype = None
-    return library
-
-
-def _compile(compiler: str, cache_dir: Path) -> Path:
-    """
-    The shared library for this source, compiler, flags and CPU, compiled if it is not in the cache.
-
-    The folder is private to the user, and one that others could write to is refused: what lies there is executed.
-    """
-    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
-    features = "\n".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_LIMIT_S).stdout
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), features.encode())))
-    cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = cache_dir.stat()
-    if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError("the kernel cache folder is not private to this user")
-    target = cache_dir / f"paged_attention-{key.hexdigest()[:32]}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".tmp-") as work_dir:
-            made = Path(work_dir) / target.name
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"],
-                capture_output=True,
-                check=True,
-                timeout=COMPILE_LIMIT_S,
-            )
-            made.replace(target)  # ranks may compile at once; the last rename wins, all files are equal
-    return target
-
-
-def unavailable_reason() -> str:
-    """Why the kernel cannot be used here; empty where it can."""
-    found = _load(home() / "kernels")
-    return found if isinstance(found, str) else ""
-
-
 def takes(*, heads: int, groups: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the kernel computes attention of this shape (sizes are the rank's own)."""
     return (
@@ -132,9 +66,7 @@ class NativeStep:
         tables: Sequence[Sequence[int]],
         slots_T: Tensor,
     ) -> None:
-        library = _load(home() / "kernels")
-        assert isinstance(library, ctypes.CDLL), library
-        self._function = library.paged_attention
+        self._function = native.library().paged_attention
         tile = MAX_ROWS // (heads // groups)
         items = [
             (i, first, min(tile, stop - start - first))
