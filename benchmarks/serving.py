@@ -140,7 +140,7 @@ def main() -> int:
     args = _arguments()
     # Asked to stop, leave through the blocks that stop the two sides.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    model_dir = _model_dir(args.model)
+    model_dir = model_directory(args.model)
     workload = Workload(
         num_requests=args.concurrency,
         prompt_len=args.prompt_len,
@@ -275,17 +275,17 @@ def _block(result: Mapping[str, Any], workload: Workload) -> str:
         f"{workload.num_requests} requests at once, {workload.prompt_len} tokens in, {workload.answer_len} out; "
         f"{workload.runs} interleaved rounds after a warm-up; median [min .. max]",
         "",
-        f"ratio to generate() one at a time      {_range(result['ratios']['one_at_a_time'], '.2f')}",
-        f"ratio to generate() in a static batch  {_range(result['ratios']['static_batch'], '.2f')}",
-        f"greedy tokens equal to transformers'   {_range(result['agreement'], '.0%')}",
+        f"ratio to generate() one at a time      {shown_range(result['ratios']['one_at_a_time'], '.2f')}",
+        f"ratio to generate() in a static batch  {shown_range(result['ratios']['static_batch'], '.2f')}",
+        f"greedy tokens equal to transformers'   {shown_range(result['agreement'], '.0%')}",
         "",
-        f"ours, tokens/s                         {_range(ours['tokens_per_s'], '.1f')}",
-        f"transformers one at a time, tokens/s   {_range(peer['one_at_a_time_tokens_per_s'], '.1f')}",
-        f"transformers static batch, tokens/s    {_range(peer['static_batch_tokens_per_s'], '.1f')}",
-        f"ours, TTFT p50 ms                      {_range(ours['ttft_ms'], '.1f')}",
-        f"ours, TPOT p50 ms                      {_range(ours['tpot_ms'], '.2f')}",
-        f"ours, front's share of a core          {_range(ours['front_cpu_share'], '.3f')}",
-        f"load generator's share of a core       {_range(ours['load_generator_cpu_share'], '.3f')}",
+        f"ours, tokens/s                         {shown_range(ours['tokens_per_s'], '.1f')}",
+        f"transformers one at a time, tokens/s   {shown_range(peer['one_at_a_time_tokens_per_s'], '.1f')}",
+        f"transformers static batch, tokens/s    {shown_range(peer['static_batch_tokens_per_s'], '.1f')}",
+        f"ours, TTFT p50 ms                      {shown_range(ours['ttft_ms'], '.1f')}",
+        f"ours, TPOT p50 ms                      {shown_range(ours['tpot_ms'], '.2f')}",
+        f"ours, front's share of a core          {shown_range(ours['front_cpu_share'], '.3f')}",
+        f"load generator's share of a core       {shown_range(ours['load_generator_cpu_share'], '.3f')}",
         f"ours, start to first answer s          {ours['first_answer_s']:.1f} "
         f"({', '.join(f'{name} {seconds:.1f}' for name, seconds in ours['phases_s'].items())})",
         f"transformers, start to ready s         {peer['ready_s']:.1f}",
@@ -296,12 +296,12 @@ def _block(result: Mapping[str, Any], workload: Workload) -> str:
     return "\n".join(lines)
 
 
-def _range(value: Mapping[str, float], form: str) -> str:
+def shown_range(value: Mapping[str, float], form: str) -> str:
     middle, low, high = (format(value[key], form) for key in ("median", "min", "max"))
     return f"{middle} [{low} .. {high}]"
 
 
-def _model_dir(model: str) -> Path:
+def model_directory(model: str) -> Path:
     try:
         return _store.resolve(model)
     except NotFound:

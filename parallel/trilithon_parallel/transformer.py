@@ -6,14 +6,13 @@ Shapes: T tokens, H hidden, A query heads, G key/value groups, C channels, F fee
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trilithon_parallel.activations import activation, serving_gate
 from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
@@ -22,15 +21,6 @@ from trilithon_parallel.placement import local_sizes, sum_terms
 
 if TYPE_CHECKING:
     from trilithon_parallel.backend import Backend
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-}
-# Torch runs fewer elements than this on one thread, and its vector loops handle multiples of `VECTOR` without a tail.
-SERIAL_ELEMENTS, VECTOR = 32768, 64
 
 
 class Rotary:
@@ -74,19 +64,6 @@ def _frequencies(config: ModelConfig, half: int) -> Tensor:
     ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     ramp = ramp.clamp(0.0, 1.0)
     return inverse / scaling.factor * (1 - ramp) + inverse * ramp
-
-
-def rowwise(function: Callable[[Tensor], Tensor], x_TF: Tensor) -> Tensor:
-    """
-    `function` of each element, with bits that don't depend on the element's place.
-
-    Torch's vector loops compute the tail of an array by another formula than its body (silu and gelu differ in the
-    last bit), and where a tail falls depends on shape and threads. Here no call has a tail and each runs on one thread.
-    """
-    width = x_TF.shape[1]
-    padded_TF = F.pad(x_TF, (0, -width % VECTOR))
-    step = max(1, SERIAL_ELEMENTS // padded_TF.shape[1])
-    return torch.cat([function(part) for part in torch.split(padded_TF, step)])[:, :width]
 
 
 class Attention(nn.Module):
@@ -136,7 +113,15 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
         super().__init__()
         ffn = local_sizes(config, grid.tp.size).ffn
-        self.tp, self.backend, self.activation = grid.tp, backend, config.activation
+        self.tp, self.backend, self.kind, self.dtype, self.device = (
+            grid.tp,
+            backend,
+            config.activation,
+            dtype,
+            grid.device,
+        )
+        self.activate = activation(self.kind, invariant=backend.batch_invariant)
+        self.gate_up: Callable[[Tensor, Tensor], Tensor] | None = None
         self.gate_proj = (
             backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
             if config.gated_mlp
@@ -155,18 +140,18 @@ class MLP(nn.Module):
         else:
             x_TH = self.backend.enter_columns(x_TH, self.tp)
             gate_TF, up_TF = self.gate_proj(x_TH) if self.gate_proj is not None else None, self.up_proj(x_TH)
-        hidden_TF = self._activate(up_TF if gate_TF is None else gate_TF)
-        if gate_TF is not None:
-            hidden_TF = hidden_TF * up_TF
+        if gate_TF is None:
+            hidden_TF = self.activate(up_TF)
+        elif self.gate_up is not None:
+            hidden_TF = self.gate_up(gate_TF, up_TF)
+        else:
+            hidden_TF = self.activate(gate_TF) * up_TF
         result: Tensor = self.down_proj(hidden_TF, residual_TH)
         return result
 
-    def _activate(self, x_TF: Tensor) -> Tensor:
-        function = ACTIVATIONS[self.activation]
-        return rowwise(function, x_TF) if self.backend.batch_invariant else function(x_TF)
-
     def prepare(self) -> None:
-        """Pack for serving: gate and up become one product."""
+        """Pack for serving: gate and up become one product, and what follows it one operator where there is one."""
+        self.gate_up = serving_gate(self.kind, dtype=self.dtype, device=self.device)
         parts = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
         self.fused = self.backend.pack_columns(parts)
         self.backend.pack_row(self.down_proj)

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
+from trilithon_parallel.activations import rowwise
 from trilithon_parallel.attention import PackedView, PagedBatch, PagedKVCache, _similar_lengths
 from trilithon_parallel.config import load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage
-from trilithon_parallel.transformer import rowwise
 
 # fp32, another order of additions (bars E1, E2).
 TOLERANCE = 1e-5

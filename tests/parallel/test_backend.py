@@ -28,6 +28,7 @@ from trilithon_parallel.models import build_stage
 from trilithon_parallel.placement import stage_names
 from trilithon_parallel.weights.loader import load_stage
 
+
 def widened(weight: Tensor, bias: Tensor) -> torch_ops._WidenedProduct:
     return torch_ops._WidenedProduct(torch_ops._OneDnnProduct(weight.float(), bias.float()))
 
@@ -98,7 +99,9 @@ def test_E1_sums_do_not_see_how_they_are_shared(dtype: torch.dtype, shares: list
     Inverse: a NativeProduct that is not `wide` rounds each share and fails it.
     """
     generator = torch.Generator().manual_seed(2)
-    weight, x, residual = (torch.randn(n, k, generator=generator).to(dtype) for n, k in ((64, 1536), (9, 1536), (9, 64)))
+    weight, x, residual = (
+        torch.randn(n, k, generator=generator).to(dtype) for n, k in ((64, 1536), (9, 1536), (9, 64))
+    )
     if not takes(dtype, [128]):
         pytest.skip(native.unavailable_reason() or "this CPU has no instruction for this dtype")
     whole = NativeProduct(weight, None, terms=[128] * 12, wide=True)(x, residual)

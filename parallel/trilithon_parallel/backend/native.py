@@ -3,7 +3,7 @@ The C kernels for CPUs: compiled once with the system's C compiler, then cached.
 
 Optional: without a compiler torch computes the same. Plain C behind ctypes (no torch headers), so all of it compiles in
 two seconds, and it shares torch's OpenMP threads. Attention over the paged cache is `paged_attention.c`, products are
-`product.c`.
+`product.c`, the gated activation is `activation.c`.
 """
 
 from __future__ import annotations
@@ -21,39 +21,41 @@ from pathlib import Path
 
 from trilithon_parallel.weights.store import home
 
-SOURCES = [Path(__file__).with_name(name) for name in ("paged_attention.c", "product.c")]
+SOURCES = [Path(__file__).with_name(name) for name in ("paged_attention.c", "product.c", "activation.c")]
+HEADER = Path(__file__).with_name("vector.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 COMPILE_LIMIT_S = 60
 
 
 def unavailable_reason() -> str:
     """Why the kernels cannot be used here; empty where they can."""
-    found = _load(home() / "kernels")
+    found = _load()
     return found if isinstance(found, str) else ""
 
 
 def library() -> ctypes.CDLL:
     """The compiled kernels; call it only where `unavailable_reason` is empty."""
-    found = _load(home() / "kernels")
+    found = _load()
     assert isinstance(found, ctypes.CDLL), found
     return found
 
 
 @functools.cache
-def _load(cache_dir: Path) -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
+def _load() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none: found out once."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return "no C compiler (gcc or cc) is on the path"
     try:
-        found = ctypes.CDLL(str(_compile(compiler, cache_dir)))
+        found = ctypes.CDLL(str(_compile(compiler, home() / "kernels")))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-    pointer, stride = ctypes.c_void_p, ctypes.c_int64
-    found.paged_attention.argtypes = [pointer, pointer, pointer, stride, pointer, stride, pointer, stride, pointer]
-    found.paged_attention.restype = None
-    found.product.argtypes = [pointer, stride, pointer, stride, pointer, pointer, pointer, ctypes.c_int32]
-    found.product.restype = None
+    pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    found.paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, pointer]
+    found.product.argtypes = [pointer, size, pointer, size, pointer, pointer, pointer, small]
+    found.gated_silu.argtypes = [pointer, pointer, size, pointer, size, size, small, small]
+    for function in (found.paged_attention, found.product, found.gated_silu):
+        function.restype = None
     return found
 
 
@@ -66,7 +68,11 @@ def _compile(compiler: str, cache_dir: Path) -> Path:
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
     features = "\n".join(line for line in cpu.splitlines() if line.startswith(("flags", "Features", "model name")))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_LIMIT_S).stdout
-    key = hashlib.sha256(b"\0".join((*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), features.encode())))
+    key = hashlib.sha256(
+        b"\0".join(
+            (*(path.read_bytes() for path in (HEADER, *SOURCES)), version, " ".join(FLAGS).encode(), features.encode())
+        )
+    )
     cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = cache_dir.stat()
     if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

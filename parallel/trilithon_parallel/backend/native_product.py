@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def even_terms(inputs: int) -> list[int]:
     """
     count = -(-inputs // TERM_INPUTS)
     borders = [inputs * i // count // 2 * 2 for i in range(count)] + [inputs]
-    return [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(borders)]
 
 
 class NativeProduct:

@@ -9,25 +9,17 @@
  * instruction multiplies words and adds them to float lanes. The weight lies in panels of PANEL outputs, zero-padded:
  * [ceil(O / PANEL), words, PANEL].
  */
-#include <stdint.h>
-#include <string.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
-#define WIDTH 16
-#define MAX_ROWS 12
-#else
-#define WIDTH 8
-#define MAX_ROWS 6
-#endif
+#include "vector.h"
+
+#define MAX_ROWS (WIDTH == 16 ? 12 : 6)
 #define VECTORS 2
 #define PANEL (WIDTH * VECTORS)
 /* Rows whose fp64 sums one thread holds at once: 24 KiB of stack. */
 #define BAND 96
-
-typedef float vec __attribute__((vector_size(4 * WIDTH)));
 
 struct product {
     int64_t words, outputs; /* words of a row: inputs, or half of them in bfloat16 */
@@ -36,26 +28,6 @@ struct product {
     const float *panels;
     const float *bias; /* [O] or NULL */
 };
-
-static inline vec load(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline float widen(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline uint16_t narrow(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN stays one */
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 /* What the caller must know to lay weights out: outputs of a panel, and whether bfloat16 is taken. */
 int32_t product_panel(void) { return PANEL; }
@@ -114,7 +86,7 @@ static void add_rows(int rows, const float *x, int64_t stride, const float *w, i
     case 2 * N: add_term(x, stride, w, words, sums, N, 0); break;           \
     case 2 * N + 1: add_term(x, stride, w, words, sums, N, 1); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if MAX_ROWS == 12
+#if WIDTH == 16
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
     }
@@ -153,16 +125,14 @@ void product(const struct product *p, int64_t rows, const float *x, int64_t stri
             if (sums) {
                 memcpy(sums + at, sum, (size_t)wide * sizeof *sum);
             } else if (p->is_bf16) {
-                const uint16_t *add = (const uint16_t *)residual + at;
                 uint16_t *to = (uint16_t *)out + at;
                 if (residual)
-                    for (int o = 0; o < wide; o++) sum[o] += widen(add[o]);
+                    for (int o = 0; o < wide; o++) sum[o] += widen(((const uint16_t *)residual)[at + o]);
                 for (int o = 0; o < wide; o++) to[o] = narrow((float)sum[o]);
             } else {
-                const float *add = (const float *)residual + at;
                 float *to = (float *)out + at;
                 if (residual)
-                    for (int o = 0; o < wide; o++) sum[o] += add[o];
+                    for (int o = 0; o < wide; o++) sum[o] += ((const float *)residual)[at + o];
                 for (int o = 0; o < wide; o++) to[o] = (float)sum[o];
             }
         }

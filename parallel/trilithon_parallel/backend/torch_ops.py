@@ -1,8 +1,8 @@
 """
 The torch backend: the reference everywhere, and packed products on CPUs.
 
-Our own kernel makes them where a C compiler is at hand (`native_product.py`), else oneDNN's operators, which are private
-to torch, so they are probed once. All stand behind `Product`; `F.linear` is the reference that they are tested against.
+Our own kernel makes them where a C compiler is at hand (`native_product.py`), else oneDNN's operators, which are
+private to torch, so they are probed once. All stand behind `Product`; `F.linear` is the reference of their tests.
 """
 
 from __future__ import annotations
@@ -124,11 +124,11 @@ class _TermsProduct:
         make: Callable[[Tensor, Tensor | None], Product],
     ) -> None:
         self._sizes = list(terms)
-        self._products = [make(part_OK.contiguous(), None) for part_OK in weight_OK.split(self._sizes, 1)]
+        self._products = [make(part_OK.contiguous(), None) for part_OK in torch.split(weight_OK, self._sizes, 1)]
         self._bias = bias_O
 
     def __call__(self, x_TK: Tensor, residual_TO: Tensor | None = None) -> Tensor:
-        parts_TK = x_TK.split(self._sizes, -1)
+        parts_TK = torch.split(x_TK, self._sizes, -1)
         terms = [product(part_TK) for product, part_TK in zip(self._products, parts_TK, strict=True)]
         y_TO = torch.stack(terms).sum(0, dtype=torch.float64)
         if self._bias is not None:
