@@ -33,7 +33,7 @@ def main() -> int:
     place = machine()
     print(f"{place['cpu']}, {place['num_cpus']} cores; {args.dtype} {' '.join(args.serve_flag)}".rstrip())
     with (
-        our_server(model_dir, args.dtype, flags) as plain,
+        our_server(model_dir, args.dtype, [*flags, "--no-batch-invariant"]) as plain,
         our_server(model_dir, args.dtype, [*flags, "--batch-invariant"]) as invariant,
     ):
         sides = {"without": plain.url, "with": invariant.url}

@@ -114,7 +114,9 @@ class EngineConfig(_Node):
         default=None, ge=1, description="tokens of prompt and answer together; unset: the model's own window"
     )
     kv_cache_bytes: Size | None = Field(
-        default=None, ge=1, description="key/value cache of one rank; unset: from memory_fraction"
+        default=None,
+        ge=1,
+        description="key/value cache of one rank; unset: from memory_fraction, on cpu for 65536 tokens",
     )
     memory_fraction: float | None = Field(
         default=None,
@@ -129,8 +131,9 @@ class EngineConfig(_Node):
         default=None, ge=1, le=4096, description="sequences of one step; unset: 64 on cpu, 256 on cuda"
     )
     prefix_cache: bool = Field(default=True, description="reuse the cache of shared prompt beginnings")
-    batch_invariant: bool = Field(
-        default=False, description="bitwise the same answer in any batch, at a price in speed"
+    batch_invariant: bool | None = Field(
+        default=None,
+        description="the same bits in any batch and layout; unset: on, where it is nearly free (cpu, with a C compiler)",
     )
     num_threads: int | None = Field(
         default=None, ge=1, le=1024, description="processor threads of one rank; unset: the cores shared out"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def resolve(loaded: Loaded, *, model_dir: Callable[[str], Path]) -> Loaded:
             found["served_name"] = (directory.name, "computed: the directory's name")
         if engine.dtype == "auto":
             found["dtype"] = best_dtype(engine.device)
+        if engine.batch_invariant is None:
+            found["batch_invariant"] = _invariance(engine.device)
         for field, on_cpu, on_cuda in _BY_DEVICE:
             if getattr(engine, field) is None:
                 found[field] = (on_cpu if engine.device == "cpu" else on_cuda, f"computed: usual on {engine.device}")
@@ -177,6 +180,15 @@ def best_dtype(device: str) -> tuple[str, str]:
         if flag in flags:
             return "bfloat16", f"computed: the processor has {name}"
     return "float32", "computed: the processor has neither AMX nor AVX512_BF16, so bf16 would be slower"
+
+
+def _invariance(device: str) -> tuple[bool, str]:
+    """Whether answers are kept from seeing their batch and layout: where our C kernels do it almost for nothing."""
+    if device != "cpu":
+        return False, f"computed: it costs speed on {device}"
+    if shutil.which("gcc") or shutil.which("cc"):
+        return True, "computed: the C kernels have it nearly free"
+    return False, "computed: without a C compiler it costs speed"
 
 
 def show(loaded: Loaded, *, origin: bool = False) -> str:

@@ -72,7 +72,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         section = path.partition(".")[0]
         field = field_of(path)
         words = f"{field.description} [{environment_name(path)}; default: {_default_text(field)}]".replace("%", "%%")
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             groups[section].add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=words)
         else:
             groups[section].add_argument(flag, metavar=flag.rpartition("-")[2].upper(), help=words)

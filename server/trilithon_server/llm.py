@@ -85,6 +85,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, *, tp: int = 1, pp: int = 1, **options: Any) -> None:
+        options = {"batch_invariant": options.get("device", "cpu") == "cpu"} | options
         spec = EngineSpec(name="llm", model_dir=str(Path(model).resolve()), tp=tp, pp=pp, **options)
         self.tokenizer = load_tokenizer(Path(spec.model_dir))
         self._texts = TokenTexts(self.tokenizer)

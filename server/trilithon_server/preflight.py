@@ -90,7 +90,7 @@ def engine_spec(engine: EngineConfig, *, limits_queue: int) -> EngineSpec:
         max_batch_sequences=engine.max_batch_sequences or 64,
         max_queued_requests=2 * limits_queue,  # a hard bound only; the front's own count is the one that refuses
         prefix_cache=engine.prefix_cache,
-        batch_invariant=engine.batch_invariant,
+        batch_invariant=bool(engine.batch_invariant),
         num_threads=engine.num_threads or 1,
     )
 

@@ -26,13 +26,13 @@ class EngineSpec:
         device: `cpu` or `cuda`.
         backend: `torch`, `te` or `auto`.
         max_context: window in tokens; 0 takes the model's own.
-        kv_cache_bytes: KV cache of one rank in bytes; None sizes it by `memory_fraction`.
+        kv_cache_bytes: KV cache of one rank in bytes; None sizes it by `memory_fraction`, on CPUs for 65,536 tokens at most.
         memory_fraction: share of the memory left after weights, activations and overhead that the KV cache may take.
         max_batch_tokens: token budget of one step.
         max_batch_sequences: sequences in one step.
         max_queued_requests: the leader's hard bound on requests it holds unstarted.
         prefix_cache: keep finished blocks for prompts that begin alike.
-        batch_invariant: every row bitwise independent of its batch (E2), at a cost in speed.
+        batch_invariant: every row bitwise independent of its batch (E2) and of tp (E1), at a cost in speed.
         num_threads: compute threads of each rank; 0 leaves the choice to the rank.
         model_digest: identity of the weights in the prefix-cache key; empty makes the rank compute one.
         timeout_s: how long a rank waits for another before it gives up.

@@ -37,6 +37,7 @@ from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Hello, Pooling, Sampling, Submit
 
 MIN_BLOCKS = 4
+CPU_CACHE_TOKENS = 65_536  # of an unasked size: touching memory costs a second per GiB, and other programs want it too
 MIN_GATHER_TOKENS = 131_072  # cached tokens that the decodes of one plan may attend to, at least
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -169,7 +170,7 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
                 fraction=spec.memory_fraction,
                 bytes_per_block=per_block,
                 min_blocks=MIN_BLOCKS,
-                max_blocks=2 * spec.pp * spec.max_batch_sequences * -(-max_context // spec.block_size),
+                max_blocks=_useful_blocks(spec, max_context),
             )
             mine = torch.tensor([-(kv // per_block)], dtype=torch.int64)
             num_blocks = -int(all_reduce_max(mine, grid.world, label="blocks").item())
@@ -262,6 +263,14 @@ def model_digest(model_dir: Path) -> str:
                     file.seek(offset)
                     digest.update(file.read(65536))
     return digest.hexdigest()
+
+
+def _useful_blocks(spec: EngineSpec, max_context: int) -> int:
+    """What an automatic cache is worth at most: on CPUs `CPU_CACHE_TOKENS`, else all sequences with a full window."""
+    full = -(-max_context // spec.block_size)
+    if spec.device == "cpu":
+        return max(full, CPU_CACHE_TOKENS // spec.block_size)
+    return 2 * spec.pp * spec.max_batch_sequences * full
 
 
 def _gather_tokens(max_context: int) -> int:
