@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from trilithon_server.config import ServeConfig
+from trilithon_server.config import ServeConfig, authority
 
 
 def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
@@ -18,10 +18,9 @@ def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
     """
     server = config.server
     model = config.engines[0].served_name or config.engines[0].name
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
-    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
     scheme = "https" if server.tls_cert else "http"
-    url, grpc_url = f"{scheme}://{host}:{server.http_port}", f"grpc://{host}:{server.grpc_port}"
+    url, grpc_url = f"{scheme}://{authority(host, server.http_port)}", f"grpc://{authority(host, server.grpc_port)}"
     key = "YOUR_KEY" if needs_key else "none"
     body = {"model": model, "input": "Hello"} if encoder else {"model": model, "messages": _MESSAGES}
     route = "/v1/embeddings" if encoder else "/v1/chat/completions"

@@ -133,7 +133,7 @@ class EngineConfig(_Node):
     prefix_cache: bool = Field(default=True, description="reuse the cache of shared prompt beginnings")
     batch_invariant: bool | None = Field(
         default=None,
-        description="the same bits in any batch and layout; unset: on, where it is nearly free (cpu, with a C compiler)",
+        description="the same bits in any batch and layout; unset: on where it is nearly free (cpu with a C compiler)",
     )
     num_threads: int | None = Field(
         default=None, ge=1, le=1024, description="processor threads of one rank; unset: the cores shared out"
@@ -298,6 +298,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def authority(host: str, port: int) -> str:
+    """
+    Host and port as addresses and URLs write them.
+
+    >>> authority("127.0.0.1", 8000), authority("::1", 8001)
+    ('127.0.0.1:8000', '[::1]:8001')
+    """
+    bare = host.strip("[]")
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
 def environment_api_keys() -> str | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from trilithon_server import logs
-from trilithon_server.config import EngineConfig, ServeConfig, read_config
+from trilithon_server.config import EngineConfig, ServeConfig, authority, read_config
 from trilithon_server.engine.beats import BeatReader, beats_path
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.listeners import HttpListener, ListenError, serve_http, serve_metrics
@@ -91,7 +91,9 @@ class Front:
             tasks = [_task(self._read_control(control_fd)), _task(self._report_alive()), _task(service.start())]
             server = self.config.server
             self._report(
-                event="listening", http=f"{server.host}:{server.http_port}", grpc=f"{server.host}:{server.grpc_port}"
+                event="listening",
+                http=authority(server.host, server.http_port),
+                grpc=authority(server.host, server.grpc_port),
             )
             await self._drain.wait()
             await self._finish_in_flight()

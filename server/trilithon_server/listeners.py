@@ -14,7 +14,10 @@ from typing import Any
 
 import uvicorn
 
+from trilithon.errors import Overloaded
 from trilithon_server.config import LimitsConfig, ServeConfig, ServerConfig
+from trilithon_server.errors import http_error
+from trilithon_server.served import request_id
 
 Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -102,7 +105,8 @@ async def serve_metrics(render: Callable[[], bytes], *, content_type: str, confi
 
 async def _serve(app: Asgi, sockets: list[socket.socket], config: ServeConfig) -> HttpListener:
     server = config.server
-    runner = _Server(_uvicorn_config(app, server, config.limits))
+    bounded = _Bounded(app, max_connections=config.limits.max_connections)
+    runner = bounded.server = _Server(_uvicorn_config(bounded, server, config.limits))
     listener = HttpListener(runner, sockets)
     await listener.started()
     if runner.config.ssl is not None:
@@ -158,6 +162,26 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Bounded:
+    """Refuses what comes over too many connections with the body that every error has; uvicorn's limit has plain text."""
+
+    def __init__(self, app: Asgi, *, max_connections: int) -> None:
+        self._app, self._max = app, max_connections
+        self.server: _Server | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.server is None or len(self.server.server_state.connections) <= self._max:
+            await self._app(scope, receive, send)
+            return
+        message = f"the server takes at most {self._max} connections at once. Try again later."
+        error = Overloaded(message, code="too_many_connections", request_id=request_id(None), retry_after_s=1.0)
+        status, headers, body = http_error(error)
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [(b"x-request-id", (error.request_id or "").encode()), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
 def _uvicorn_config(app: Asgi, server: ServerConfig, limits: LimitsConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -169,7 +193,6 @@ def _uvicorn_config(app: Asgi, server: ServerConfig, limits: LimitsConfig) -> uv
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,
-        limit_concurrency=limits.max_connections,
         h11_max_incomplete_event_size=limits.max_header_bytes,
         ssl_certfile=server.tls_cert,
         ssl_keyfile=server.tls_key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import httpx
 import pytest
 from served import COMMAND, free_ports, serving
 from tiny import tiny_llama
-from under_load import Processes
+from under_load import Processes, wait_until
 
 from trilithon import Client
 
@@ -172,3 +173,37 @@ def test_R11_a_truncated_shard_ends_the_start_with_its_name(tmp_path: Path, sock
     assert "model.safetensors" in end["reason"]
     assert not any(event["event"] == "engine_restarts" for event in events)
     assert list(sockets.iterdir()) == []
+
+
+def test_both_protocols_listen_on_an_ipv6_address(tiny_dir: Path, sockets: Path) -> None:
+    """`--host ::1`: HTTP and gRPC answer there, and what is printed can be pasted."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with serving(tiny_dir, *FLAGS, "--host", "::1", wait=False) as server:
+        wait_until(lambda: "playground" in server.output(), seconds=60)
+        for url in (f"http://[::1]:{server.http_port}", f"grpc://[::1]:{server.grpc_port}"):
+            assert url in server.output()
+            with Client(url) as client:
+                assert client.generate("a", max_tokens=2).usage.generated_tokens == 2
+
+
+def test_S5_R4_connections_beyond_the_limit_get_the_body_of_every_error(tiny_dir: Path, sockets: Path) -> None:
+    """The third of two allowed connections: 429 in JSON, advice to try again, and the connection is closed."""
+    with (
+        serving(tiny_dir, *FLAGS, "--set", "limits.max_connections=2") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        first, second, third = (stack.enter_context(httpx.Client(base_url=server.url)) for _ in range(3))
+        held = [client.get("/livez").status_code for client in (first, second)]
+        refused = third.get("/livez")
+        second.close()
+        wait_until(lambda: httpx.get(f"{server.url}/livez").status_code == 200, seconds=5)
+
+    assert held == [200, 200]
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "too_many_connections"
+    assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+    assert refused.headers["x-request-id"] == refused.json()["error"]["request_id"]

@@ -23,9 +23,10 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.enable_retries", 0),  # ours obey the server's hints and end at the first streamed byte
-    # The library's own back-off grows to two minutes, in which every call of ours would fail unsent.
+    # The library's own back-off grows to two minutes, in which every call of ours would fail unsent. Its "min" is how
+    # long one attempt may take to connect: a refused one doesn't wait for it, one to a busy server needs it.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 _GENERATE_STREAM = "/trilithon.api.v1.GenerationService/GenerateStream"

@@ -26,7 +26,7 @@ class EngineSpec:
         device: `cpu` or `cuda`.
         backend: `torch`, `te` or `auto`.
         max_context: window in tokens; 0 takes the model's own.
-        kv_cache_bytes: KV cache of one rank in bytes; None sizes it by `memory_fraction`, on CPUs for 65,536 tokens at most.
+        kv_cache_bytes: KV cache of one rank in bytes; None sizes it by `memory_fraction`, on CPUs for 65,536 tokens.
         memory_fraction: share of the memory left after weights, activations and overhead that the KV cache may take.
         max_batch_tokens: token budget of one step.
         max_batch_sequences: sequences in one step.

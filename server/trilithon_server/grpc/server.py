@@ -24,7 +24,7 @@ from trilithon.api.v1 import (
     tokenize_pb2,
     tokenize_pb2_grpc,
 )
-from trilithon_server.config import ServeConfig, ServerConfig
+from trilithon_server.config import ServeConfig, ServerConfig, authority
 from trilithon_server.grpc.gate import Gate
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
 from trilithon_server.listeners import ListenError
@@ -125,7 +125,7 @@ async def build_server(service: Service, *, config: ServeConfig) -> RpcServer:
     health_pb2_grpc.add_HealthServicer_to_server(reporter, server)
     if config.server.reflection:
         _reflect(server)
-    address = f"{config.server.host}:{config.server.grpc_port}"
+    address = authority(config.server.host, config.server.grpc_port)
     try:
         if config.server.tls_cert is not None:
             port = server.add_secure_port(address, _credentials(config.server))
