@@ -63,7 +63,7 @@ def write_keys(folder: Path) -> Path:
 @contextlib.contextmanager
 def fronted(folder: Path, *flags: str) -> Iterator[Front]:
     """Serve the tiny models of `folder` with keys."""
-    decoder = tiny_llama(folder / MODEL, context=512)
+    decoder = tiny_llama(folder / MODEL, context=2048)  # long enough for any time limit of these tests
     encoder = tiny_bert(folder / ENCODER)
     second = ["--set", "engines.1.name=encoder", "--set", f"engines.1.model={encoder}"]
     second += ["--set", "engines.1.num_threads=1", "--set", "engines.1.memory_fraction=0.1"]

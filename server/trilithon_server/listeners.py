@@ -163,7 +163,7 @@ class _Server(uvicorn.Server):
 
 
 class _Bounded:
-    """Refuses what comes over too many connections with the body that every error has; uvicorn's limit has plain text."""
+    """Refuses what comes over too many connections, with the body of every error: uvicorn's own limit has none."""
 
     def __init__(self, app: Asgi, *, max_connections: int) -> None:
         self._app, self._max = app, max_connections

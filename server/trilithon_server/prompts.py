@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.request import blocks_held, longest_answer
 from trilithon_server.sampling import SamplingParams
 from trilithon_server.served import ServedModel
 from trilithon_server.text.detokenizer import decode_all
@@ -188,12 +189,15 @@ def answer_room(
             f"{wanted}, {wanted - room} too many. Lower `max_tokens` to {room} or set `truncate_prompt_tokens`."
         )
         found.say("max_tokens", message, code="context_length_exceeded", limit=str(window), given=str(size + wanted))
-    share = (capacity - size) // sequences if capacity else room
-    if size > capacity > 0 or share < (1 if wanted is None else wanted):
-        asked = size + sequences * (wanted or 1)
+    block = hello.block_size
+    share = room
+    if capacity:
+        share = longest_answer(size, capacity // block, num_sequences=sequences, block_size=block)
+    if share < (wanted or 1):
+        asked = block * blocks_held(size, wanted or 1, num_sequences=sequences, block_size=block)
         message = (
             f"one request may hold at most {capacity} cache tokens on this server. Given: {asked} "
-            f"(prompt {size} + {sequences} x {wanted or 1})."
+            f"(prompt {size} + {sequences} x {wanted or 1}, in blocks of {block})."
         )
         found.say(field, message, code="kv_capacity_exceeded", limit=str(capacity), given=str(asked))
     tokens = wanted if wanted is not None else min(bounds.default_max_tokens, bounds.max_output, room, share)

@@ -6,14 +6,14 @@ import random
 from collections import deque
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.encoder_scheduler import EncoderScheduler
 from trilithon_server.engine.prefix import root_key
-from trilithon_server.engine.request import Request, Sequence
+from trilithon_server.engine.request import Request, Sequence, blocks_held, longest_answer
 from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
 from trilithon_server.engine.wire_pb2 import Sampling, Submit
 
@@ -384,3 +384,19 @@ def test_encoder_batches_whole_sequences() -> None:
 
     assert lengths == [[4, 5], [3], [12], [2]]
     assert not scheduler.has_work
+
+
+@given(prompt_len=st.integers(1, 200), num_blocks=st.integers(1, 40), num_sequences=st.integers(1, 6), size=st.just(16))
+def test_the_front_promises_what_the_engine_takes(
+    prompt_len: int, num_blocks: int, num_sequences: int, size: int
+) -> None:
+    """
+    The longest answer that the front lets through fits by the engine's own count, and one token more does not.
+
+    Inverse: counting tokens instead of blocks (capacity - prompt over n) turns it red.
+    """
+    longest = longest_answer(prompt_len, num_blocks, num_sequences=num_sequences, block_size=size)
+
+    if longest:
+        assert blocks_held(prompt_len, longest, num_sequences=num_sequences, block_size=size) <= num_blocks
+    assert blocks_held(prompt_len, longest + 1, num_sequences=num_sequences, block_size=size) > num_blocks

@@ -18,7 +18,7 @@ from front_server import ACME, ADMIN, MODEL, OTHER, Front, bearer, fronted
 
 from trilithon.api.v1 import common_pb2, generation_pb2, generation_pb2_grpc
 
-LONG = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
+LONG = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
 JSON = {"content-type": "application/json"}
 METADATA = (("authorization", f"Bearer {ACME}"),)
 WAIT_S = 30.0
@@ -49,13 +49,13 @@ def test_R7_time_limit_ends_with_what_is_there(front: Front) -> None:
     """A time limit ends generation with its own reason and the text so far, as OpenAI's `length`."""
     answer = front.generate(**LONG, time_limit_ms=300)
     chat = front.post(
-        "/v1/chat/completions", model=MODEL, messages=[{"role": "user", "content": "x"}], max_tokens=400,
+        "/v1/chat/completions", model=MODEL, messages=[{"role": "user", "content": "x"}], max_tokens=1900,
         ignore_eos=True, time_limit_ms=300,
     ).json()  # fmt: skip
 
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "time_limit"
-    assert 0 < choice["generated_tokens"] < 400
+    assert 0 < choice["generated_tokens"] < 1900
     assert choice["text"]
     assert chat["choices"][0]["finish_reason"] == "length"
     assert chat["choices"][0]["stop_detail"]["reason"] == "time_limit"
@@ -67,12 +67,12 @@ def test_R7_grpc_deadline_still_brings_the_answer(front: Front) -> None:
     request = generation_pb2.GenerateRequest(
         meta=common_pb2.RequestMeta(model=MODEL), prompt=common_pb2.Prompt(text="Once")
     )
-    request.stopping.max_tokens, request.stopping.ignore_eos = 400, True
+    request.stopping.max_tokens, request.stopping.ignore_eos = 1900, True
 
     answer = stub.Generate(request, metadata=METADATA, timeout=0.8)
 
     assert answer.choices[0].finish_reason == common_pb2.FINISH_REASON_TIME_LIMIT
-    assert 0 < answer.choices[0].generated_tokens < 400
+    assert 0 < answer.choices[0].generated_tokens < 1900
 
 
 def test_R6_abort_by_id(front: Front) -> None:
@@ -191,7 +191,7 @@ def test_R6_cancelled_rpcs_take_their_blocks_along(front: Front) -> None:
     request = generation_pb2.GenerateRequest(
         meta=common_pb2.RequestMeta(model=MODEL), prompt=common_pb2.Prompt(text="Once")
     )
-    request.stopping.max_tokens, request.stopping.ignore_eos, request.sampling.n = 400, True, 2
+    request.stopping.max_tokens, request.stopping.ignore_eos, request.sampling.n = 1900, True, 2
 
     stream = stub.GenerateStream(request, metadata=METADATA)
     next(iter(stream))

@@ -97,10 +97,31 @@ class Request:
         return not self.submit.bypass_cache and not scores_owed
 
     def worst_case_blocks(self, *, block_size: int, max_context: int) -> int:
-        """KV blocks held when every answer is at its longest; the last token of an answer is never in the cache."""
-        whole, rest = divmod(self.num_prompt, block_size)
-        new = max(0, min(self.max_new_tokens, max_context - self.num_prompt) - 1)
-        return whole + len(self.sequences) * math.ceil((rest + new) / block_size)
+        """KV blocks held when every answer is at its longest."""
+        new = min(self.max_new_tokens, max_context - self.num_prompt)
+        return blocks_held(self.num_prompt, new, num_sequences=len(self.sequences), block_size=block_size)
+
+
+def blocks_held(prompt_len: int, answer_len: int, *, num_sequences: int, block_size: int) -> int:
+    """
+    KV blocks of answers to one prompt: its full blocks are shared, and an answer's last token is never in the cache.
+
+    >>> blocks_held(20, 13, num_sequences=2, block_size=16), blocks_held(20, 14, num_sequences=2, block_size=16)
+    (3, 5)
+    """
+    whole, rest = divmod(prompt_len, block_size)
+    return whole + num_sequences * math.ceil((rest + max(0, answer_len - 1)) / block_size)
+
+
+def longest_answer(prompt_len: int, num_blocks: int, *, num_sequences: int, block_size: int) -> int:
+    """
+    Tokens of each answer that so many blocks hold, by `blocks_held`; 0 where they don't hold the prompt.
+
+    >>> longest_answer(20, 4, num_sequences=2, block_size=16), longest_answer(20, 1, num_sequences=1, block_size=16)
+    (13, 0)
+    """
+    whole, rest = divmod(prompt_len, block_size)
+    return max(0, (num_blocks - whole) // num_sequences * block_size - rest + 1)
 
 
 def running_order(request: Request) -> tuple[int, int]:
