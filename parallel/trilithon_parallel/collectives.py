@@ -65,21 +65,10 @@ def _guard(op: str, label: str, axis: Axis, x: Tensor) -> Iterator[None]:
         raise CollectiveError(label, axis, error) from error
 
 
-def all_reduce(x: Tensor, axis: Axis, *, label: str, ordered: bool = False) -> Tensor:
-    """
-    Sum of `x` over the axis, in a new tensor (`x` itself where the axis has one rank).
-
-    `ordered=True` adds the shares in rank order whatever the shape, so that an element's bits do not depend on how
-    many elements travel with it (ring algorithms change the order along the tensor); it gathers, so it costs more.
-    """
+def all_reduce(x: Tensor, axis: Axis, *, label: str) -> Tensor:
+    """Sum of `x` over the axis, in a new tensor (`x` itself where the axis has one rank)."""
     if axis.is_trivial:
         return x
-    if ordered and axis.size > 2:  # with two ranks a + b is the same bits in any order
-        shares = all_gather(x.unsqueeze(0), axis, dim=0, label=label)
-        total = shares[0].clone()
-        for share in shares[1:]:
-            total += share
-        return total
     return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, label=label)
 
 
@@ -207,12 +196,12 @@ class _ReduceFromTp(torch.autograd.Function):
     """g: all-reduce forward, identity backward. Stands after row-parallel products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, ordered: bool) -> Tensor:
-        return all_reduce(x, axis, label="g.forward", ordered=ordered)
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(x, axis, label="g.forward")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
@@ -223,11 +212,11 @@ def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
     return result
 
 
-def reduce_from_tp(x: Tensor, axis: Axis, *, ordered: bool = False) -> Tensor:
+def reduce_from_tp(x: Tensor, axis: Axis) -> Tensor:
     """The paper's g: the output of row-parallel products. May reuse `x`, which the caller must not use again."""
     if axis.is_trivial:
         return x
     if not torch.is_grad_enabled():
-        return all_reduce(x, axis, label="g", ordered=True) if ordered else all_reduce_(x.contiguous(), axis, label="g")
-    result: Tensor = _ReduceFromTp.apply(x, axis, ordered)  # type: ignore[no-untyped-call]  # as above
+        return all_reduce_(x.contiguous(), axis, label="g")
+    result: Tensor = _ReduceFromTp.apply(x, axis)  # type: ignore[no-untyped-call]  # as above
     return result

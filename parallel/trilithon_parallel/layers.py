@@ -67,12 +67,11 @@ class RowParallelLinear(nn.Module):
         *,
         bias: bool,
         axis: Axis,
-        ordered_reduce: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.axis, self.ordered_reduce, self.terms = axis, ordered_reduce, tuple(terms)
+        self.axis, self.terms = axis, tuple(terms)
         self.weight = empty_parameter(out_features, sum(terms), dtype=dtype, device=device)
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
         self.product: Product | None = None
@@ -85,7 +84,7 @@ class RowParallelLinear(nn.Module):
             y_TO = self.product(x_TK)
         else:
             y_TO = F.linear(x_TK, self.weight)
-        y_TO = reduce_from_tp(y_TO, self.axis, ordered=self.ordered_reduce)
+        y_TO = reduce_from_tp(y_TO, self.axis)
         if self.bias is not None and (self.product is None or self.axis.size > 1):
             y_TO = y_TO + self.bias
         return (residual_TO + y_TO).to(residual_TO.dtype)

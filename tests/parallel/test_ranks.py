@@ -102,8 +102,8 @@ def test_E1_E2_S2_ranks(world_size: int, case: str, outcomes: Callable[[int], li
     Each case holds on each rank; what a case checks is said in rank_cases.py.
 
     Inverse: leaving out the paper's f turns `gradients-*` red, adding the row bias on every rank before the sum turns
-    `text-gpt2-tp*` red, an unordered sum turns `invariant-*-tp4` red,
-    rounding each rank's share to fp32 before the sum turns `text-untied-tp*` red, `env://` turns `sockets` red.
+    `text-gpt2-tp*` red, rounding each rank's share to fp32 before the sum turns `text-untied-tp*` red, `env://` turns
+    `sockets` red.
     """
     reports = outcomes(world_size)
 

@@ -153,13 +153,12 @@ class TorchBackend:
     def row_linear(
         self, terms: Sequence[int], out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
     ) -> nn.Module:
-        """A `RowParallelLinear`; in the batch-invariant mode ranks' shares are added in rank order."""
+        """A `RowParallelLinear`."""
         return RowParallelLinear(
             terms,
             out_features,
             bias=bias,
             axis=grid.tp,
-            ordered_reduce=self.batch_invariant,
             dtype=dtype,
             device=grid.device,
         )
@@ -192,11 +191,11 @@ class TorchBackend:
     def _product(self, weight_OK: Tensor, bias_O: Tensor | None, *, terms: Sequence[int] | None = None) -> Product:
         """The best product for this weight here; `terms` where the inputs are cut by tp."""
         dtype, is_cpu = weight_OK.dtype, weight_OK.device.type == "cpu"
-        is_exact = is_cpu and terms is not None and (dtype == torch.float32 or self.batch_invariant)
+        is_exact = terms is not None and (self.batch_invariant or (is_cpu and dtype == torch.float32))
         native_terms = even_terms(weight_OK.shape[1]) if terms is None else terms
         if is_cpu and native_product.takes(dtype, native_terms):
             return NativeProduct(weight_OK, bias_O, terms=native_terms, wide=is_exact)
-        if is_cpu and dtype in (torch.bfloat16, torch.float16) and (is_exact or not _can_pack(dtype)):
+        if dtype in (torch.bfloat16, torch.float16) and (is_exact or (is_cpu and not _can_pack(dtype))):
             bias = None if bias_O is None else bias_O.float()
             return _WidenedProduct(self._product(weight_OK.float(), bias, terms=terms))
 
