@@ -11,7 +11,7 @@ from served import Server, serving
 
 from trilithon import Client, Completion
 
-# Natural-logarithm units, fp32.
+# Natural-logarithm units, fp32. Where our kernels run the difference is zero; without a C compiler it is this at most.
 LOGPROB_TOLERANCE = 1e-5
 NUM_TOKENS = 32
 PROMPTS = (
@@ -21,6 +21,11 @@ PROMPTS = (
     "Once upon a time, in a village by the sea,",
 )
 FLAGS = ("--dtype", "float32", "--kv-cache-bytes", "256MiB", "--max-context", "1024")
+INVARIANT = ("--dtype", "bfloat16", "--batch-invariant", *FLAGS[2:])
+# Unlikely words: their log-probabilities are the large and noisy ones.
+UNLIKELY = (
+    "Violet ledgers hum; seventeen otters annul a zinc cathedral. Quixotic yes, but who irons the moon? 31-B. " * 4
+)
 
 Answer = tuple[tuple[int, ...], tuple[float, ...]]
 
@@ -47,6 +52,14 @@ def token_answer(completion: Completion) -> Answer:
     return tuple(t.id for t in tokens), tuple(t.logprob for t in tokens if t.logprob is not None)
 
 
+def scored(client: Client) -> Answer:
+    """A long text's own log-probabilities: what a layout or a batch would show in first."""
+    completion = client.generate(UNLIKELY, temperature=0, max_tokens=1, prompt_logprobs=0)
+    tokens = completion.prompt_tokens
+    assert len(tokens) > 100
+    return tuple(t.id for t in tokens), tuple(t.logprob for t in tokens if t.logprob is not None)
+
+
 def worst_difference(expected: list[Answer], actual: list[Answer]) -> float:
     """The largest difference of two runs' log-probabilities, which must be of the same tokens."""
     assert [tokens for tokens, _ in expected] == [tokens for tokens, _ in actual]
@@ -65,9 +78,31 @@ def one_rank(smollm2_dir: Path) -> Iterator[Server]:
 def expected(one_rank: Server) -> dict[str, list[Answer]]:
     """Greedy and sampled answers of one rank, one request at a time."""
     with Client(one_rank.url) as client:
+        return answers(client)
+
+
+def answers(client: Client) -> dict[str, list[Answer]]:
+    """Everything that is compared, one request at a time."""
+    return {
+        "greedy": [greedy(client, prompt) for prompt in PROMPTS],
+        "sampled": [sampled(client, prompt) for prompt in PROMPTS],
+        "scored": [scored(client)],
+    }
+
+
+def in_a_batch(client: Client) -> dict[str, list[Answer]]:
+    """The same, all at once and among others."""
+    with ThreadPoolExecutor(13) as pool:
+        noise = [pool.submit(client.generate, f"Noise number {i}: " * (i + 1), max_tokens=64, seed=i) for i in range(4)]
+        greedy_runs = [pool.submit(greedy, client, prompt) for prompt in PROMPTS]
+        sampled_runs = [pool.submit(sampled, client, prompt) for prompt in PROMPTS]
+        scored_run = pool.submit(scored, client)
+        for job in noise:
+            job.result()
         return {
-            "greedy": [greedy(client, prompt) for prompt in PROMPTS],
-            "sampled": [sampled(client, prompt) for prompt in PROMPTS],
+            "greedy": [run.result() for run in greedy_runs],
+            "sampled": [run.result() for run in sampled_runs],
+            "scored": [scored_run.result()],
         }
 
 
@@ -81,25 +116,35 @@ def test_E1_E5_same_answer_in_every_layout(
     draws are the same tokens. tp = 2 pads this model's 3 key/value groups to 4.
     """
     with serving(smollm2_dir, *FLAGS, "--tp", str(tp), "--pp", str(pp)) as server, Client(server.url) as client:
-        actual_greedy = [greedy(client, prompt) for prompt in PROMPTS]
-        actual_sampled = [sampled(client, prompt) for prompt in PROMPTS]
+        actual = answers(client)
 
-    difference = worst_difference(expected["greedy"], actual_greedy)
-    assert difference <= (LOGPROB_TOLERANCE if tp > 1 else 0.0)
-    assert [tokens for tokens, _ in expected["sampled"]] == [tokens for tokens, _ in actual_sampled]
+    for kind in ("greedy", "scored"):
+        assert worst_difference(expected[kind], actual[kind]) <= (LOGPROB_TOLERANCE if tp > 1 else 0.0)
+    assert [tokens for tokens, _ in expected["sampled"]] == [tokens for tokens, _ in actual["sampled"]]
 
 
 def test_E2_E5_alone_equals_any_batch(one_rank: Server, expected: dict[str, list[Answer]]) -> None:
-    """A request alone has the tokens, greedy and drawn, that it has among eleven others, and the log-probabilities."""
-    with Client(one_rank.url) as client, ThreadPoolExecutor(12) as pool:
-        noise = [pool.submit(client.generate, f"Noise number {i}: " * (i + 1), max_tokens=64, seed=i) for i in range(4)]
-        greedy_runs = [pool.submit(greedy, client, prompt) for prompt in PROMPTS]
-        sampled_runs = [pool.submit(sampled, client, prompt) for prompt in PROMPTS]
-        for job in noise:
-            job.result()
+    """A request alone has the tokens, greedy and drawn, that it has among others, and the log-probabilities."""
+    with Client(one_rank.url) as client:
+        actual = in_a_batch(client)
 
-    assert worst_difference(expected["greedy"], [run.result() for run in greedy_runs]) <= LOGPROB_TOLERANCE
-    assert worst_difference(expected["sampled"], [run.result() for run in sampled_runs]) <= LOGPROB_TOLERANCE
+    for kind, alone in expected.items():
+        assert worst_difference(alone, actual[kind]) <= LOGPROB_TOLERANCE
+
+
+def test_E1_E2_E5_the_invariant_mode_is_bitwise_at_bf16(smollm2_dir: Path) -> None:
+    """
+    With the mode, at bfloat16: alone, among others and on four ranks, tokens and log-probabilities are the same bits.
+
+    Inverse seen: with `--no-batch-invariant` four ranks differ from one.
+    """
+    with serving(smollm2_dir, *INVARIANT) as server, Client(server.url) as client:
+        alone, batched = answers(client), in_a_batch(client)
+    with serving(smollm2_dir, *INVARIANT, "--tp", "2", "--pp", "2") as server, Client(server.url) as client:
+        four_ranks = answers(client)
+
+    assert batched == alone
+    assert four_ranks == alone
 
 
 def test_E3_grpc_equals_http(one_rank: Server, expected: dict[str, list[Answer]]) -> None:
