@@ -1,8 +1,7 @@
 """
 In-process use: the engine without fronts.
 
-    from trilithon_server.llm import LLM
-    from trilithon_server.sampling import SamplingParams
+    from trilithon_server import LLM, SamplingParams
 
     with LLM("models/smollm2") as llm:
         for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8)):

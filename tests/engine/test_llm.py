@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from trilithon.errors import InvalidArgument
+from trilithon_server import LLM, SamplingParams
 from trilithon_server.constraint_rules import Constraint
-from trilithon_server.llm import LLM
-from trilithon_server.sampling import SamplingParams
 
 TEXTS = ["Once upon a time", "The capital", "x"]
 
