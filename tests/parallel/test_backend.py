@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -121,6 +123,39 @@ def test_a_plain_sum_sees_how_it_is_shared() -> None:
     halves = [F.linear(a, w) for a, w in zip(x.split(768, 1), weight.split(768, 1), strict=True)]
 
     assert not torch.equal(halves[0] + halves[1], F.linear(x, weight))
+
+
+@pytest.fixture
+def fresh_kernels() -> Iterator[None]:
+    """Forget what was compiled, before and after."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_kernels_need_no_writable_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Where the store can't keep them they are compiled for the process alone, and nothing stays behind.
+
+    Inverse: without the second try the reason is the store's.
+    """
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler here")
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("TRILITHON_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    assert native.unavailable_reason() == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+@pytest.mark.usefixtures("fresh_kernels")
+def test_missing_kernels_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler on the path is said in words."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+    assert native.unavailable_reason() == "no C compiler (gcc or cc) is on the path"
 
 
 def test_without_a_compiler_the_products_are_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,18 @@ def _load() -> ctypes.CDLL | str:
     if compiler is None:
         return "no C compiler (gcc or cc) is on the path"
     try:
-        found = ctypes.CDLL(str(_compile(compiler, home() / "kernels")))
+        try:
+            return _open(_compile(compiler, home() / "kernels"))
+        except OSError:  # a store that can't be written to, or that others can: compile for this process alone
+            with tempfile.TemporaryDirectory(prefix="trilithon-kernels-") as folder:
+                return _open(_compile(compiler, Path(folder)))
     except (OSError, subprocess.SubprocessError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load the library and say what its functions take."""
+    found = ctypes.CDLL(str(path))
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     found.paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, pointer]
     found.product.argtypes = [pointer, size, pointer, size, pointer, pointer, pointer, small]

@@ -269,6 +269,10 @@ class EngineGroup:
             parts = {name: int(value) for name, value in event.items() if name not in ("event", "rank")}
             extra = {"engine": self.spec.name, "rank": rank, "sum": memory_sum(parts), "bytes": parts}
             _log.log(level, "memory", extra=extra)
+        elif kind == "kernels" and event["missing"]:
+            extra = {"engine": self.spec.name, "rank": rank, "cause": event["missing"]}
+            extra["hint"] = "Install gcc: until then products and attention run by torch, which is slower."
+            _log.log(logging.WARNING if rank == 0 else logging.DEBUG, "kernels_missing", extra=extra)
         elif kind == "ready":
             if rank == 0:
                 self.state = "ready"

@@ -68,6 +68,7 @@ def _run(spec_path: Path, run_dir: Path, status: StatusPipe, began: float) -> in
 
     die_with_parent()
     from trilithon_parallel import rendezvous
+    from trilithon_parallel.backend.native import unavailable_reason
     from trilithon_parallel.grid import Grid
     from trilithon_server.engine import startup
     from trilithon_server.engine.beats import BeatWriter
@@ -95,6 +96,8 @@ def _run(spec_path: Path, run_dir: Path, status: StatusPipe, began: float) -> in
     loaded = startup.load(spec, grid, on_phase=status.phase)
     loaded.startup_seconds |= {"import": import_s, "rendezvous": rendezvous_s}
     status.send("memory", **loaded.memory.as_dict())
+    if spec.device == "cpu":
+        status.send("kernels", missing=unavailable_reason())
     if rank != 0:
         assert channel is not None
         status.send("ready")

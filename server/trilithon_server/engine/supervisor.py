@@ -5,7 +5,7 @@ The parent of all: starts the front and every engine's ranks, watches them, and 
                                             {"event": "drain" | "abort"}
                <--status pipe---            {"event": "listening", "connected", "alive", "stalled", "drain_requested",
                                              "drained", "fatal"}
-               <--status pipe--- each rank  {"event": "phase", "memory", "ready" or "fatal"}
+               <--status pipe--- each rank  {"event": "phase", "memory", "kernels", "ready" or "fatal"}
 
 One thread, one loop, no torch. Loss of a rank: the front hears of it at once (readiness off, requests failed), the
 rank's own cause is logged first, the group is killed, and started again after 1, 2, 4 s, at most 3 times in 10
