@@ -210,6 +210,7 @@ class LimitsConfig(_Node):
     )
     max_embedding_inputs: int = Field(default=256, ge=1, description="inputs of one embedding request")
     max_n: int = Field(default=16, ge=1, le=128, description="n and best_of")
+    max_beam: int = Field(default=16, ge=1, le=64, description="beam_width")
     max_stop: int = Field(default=16, ge=0, description="stop strings")
     max_stop_bytes: Size = Field(default=256, ge=1, description="one stop string")
     max_stop_token_ids: int = Field(default=64, ge=0, description="stop_token_ids")

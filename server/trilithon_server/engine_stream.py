@@ -12,6 +12,7 @@ from collections.abc import Callable
 from trilithon.errors import Cancelled, TrilithonError
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.request import answers_told
 
 SendAbort = Callable[[int, int, str], None]
 """Sends an abort: handle, sequence index or -1 for all, cause."""
@@ -35,7 +36,7 @@ class EngineStream:
         """Set by the service once part of the answer has left for the client: then a retry is not advised."""
         self._send_abort = send_abort
         self._limits = limits
-        self._open = set(range(max(1, submit.sampling.num_sequences)))
+        self._open = set(range(answers_told(submit)))
         self.queued = True
         """Whether the engine has not started on it yet."""
         self._aborted = False

@@ -149,7 +149,7 @@ class Generation:
         async with contextlib.aclosing(self.news()) as news:
             async for _ in news:
                 pass
-        if self.params.num_sequences > self.params.n:
+        if self.params.num_told > self.params.n:
             for part in self.parts:
                 kept = best(part.choices, self.params.n)
                 self._dropped_tokens += sum(c.generated for c in part.choices) - sum(c.generated for c in kept)

@@ -159,6 +159,7 @@ def bounds_for(
         max_output_tokens=limits.max_output_tokens,
         default_max_tokens=default_max_tokens or limits.default_max_tokens,
         max_n=limits.max_n,
+        max_beam=limits.max_beam,
         max_logprobs=limits.max_logprobs,
         max_logprob_token_ids=limits.max_logprob_token_ids,
         max_time_ms=limits.max_time_limit_ms,

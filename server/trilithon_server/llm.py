@@ -24,6 +24,7 @@ from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.assembly import Choice, FinishReason, TokenInfo, engine_error, token_info
 from trilithon_server.engine.inprocess import InProcessEngine
 from trilithon_server.engine.local import LocalEngine
+from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Abort, Pooling, SequenceDelta, Submit, ToEngine
 from trilithon_server.generation import best
@@ -120,7 +121,7 @@ class LLM:
             )
             choices = [
                 Choice(index=i, texts=self._texts, params=checked, seed=seed, with_tokens=checked.logprobs is not None)
-                for i in range(checked.num_sequences)
+                for i in range(checked.num_told)
             ]
             submit = self._submit(prepared.ids, checked)
             submit.sampling.CopyFrom(sampling)
@@ -198,7 +199,7 @@ class LLM:
         return tuple(sequences)
 
     def _run(self, submits: list[Submit], pending: dict[int, _Pending]) -> None:
-        unfinished = {(submit.handle, i) for submit in submits for i in range(max(1, submit.sampling.num_sequences))}
+        unfinished = {(submit.handle, i) for submit in submits for i in range(answers_told(submit))}
         for submit in submits:
             self._engine.send(ToEngine(submit=submit))
         if not unfinished:
@@ -232,7 +233,7 @@ class LLM:
         return choice.finish is not None
 
     def _output(self, item: _Pending, params: SamplingParams) -> Output:
-        kept = item.choices if params.num_sequences == params.n else best(item.choices, params.n)
+        kept = item.choices if params.num_told == params.n else best(item.choices, params.n)
         return Output(
             prompt_token_ids=item.prepared.ids,
             choices=[self._completion(choice) for choice in kept],

@@ -40,6 +40,9 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     best_of: int | None = None
+    beam_width: int = 0
+    length_penalty: float | None = None
+    early_stopping: str | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -87,8 +90,13 @@ class SamplingParams:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that the engine generates: `best_of`, or `n`."""
-        return self.best_of or self.n
+        """Sequences that the engine computes at once: the beams, `best_of`, or `n`."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def num_told(self) -> int:
+        """Sequences that the engine tells of: all of them, or the best beams."""
+        return self.n if self.beam_width else self.num_sequences
 
 
 def validate(
@@ -161,7 +169,13 @@ def cross_check(params: SamplingParams, found: Violations, *, stream: bool) -> N
     p = params
     if p.best_of is not None and p.best_of < p.n:
         found.add("best_of", f"must be from `n` ({p.n}) up", given=p.best_of)
-    if p.temperature == 0 and p.num_sequences > 1:
+    if p.beam_width:
+        _check_beam(p, found)
+    else:
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(p, name) is not None:
+                found.add(name, "needs `beam_width`", given=getattr(p, name))
+    if p.temperature == 0 and not p.beam_width and p.num_sequences > 1:
         name = "n" if p.n > 1 else "best_of"
         message = f"`{name}` must be 1 when `temperature` is 0 (all answers would be equal). Given: {p.num_sequences}."
         found.say(name, message, code="greedy_n", rule="must be 1 when `temperature` is 0", given=str(p.num_sequences))
@@ -181,6 +195,23 @@ def cross_check(params: SamplingParams, found: Violations, *, stream: bool) -> N
         found.add("min_tokens", f"must be from 0 to `max_tokens` ({p.max_tokens})", given=p.min_tokens)
     if p.logprob_token_ids and p.logprobs is None and p.prompt_logprobs is None:
         found.add("logprob_token_ids", "needs `logprobs` or `prompt_logprobs`", given=list(p.logprob_token_ids))
+
+
+def _check_beam(p: SamplingParams, found: Violations) -> None:
+    """A beam search draws nothing, and has no more answers than beams."""
+    off = SamplingParams()
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_p_decay", "seed", "best_of")
+    given = [name for name in names if getattr(p, name) != getattr(off, name)]
+    for name in given:
+        rule = "must be unset with `beam_width`"
+        found.add(name, rule, given=getattr(p, name), code="beam_sampling")
+    if p.n > p.beam_width:
+        found.add("n", f"must be at most `beam_width` ({p.beam_width})", given=p.n, code="beam_n")
+    if p.max_tokens == 0:
+        found.add("beam_width", "needs `max_tokens` of at least 1", given=p.beam_width)
+
+
+_EARLY = {"heuristic": wire.Beam.HEURISTIC, "first": wire.Beam.FIRST, "never": wire.Beam.NEVER}
 
 
 def to_wire(
@@ -207,8 +238,12 @@ def to_wire(
     reset = reset_token_ids if p.top_p_reset_token_ids is None else p.top_p_reset_token_ids
     decays = p.top_p_decay is not None and p.top_p_decay < 1
     logprobs = -1 if p.logprobs is None else p.logprobs
-    if p.num_sequences > p.n:
+    if p.num_sequences > p.n or p.beam_width:
         logprobs = max(logprobs, 0)  # the ranking of best_of needs the chosen tokens' log-probabilities
+    beam = None
+    if p.beam_width:
+        penalty = 1.0 if p.length_penalty is None else p.length_penalty
+        beam = wire.Beam(num_answers=p.n, length_penalty=penalty, early=_EARLY[p.early_stopping or "heuristic"])
     return wire.Sampling(
         num_sequences=p.num_sequences,
         temperature=p.temperature,
@@ -236,4 +271,5 @@ def to_wire(
         logprob_token_ids=p.logprob_token_ids,
         logprobs_after_processing=p.after_processing,
         constraint=None if p.constraint is None else p.constraint.to_wire(),
+        beam=beam,
     )

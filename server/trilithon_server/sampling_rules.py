@@ -146,6 +146,30 @@ RULES: tuple[Rule, ...] = (
         meaning="Generate this many and return the `n` with the highest log-probability. Default n.",
     ),
     Rule(
+        name="beam_width",
+        proto="beam.width",
+        check=whole(0, "max_beam"),
+        text="must be 0 (off) or from 1 to {max_beam}",
+        schema=_range(0, 16, "integer"),
+        meaning="Search with this many beams instead of drawing; the best `n` are told, at the end. Default 0 (off).",
+    ),
+    Rule(
+        name="length_penalty",
+        proto="beam.length_penalty",
+        check=number(-10, 10),
+        text="must be from -10 to 10",
+        schema=_range(-10, 10),
+        meaning="An answer of a beam search is worth its log-probability / length^this. Default 1.",
+    ),
+    Rule(
+        name="early_stopping",
+        proto="beam.early",
+        check=one_of("heuristic", "first", "never"),
+        text="must be one of heuristic, first, never",
+        schema={"enum": ["heuristic", "first", "never"]},
+        meaning="With all beams ended: stop when no open one looks better now, at once, or when none can get better.",
+    ),
+    Rule(
         name="presence_penalty",
         proto="penalties.presence",
         check=number(-2, 2),
@@ -356,9 +380,6 @@ BY_NAME: Mapping[str, Rule] = {rule.name: rule for rule in RULES}
 UNSUPPORTED: Mapping[str, tuple[str, Check, Mapping[str, Any]]] = {
     # name -> (proto field, what turns it off and is therefore accepted, its JSON schema)
     "speculation": ("no_speculation", one_of(), {"const": False}),
-    "beam_width": ("beam.width", whole(0, 0), {"const": 0}),
-    "length_penalty": ("beam.length_penalty", one_of(), {"type": "null"}),
-    "early_stopping": ("beam.early", one_of(), {"type": "null"}),
 }
 """Parameters of the contract that this version lacks: refused by name unless set to what it does anyway."""
 

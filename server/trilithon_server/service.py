@@ -255,7 +255,7 @@ class Service:
                         prefix=prefix,
                         with_tokens=with_tokens or params.logprobs is not None,
                     )
-                    for j in range(params.num_sequences)
+                    for j in range(params.num_told)
                 ]
                 parts.append(Part(prepared=item, stream=stream, choices=choices))
         except BaseException:

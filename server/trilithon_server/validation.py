@@ -34,6 +34,7 @@ class Bounds:
     max_output_tokens: int | None = None
     default_max_tokens: int = 1024
     max_n: int = 16
+    max_beam: int = 16
     max_logprobs: int = 20
     max_logprob_token_ids: int = 64
     max_time_ms: int = 600_000

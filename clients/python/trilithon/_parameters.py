@@ -90,7 +90,7 @@ class GenerationOptions(CallOptions, total=False):
     logprob_token_ids: report these too, at every position.
     after_processing: log-probabilities after penalties, masks and temperature [False].
     stream_interval: tokens per event, 1 to 64 [1].
-    beam_width, length_penalty, early_stopping: beam search; a server without it refuses them.
+    beam_width, length_penalty, early_stopping: beam search instead of draws; the best `n` come at the end.
     constraint: a `Constraint`.
     priority: -10 to 10, larger first [0].
     time_limit_ms: end with what there is after so long [`timeout`, when one was given].

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from trilithon_server.engine.beam import EARLY, BeamSearch, Candidate, End, Hypothesis
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.constraints import CompileError, ConstraintCompiler, Matcher
 from trilithon_server.engine.encoder_scheduler import EncoderScheduler
@@ -17,8 +18,8 @@ from trilithon_server.engine.outbox import Outbox, wire_token
 from trilithon_server.engine.pace import Pace
 from trilithon_server.engine.plan import Kind, Score, StepOutput, StepPlan
 from trilithon_server.engine.prefix import root_key
-from trilithon_server.engine.request import Request, Sequence
-from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, Drawn
+from trilithon_server.engine.request import Request, Sequence, answers_told
+from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, Drawn, Fork
 from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
 from trilithon_server.engine.wire_pb2 import Error, Finish, Stats, Submit, Token
 
@@ -36,10 +37,13 @@ class _Flight:
 
 @dataclass(slots=True, eq=False)
 class _Extra:
-    """What only the leader keeps of a request: its answers' matchers, prompt scores so far, its time limits."""
+    """What only the leader keeps of a request: its answers' matchers and beams, prompt scores so far, time limits."""
 
     matchers: dict[int, Matcher] = field(default_factory=dict)
     scores: list[Token] = field(default_factory=list)
+    beam: BeamSearch | None = None
+    candidates: dict[int, tuple[Candidate, ...]] = field(default_factory=dict)  # of beams that wait for the others
+    gathered_at: int = 0  # preemptions of the request when they came; later ones make them void
     queue_end_s: float | None = None
     end_s: float | None = None
 
@@ -70,6 +74,7 @@ class EngineCore:
         self._extras: dict[int, _Extra] = {}  # by request id
         self._compiling: list[tuple[Request, ConstraintCompiler.Job]] = []
         self._flights: dict[int, _Flight] = {}
+        self._forks: list[Fork] = []
         self._forgotten: list[int] = []
         self._next_plan = 0
         self._next_request = 0
@@ -90,7 +95,7 @@ class EngineCore:
             check(submit, self.facts)
         except Refusal as refusal:
             error = Error(code=refusal.code, message=str(refusal))
-            self.outbox.refuse(connection, submit.handle, error, num_sequences=num_sequences)
+            self.outbox.refuse(connection, submit.handle, error, num_sequences=answers_told(submit))
             return
         root = root_key(model_digest=self.facts.model_digest, adapter_digest="", salt=submit.cache_salt)
         request = Request(self._next_request, connection, submit, now_s, root=root)
@@ -100,6 +105,15 @@ class EngineCore:
         self._next_request += 1
         self._next_sequence += num_sequences
         extra = self._extras[request.id] = _Extra()
+        if request.is_beam:
+            beam = submit.sampling.beam
+            extra.beam = BeamSearch(
+                num_sequences,
+                num_answers=beam.num_answers,
+                length_penalty=beam.length_penalty,
+                early=EARLY[beam.early],
+                max_new_tokens=request.max_new_tokens,
+            )
         if submit.queue_timeout_ms:
             extra.queue_end_s = now_s + submit.queue_timeout_ms * 1e-3
         if submit.time_limit_ms:
@@ -117,6 +131,9 @@ class EngineCore:
         if request is None:
             return
         finish = ABORT_FINISH.get(cause, Finish.CANCELLED)
+        if request.is_beam:  # its sequences are one search
+            self._end(request, finish, now_s)
+            return
         for sequence in request.live:
             if index in (-1, sequence.index):
                 self._finish(sequence, finish, now_s=now_s)
@@ -139,8 +156,7 @@ class EngineCore:
         for request in list(self._requests.values()):
             extra = self._extras[request.id]
             if extra.end_s is not None and now_s >= extra.end_s:
-                for sequence in request.live:
-                    self._finish(sequence, Finish.TIME_LIMIT, now_s=now_s)
+                self._end(request, Finish.TIME_LIMIT, now_s)
             elif extra.queue_end_s is not None and request.started_s is None and now_s >= extra.queue_end_s:
                 waited_ms = round((now_s - request.arrival_s) * 1e3)
                 self._fail(request, "queue_timeout", f"the request waited {waited_ms} ms without starting.", now_s)
@@ -232,6 +248,7 @@ class EngineCore:
             if self.facts.is_encoder:
                 plan.types += list(request.submit.types) or [0] * item.length
                 plan.pools.append(request.submit.pooling)
+        plan.forks, self._forks = self._forks, []
         plan.forgotten = self._take_forgotten()
 
     def _take_forgotten(self) -> list[int]:
@@ -288,6 +305,9 @@ class EngineCore:
         if drawn.token == NUMERICAL_FAILURE:
             self._fail(request, "numerical_failure", "the model's logits are not finite.", now_s)
             return
+        if request.is_beam:
+            self._gather(sequence, drawn, now_s)
+            return
         if drawn.token == DEAD_END:
             message = "the constraint and the other masks of this request forbid every token."
             self._fail(request, "constraint_dead_end", message, now_s)
@@ -298,6 +318,80 @@ class EngineCore:
         sequence.tokens.append(drawn.token)
         self.outbox.token(sequence, drawn.token, drawn.info)
         self._finish_if_due(sequence, drawn.token, now_s)
+
+    # Beam search ----------------------------------------------------------------------------------------------
+
+    def _gather(self, sequence: Sequence, drawn: Drawn, now_s: float) -> None:
+        """Keep a beam's candidates until the request's other beams have theirs, then go on with the best."""
+        request = sequence.request
+        extra = self._extras[request.id]
+        assert extra.beam is not None
+        if request.first_token_s is None:
+            request.first_token_s = now_s
+        self._deliver_scores(sequence)
+        if extra.gathered_at != request.preemptions:  # those from before are computed again
+            extra.candidates, extra.gathered_at = {}, request.preemptions
+        extra.candidates[sequence.index] = drawn.candidates  # none where every token is forbidden
+        if len(extra.candidates) < extra.beam.beams_used:
+            return
+        rows = [extra.candidates.get(index, ()) for index in range(extra.beam.width)]
+        extra.candidates = {}
+        taken: dict[tuple[int, int], Matcher] = {}
+        moves = extra.beam.advance(rows, lambda beam, info: self._end_of(request, beam, info.id, taken))
+        if not moves:
+            self._conclude(request, extra.beam.answers(), now_s)
+            return
+        if extra.matchers:
+            extra.matchers = {index: taken[move.parent, move.token].copy() for index, move in enumerate(moves)}
+        ids = [one.id for one in request.sequences]
+        self._forks += [Fork(ids[index], ids[move.parent], move.token) for index, move in enumerate(moves)]
+        assert isinstance(self.scheduler, Scheduler)
+        self.scheduler.move_beams(request, moves)
+
+    def _end_of(self, request: Request, beam: int, token: int, taken: dict[tuple[int, int], Matcher]) -> End | None:
+        """Whether a token ends a beam; where there is a constraint, `taken` gains the place after the token."""
+        is_end, is_stop = token in request.end_ids, token in request.stop_ids
+        matcher = self._extras[request.id].matchers.get(beam)
+        if matcher is not None:
+            matcher = taken[beam, token] = matcher.copy()
+            matcher.accept(token)
+        complete = matcher is not None and matcher.is_complete()
+        if is_end or is_stop:
+            return End(Finish.EOS_TOKEN if is_end else Finish.STOP_TOKEN, matched=token, complete=complete)
+        if matcher is not None and matcher.is_exhausted():
+            return End(Finish.CONSTRAINT_END, complete=complete)
+        num_tokens = len(request.sequences[beam].tokens) + 1
+        if num_tokens - request.num_prompt >= request.max_new_tokens:
+            return End(Finish.MAX_TOKENS, complete=complete)
+        return End(Finish.CONTEXT_LENGTH, complete=complete) if num_tokens >= self.facts.max_context else None
+
+    def _conclude(self, request: Request, hypotheses: list[Hypothesis], now_s: float) -> None:
+        """Tell the answers of a beam search, all at once, and end it."""
+        if len(hypotheses) < request.num_answers:
+            message = (
+                f"the constraint and the other masks of this request leave {len(hypotheses)} answers. "
+                f"Given: `n` {request.num_answers}."
+            )
+            self._fail(request, "constraint_dead_end", message, now_s)
+            return
+        for sequence, one in zip(request.sequences, hypotheses, strict=False):
+            for info in one.path.tokens() if one.path is not None else ():
+                self.outbox.token(sequence, info.id, info)
+            end = one.end
+            self._finish(sequence, end.finish, now_s=now_s, matched=end.matched, complete=end.complete)
+        for sequence in request.live:  # beams that nobody is told of
+            self._finish(sequence, Finish.CANCELLED, now_s=now_s)
+
+    def _end(self, request: Request, finish: Finish.ValueType, now_s: float) -> None:
+        """End all of a request; where its time is up, with what there is."""
+        extra = self._extras[request.id]
+        if extra.beam is not None and finish == Finish.TIME_LIMIT:
+            self._conclude(request, extra.beam.interrupted(finish), now_s)
+            return
+        for sequence in request.live:
+            self._finish(sequence, finish, now_s=now_s)
+
+    # Ends -----------------------------------------------------------------------------------------------------
 
     def _finish_if_due(self, sequence: Sequence, token: int, now_s: float) -> None:
         request = sequence.request
@@ -359,7 +453,8 @@ class EngineCore:
         error: Error | None = None,
     ) -> None:
         request = sequence.request
-        self.outbox.finish(sequence, finish, now_s=now_s, matched=matched, complete=complete, error=error)
+        if sequence.index < request.num_answers:
+            self.outbox.finish(sequence, finish, now_s=now_s, matched=matched, complete=complete, error=error)
         self.scheduler.finish(sequence)
         if request.started_s is not None:
             self._forgotten.append(sequence.id)

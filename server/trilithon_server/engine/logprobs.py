@@ -76,6 +76,11 @@ def token_info(x_V: FloatArray, token: int, *, top: int, extra: Sequence[int] = 
         top: how many of the most likely tokens to add; -1 or 0 for none.
         extra: ids that are reported too, after the top ones, in this order.
     """
+    return token_infos(x_V, [token], top=top, extra=extra)[0]
+
+
+def token_infos(x_V: FloatArray, tokens: Sequence[int], *, top: int, extra: Sequence[int] = ()) -> list[TokenInfo]:
+    """The same of several tokens at one position."""
     normalizer = log_normalizer(x_V)
 
     def logprob(index: int) -> float:
@@ -87,7 +92,7 @@ def token_info(x_V: FloatArray, token: int, *, top: int, extra: Sequence[int] = 
         head = sorted_head(x_V, maximum=float(x_V.max()), count=top)[:top]
         entries = [(index, logprob(index), place + 1) for place, index in enumerate(head.tolist())]
     entries += [(index, logprob(index), rank_of(x_V, index)) for index in extra]
-    return TokenInfo(token, logprob(token), rank_of(x_V, token), tuple(entries))
+    return [TokenInfo(token, logprob(token), rank_of(x_V, token), tuple(entries)) for token in tokens]
 
 
 def rank_of(x_V: FloatArray, token: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilithon_server.engine.logprobs import TokenInfo
-from trilithon_server.engine.sampler import Draw, Drawn
+from trilithon_server.engine.sampler import Draw, Drawn, Fork
 from trilithon_server.engine.wire_pb2 import Pooling, Submit
 
 HEADER_WORDS = 3
@@ -61,6 +61,7 @@ class StepPlan:
     types: list[int] = field(default_factory=list)
     pools: list[Pooling] = field(default_factory=list)
     registrations: list[tuple[int, Submit]] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
     deadline_s: float = 0.0
 
@@ -137,6 +138,7 @@ def encode_plan(plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.u
     for numbers in (plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten):
         out.put_list(numbers)
     out.put_list([number for copy in plan.copies for number in copy])
+    out.put_list([number for fork in plan.forks for number in (fork.sequence_id, fork.parent_id, fork.token)])
     for table in plan.tables:
         out.put_list(table)
     out.put(len(plan.draws))
@@ -163,6 +165,8 @@ def decode_plan(number: int, payload: bytes) -> StepPlan:
     plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten = (source.get_list() for _ in range(5))
     copies = source.get_list()
     plan.copies = list(zip(copies[::2], copies[1::2], strict=True))
+    forks = source.get_list()
+    plan.forks = [Fork(*numbers) for numbers in zip(forks[::3], forks[1::3], forks[2::3], strict=True)]
     plan.tables = [source.get_list() for _ in plan.starts]
     for _ in range(source.get()):
         row, sequence_id, mask = source.get(), source.get(), source.get_bytes()
@@ -182,6 +186,8 @@ def encode_output(output: StepOutput) -> tuple[npt.NDArray[np.int64], npt.NDArra
     for drawn in output.drawn:
         out.put(drawn.token)
         _put_infos(out, [] if drawn.info is None else [drawn.info])
+        _put_infos(out, [info for _, info in drawn.candidates])
+        out.put_bytes(np.array([gain for gain, _ in drawn.candidates], dtype=np.float64).tobytes())
     out.put(len(output.scores))
     for infos in output.scores:
         out.put(infos is not None)
@@ -197,8 +203,9 @@ def decode_output(number: int, payload: bytes) -> StepOutput:
     source = _Reader(payload)
     output = StepOutput(number, busy_s=source.get() * 1e-9, model_s=source.get() * 1e-9)
     for _ in range(source.get()):
-        token, infos = source.get(), _get_infos(source)
-        output.drawn.append(Drawn(token, infos[0] if infos else None))
+        token, infos, beam = source.get(), _get_infos(source), _get_infos(source)
+        candidates = tuple(zip(source.get_floats(), beam, strict=True))
+        output.drawn.append(Drawn(token, infos[0] if infos else None, candidates))
     for _ in range(source.get()):
         is_sound, infos = source.get(), _get_infos(source)
         output.scores.append(infos if is_sound else None)

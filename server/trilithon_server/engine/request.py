@@ -72,6 +72,8 @@ class Request:
     wants_scores: bool = field(init=False)  # log-probabilities of prompt tokens were asked for
     end_ids: frozenset[int] = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
+    is_beam: bool = field(init=False)
+    num_answers: int = field(init=False)  # answers that the front is told of: choices 0 .. num_answers - 1
 
     def __post_init__(self) -> None:
         sampling = self.submit.sampling
@@ -80,6 +82,8 @@ class Request:
         self.wants_scores = self.submit.HasField("sampling") and sampling.prompt_logprobs >= 0
         self.end_ids = frozenset(sampling.end_token_ids)
         self.stop_ids = frozenset(sampling.stop_token_ids)
+        self.is_beam = sampling.HasField("beam")
+        self.num_answers = answers_told(self.submit)
 
     @property
     def live(self) -> list[Sequence]:
@@ -100,6 +104,12 @@ class Request:
         """KV blocks held when every answer is at its longest."""
         new = min(self.max_new_tokens, max_context - self.num_prompt)
         return blocks_held(self.num_prompt, new, num_sequences=len(self.sequences), block_size=block_size)
+
+
+def answers_told(submit: Submit) -> int:
+    """How many answers the front hears of: every sequence, or the best of a beam search."""
+    sampling = submit.sampling
+    return sampling.beam.num_answers if sampling.HasField("beam") else max(1, sampling.num_sequences)
 
 
 def blocks_held(prompt_len: int, answer_len: int, *, num_sequences: int, block_size: int) -> int:

@@ -6,6 +6,8 @@ Order: biases, penalties, then masks, so that a bias never revives a forbidden t
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import numpy.typing as npt
 
@@ -37,6 +39,9 @@ class Rules:
         self.logprobs, self.prompt_logprobs = sampling.logprobs, sampling.prompt_logprobs
         self.extra_ids = tuple(sampling.logprob_token_ids)
         self.after_processing = sampling.logprobs_after_processing
+        # Candidates of a beam: enough that `width` go on even where every end token is among the best.
+        width = sampling.num_sequences if sampling.HasField("beam") else 0
+        self.num_candidates = max(2, 1 + self.ending_ids.size) * width
         words = [tuple(word.ids) for word in sampling.bad_words]
         banned = {word[0] for word in words if len(word) == 1}
         banned |= {token for token, bias in sampling.logit_bias.items() if bias <= BAN_BIAS}
@@ -80,6 +85,15 @@ class Answer:
         if self.rules.penalizes:
             self._generated.add(token)
         self.since_reset = 0 if token in self.rules.reset_ids else self.since_reset + 1
+
+    def fork(self, token: int) -> Answer:
+        """A copy of this answer that has taken one token more (beam search)."""
+        twin = copy.copy(self)
+        twin.tokens = list(self.tokens)
+        twin._seen, twin._generated = self._seen.copy(), self._generated.copy()
+        twin._ngrams = {key: list(tokens) for key, tokens in self._ngrams.items()}
+        twin.append(token)
+        return twin
 
     @property
     def num_generated(self) -> int:
@@ -137,6 +151,12 @@ class _Counts:
         self._place: dict[int, int] = {}
         self._ids = np.zeros(64, dtype=np.int64)
         self._counts = np.zeros(64, dtype=np.int64)
+
+    def copy(self) -> _Counts:
+        twin = _Counts()
+        twin._place = dict(self._place)
+        twin._ids, twin._counts = self._ids.copy(), self._counts.copy()
+        return twin
 
     def add(self, token: int) -> None:
         place = self._place.setdefault(token, len(self._place))

@@ -51,6 +51,7 @@ class Runner:
         if self._samples:
             for first_id, submit in plan.registrations:
                 self._sampler.register(first_id, submit)
+            self._sampler.fork(plan.forks)
         output = StepOutput(plan.number)
         waited = 0.0
         if plan.tokens:

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilithon_server.engine.logprobs import TokenInfo, by_likelihood, exponentials, sorted_head, token_info
+from trilithon_server.engine.logprobs import (
+    TokenInfo,
+    by_likelihood,
+    exponentials,
+    log_normalizer,
+    sorted_head,
+    token_info,
+    token_infos,
+)
 from trilithon_server.engine.philox import uniform
 from trilithon_server.engine.rules import Answer, FloatArray, IntArray, Rules
 from trilithon_server.engine.wire_pb2 import Submit
@@ -37,10 +45,24 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The token, or NUMERICAL_FAILURE or DEAD_END; and its log-probability if it was asked for."""
+    """
+    The token, or NUMERICAL_FAILURE or DEAD_END; and its log-probability if it was asked for.
+
+    A beam draws no token but `candidates`: what each adds to the beam's score, and the token; best first.
+    """
 
     token: int
     info: TokenInfo | None = None
+    candidates: tuple[tuple[float, TokenInfo], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The answer `sequence_id` goes on as `parent_id` was, with one token more."""
+
+    sequence_id: int
+    parent_id: int
+    token: int
 
 
 class Sampler:
@@ -54,6 +76,10 @@ class Sampler:
         rules, prompt = Rules(submit.sampling), list(submit.prompt)
         for choice in range(submit.sampling.num_sequences):
             self._answers[first_id + choice] = Answer(rules, prompt, choice=choice)
+
+    def fork(self, forks: Sequence[Fork]) -> None:
+        """Beams have moved, all at once."""
+        self._answers |= {fork.sequence_id: self._answers[fork.parent_id].fork(fork.token) for fork in forks}
 
     def forget(self, sequence_ids: Iterable[int]) -> None:
         """These answers are finished."""
@@ -78,6 +104,11 @@ class Sampler:
             rules = answer.rules
             if not math.isfinite(maxima[draw.row]):
                 results.append(Drawn(NUMERICAL_FAILURE))
+                continue
+            if rules.num_candidates:
+                if logits_on_host is None:
+                    logits_on_host = logits_RV.cpu().numpy()
+                results.append(beam_candidates(logits_on_host[draw.row], answer, mask=draw.mask))
                 continue
             if rules.is_greedy and rules.logprobs < 0 and draw.mask is None and not answer.must_change():
                 drawn = Drawn(argmaxima[draw.row])
@@ -116,13 +147,7 @@ def draw_one(raw_V: FloatArray, answer: Answer, *, mask: bytes | None = None) ->
         mask: a constraint's bitmask, little-endian bits.
     """
     rules = answer.rules
-    x_V = raw_V
-    if answer.must_change() or mask is not None:
-        x_V = raw_V.copy()
-        answer.change(x_V)
-        if mask is not None:
-            allowed = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), count=x_V.size, bitorder="little")
-            x_V[allowed == 0] = -np.inf
+    x_V = _changed(raw_V, answer, mask)
     maximum = x_V.max()
     if maximum == -np.inf:
         return Drawn(DEAD_END)
@@ -140,6 +165,37 @@ def draw_one(raw_V: FloatArray, answer: Answer, *, mask: bytes | None = None) ->
         x_V = cut_V
     reported_V = x_V if rules.after_processing else raw_V
     return Drawn(token, token_info(reported_V, token, top=rules.logprobs, extra=rules.extra_ids))
+
+
+def beam_candidates(raw_V: FloatArray, answer: Answer, *, mask: bytes | None = None) -> Drawn:
+    """
+    The best tokens that may follow a beam. Pure, as `draw_one`.
+
+    A token's gain is its log-probability under the model, changed by biases and penalties; masks only take tokens away.
+    """
+    rules = answer.rules
+    x_V = _changed(raw_V, answer, mask)
+    maximum = float(x_V.max())
+    if maximum == -np.inf:
+        return Drawn(DEAD_END)
+    normalizer = log_normalizer(raw_V)
+    ids = sorted_head(x_V, maximum=maximum, count=rules.num_candidates)[: rules.num_candidates].tolist()
+    reported_V = x_V if rules.after_processing else raw_V
+    infos = token_infos(reported_V, ids, top=rules.logprobs, extra=rules.extra_ids)
+    gains = [float(x_V[token]) - normalizer for token in ids]
+    return Drawn(ids[0], candidates=tuple(zip(gains, infos, strict=True)))
+
+
+def _changed(raw_V: FloatArray, answer: Answer, mask: bytes | None) -> FloatArray:
+    """The logits after biases, penalties and masks: a copy where there are any."""
+    if not answer.must_change() and mask is None:
+        return raw_V
+    x_V = raw_V.copy()
+    answer.change(x_V)
+    if mask is not None:
+        allowed = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), count=x_V.size, bitorder="little")
+        x_V[allowed == 0] = -np.inf
+    return x_V
 
 
 def _draw(x_V: FloatArray, answer: Answer, random: float) -> tuple[int, IntArray | None]:

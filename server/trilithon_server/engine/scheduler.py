@@ -15,6 +15,7 @@ import math
 from bisect import insort
 from dataclasses import dataclass, field
 
+from trilithon_server.engine.beam import Move
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.prefix import extend_chain
 from trilithon_server.engine.request import Request, Sequence, running_order, waiting_order
@@ -119,6 +120,18 @@ class Scheduler:
             elif request in self.running:
                 self.running.remove(request)
 
+    def move_beams(self, request: Request, moves: list[Move]) -> None:
+        """Sequence i goes on as the one it comes from, with one token more; blocks are shared until one writes."""
+        before = [(s.tokens, s.blocks, s.keys, s.num_registered, s.computed) for s in request.sequences]
+        for move in moves:  # before anything is released
+            self.pool.claim(before[move.parent][1])
+        for sequence, move in zip(request.sequences, moves, strict=True):
+            tokens, blocks, keys, num_registered, computed = before[move.parent]
+            sequence.tokens, sequence.blocks, sequence.keys = [*tokens, move.token], list(blocks), list(keys)
+            sequence.num_registered, sequence.computed, sequence.scheduled = num_registered, computed, computed
+        for _, blocks, *_ in before:
+            self.pool.release(blocks)
+
     def reset_prefix_cache(self) -> None:
         """Forget what finished requests left behind."""
         self.pool.forget_all()
@@ -180,7 +193,8 @@ class Scheduler:
         draws: list[Sequence] = []
         if sequence.remaining == 0 and request.max_new_tokens > 0:
             draws = [sequence]
-            if len(request.sequences) > 1 and not sequence.num_generated:  # the others start from the same logits
+            # The others start from the same logits; beams from the candidates of one.
+            if len(request.sequences) > 1 and not sequence.num_generated and not request.is_beam:
                 draws += [s for s in request.sequences if s.parked and not s.finished]
         item = Item(sequence, start, length, draws)
         if request.wants_scores:

@@ -226,6 +226,7 @@ class Sampling(google.protobuf.message.Message):
     LOGPROB_TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_AFTER_PROCESSING_FIELD_NUMBER: builtins.int
     CONSTRAINT_FIELD_NUMBER: builtins.int
+    BEAM_FIELD_NUMBER: builtins.int
     num_sequences: builtins.int
     """n, or best_of: sequences that share the prompt; choice index 0..num_sequences-1"""
     temperature: builtins.float
@@ -278,6 +279,10 @@ class Sampling(google.protobuf.message.Message):
 
     @property
     def constraint(self) -> Global___Constraint: ...
+    @property
+    def beam(self) -> Global___Beam:
+        """unset: no beam search; its width is num_sequences"""
+
     def __init__(
         self,
         *,
@@ -307,11 +312,49 @@ class Sampling(google.protobuf.message.Message):
         logprob_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         logprobs_after_processing: builtins.bool = ...,
         constraint: Global___Constraint | None = ...,
+        beam: Global___Beam | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["constraint", b"constraint"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "constraint", b"constraint", "end_token_ids", b"end_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_after_processing", b"logprobs_after_processing", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram", b"no_repeat_ngram", "num_sequences", b"num_sequences", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "top_p_decay", b"top_p_decay", "top_p_floor", b"top_p_floor", "top_p_reset_token_ids", b"top_p_reset_token_ids", "typical_p", b"typical_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["beam", b"beam", "constraint", b"constraint"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "beam", b"beam", "constraint", b"constraint", "end_token_ids", b"end_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_after_processing", b"logprobs_after_processing", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram", b"no_repeat_ngram", "num_sequences", b"num_sequences", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "top_p_decay", b"top_p_decay", "top_p_floor", b"top_p_floor", "top_p_reset_token_ids", b"top_p_reset_token_ids", "typical_p", b"typical_p"]) -> None: ...
 
 Global___Sampling: typing_extensions.TypeAlias = Sampling
+
+@typing.final
+class Beam(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Early:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _EarlyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Beam._Early.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        HEURISTIC: Beam._Early.ValueType  # 0
+        FIRST: Beam._Early.ValueType  # 1
+        NEVER: Beam._Early.ValueType  # 2
+
+    class Early(_Early, metaclass=_EarlyEnumTypeWrapper): ...
+    HEURISTIC: Beam.Early.ValueType  # 0
+    FIRST: Beam.Early.ValueType  # 1
+    NEVER: Beam.Early.ValueType  # 2
+
+    NUM_ANSWERS_FIELD_NUMBER: builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: builtins.int
+    EARLY_FIELD_NUMBER: builtins.int
+    num_answers: builtins.int
+    """choices 0..num_answers-1 are told of, all at the end"""
+    length_penalty: builtins.float
+    early: Global___Beam.Early.ValueType
+    def __init__(
+        self,
+        *,
+        num_answers: builtins.int = ...,
+        length_penalty: builtins.float = ...,
+        early: Global___Beam.Early.ValueType = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["early", b"early", "length_penalty", b"length_penalty", "num_answers", b"num_answers"]) -> None: ...
+
+Global___Beam: typing_extensions.TypeAlias = Beam
 
 @typing.final
 class TokenSequence(google.protobuf.message.Message):
@@ -380,7 +423,7 @@ class Abort(google.protobuf.message.Message):
     CAUSE_FIELD_NUMBER: builtins.int
     handle: builtins.int
     index: builtins.int
-    """one choice, or -1 for the whole request"""
+    """one choice, or -1 for the whole request; of a beam search always the whole"""
     cause: builtins.str
     """disconnect, cancelled, deadline, stop_string, slow_reader, shutdown"""
     def __init__(

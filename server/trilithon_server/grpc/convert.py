@@ -25,7 +25,7 @@ META_RULES = tuple(rule for rule in RULES if rule.proto.startswith("meta."))
 _PLAIN_RULES = tuple(
     rule
     for rule in RULES
-    if rule.name not in ("constraint", "skip_special_tokens") and not rule.proto.startswith("prompt.")
+    if rule.name not in ("constraint", "skip_special_tokens") and not rule.proto.startswith(("prompt.", "beam."))
 )
 _EARLY = {
     common_pb2.Beam.EARLY_HEURISTIC: "heuristic",

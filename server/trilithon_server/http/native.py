@@ -175,10 +175,6 @@ async def megatron(service: Service, exchange: Exchange, call: Call) -> None:
 
 def megatron_values(body: schemas.MegatronRequest, found: Violations) -> dict[str, Any]:
     """Megatron-LM's parameters under our names; what this server does not do is refused by name."""
-    for name in ("beam_width", "length_penalty"):
-        if getattr(body, name) is not None:
-            message = f"`{name}` is not supported by this server. Given: {getattr(body, name)}. Remove it."
-            found.say(name, message, code="unsupported_parameter", rule="is not supported")
     if body.prevent_newline_after_colon:
         found.add(
             "prevent_newline_after_colon", "must be false on this server", given=True, code="unsupported_parameter"
@@ -199,6 +195,13 @@ def megatron_values(body: schemas.MegatronRequest, found: Violations) -> dict[st
         "echo": True,
         "add_bos": True if body.add_BOS else None,
     }
+    if body.beam_width:
+        if len(body.prompts) > 1:
+            found.add("prompts", "must be one with `beam_width`", given=len(body.prompts))
+        values |= {"beam_width": body.beam_width, "n": body.beam_width, "length_penalty": body.length_penalty}
+        values |= dict.fromkeys(("temperature", "top_k", "top_p", "seed"))
+    elif body.length_penalty is not None:
+        found.add("length_penalty", "needs `beam_width`", given=body.length_penalty)
     if body.top_p_decay:
         values |= {"top_p_decay": body.top_p_decay, "top_p_floor": body.top_p_bound}
     stops = (["\n\n"] if body.stop_on_double_eol else []) + (["\n"] if body.stop_on_eol else [])
@@ -213,8 +216,9 @@ def megatron_values(body: schemas.MegatronRequest, found: Violations) -> dict[st
 
 def _megatron_answer(generation: Generation, body: schemas.MegatronRequest) -> dict[str, Any]:
     texts, segments, logprobs = [], [], []
-    for part in generation.parts:
-        text, tokens, ids = part.choices[0].take()
+    answers = [(part, choice) for part in generation.parts for choice in part.choices]
+    for part, choice in answers:
+        text, tokens, ids = choice.take()
         texts.append(text)
         pieces = generation.model.texts
         segments.append([pieces.text_of(token) for token in (*part.prepared.ids, *ids)])
@@ -224,4 +228,7 @@ def _megatron_answer(generation: Generation, body: schemas.MegatronRequest) -> d
     answer: dict[str, Any] = {"text": texts, "segments": segments}
     if body.logprobs:
         answer["logprobs"] = logprobs
+    if body.beam_width:
+        penalty = 1.0 if body.length_penalty is None else body.length_penalty
+        answer["scores"] = [choice.cumulative_logprob / choice.generated**penalty for _, choice in answers]
     return answer

@@ -648,7 +648,7 @@ class Beam(google.protobuf.message.Message):
     LENGTH_PENALTY_FIELD_NUMBER: builtins.int
     EARLY_FIELD_NUMBER: builtins.int
     width: builtins.int
-    """Unset: 0. Range: 0 to 16. Zero: no beam search. A server without beam search refuses other values with UNIMPLEMENTED."""
+    """Unset: 0. Range: 0 to 16. Zero: no beam search."""
     length_penalty: builtins.float
     """score = sum of log-probabilities / length^penalty. Unset: 1. Range: -10 to 10. Zero: the plain sum."""
     early: Global___Beam.Early.ValueType
