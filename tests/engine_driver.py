@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.wire_pb2 import Abort, Sampling, SequenceDelta, Stats, StepResult, Submit, ToEngine
 
 
@@ -67,7 +68,7 @@ class Driver:
         message = Submit(handle=self._handle, prompt=prompt, **fields)
         if not message.HasField("pooling"):
             message.sampling.CopyFrom(chosen)
-        for index in range(chosen.num_sequences):
+        for index in range(answers_told(message)):
             self._open.add((self._handle, index))
             self.answers[self._handle, index] = Answer()
         self.engine.send(ToEngine(submit=message))

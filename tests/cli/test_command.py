@@ -81,6 +81,7 @@ def test_every_parser_ends_with_examples(verb: str) -> None:
             assert f"  {' '.join(parser.prog.split()[:2])}" in parser.epilog
 
 
+@pytest.mark.usefixtures("smollm2_dir")  # examples name it
 @pytest.mark.parametrize("example", _examples())
 def test_examples_run(
     example: str, server: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

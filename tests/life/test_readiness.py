@@ -64,7 +64,7 @@ def test_R3_a_long_prefill_is_not_called_dead(tmp_path: Path, sockets: Path) -> 
 
     Inverse seen: with OVERDUE judged by the time since the last beat (0.5 s) the rank is killed in the middle.
     """
-    wide = tiny_llama(tmp_path / "wide", layers=4, hidden=256, heads=8, groups=8, ffn=1024, context=4096)
+    wide = tiny_llama(tmp_path / "wide", layers=16, hidden=256, heads=8, groups=8, ffn=1024, context=4096)
     flags = ("--max-batch-tokens", "3072", *FLAGS, "--set", "engines.0.kv_cache_bytes=64MiB")
     with serving(wide, *flags, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
         took: list[float] = []
@@ -110,7 +110,7 @@ def test_R4_a_full_queue_is_refused_with_a_time_to_retry(tiny_dir: Path, sockets
     """
     flags = ("--set", "engines.0.max_batch_sequences=1", "--set", "limits.max_queue_requests=1", *FLAGS)
     with serving(tiny_dir, *flags, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
-        with Load(server, max_tokens=400, plain=0, running=1) as load:
+        with Load(server, max_tokens=7000, plain=0, running=1) as load:
             refused: list[Overloaded] = []
             for url in (server.url, server.grpc_target):
                 began = time.monotonic()
@@ -120,7 +120,7 @@ def test_R4_a_full_queue_is_refused_with_a_time_to_retry(tiny_dir: Path, sockets
                 refused.append(caught.value)
             answer = httpx.post(f"{server.url}/v1/completions", json={"model": server.model, "prompt": "a"})
             status, details = _grpc_refusal(server)
-            load.wait(seconds=60)
+            load.wait(seconds=120)
         with Client(server.url, max_retries=0, timeout=60) as client:
             client.generate("a", max_tokens=1)
 
