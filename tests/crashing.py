@@ -48,6 +48,8 @@ def raw_request(rng: random.Random, port: int) -> bytes:
     else:
         body["prompt"] = [text, "b"] if rng.random() < 0.3 else text
     if rng.random() < 0.2:
+        body["beam_width"] = rng.choice([3, 5])
+    if rng.random() < 0.2:
         body["constraint"] = {"regex": "[a-z ]+"}
     raw = json.dumps(body).encode()
     path = "/v1/chat/completions" if chat else "/v1/completions"

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trilithon.api.v1 import generation_pb2
+from trilithon.api.v1 import common_pb2, generation_pb2
 from trilithon.errors import InvalidArgument
 from trilithon_server.grpc.convert import generate_values
 from trilithon_server.sampling import SamplingParams, to_wire, validate
@@ -22,6 +22,7 @@ EXAMPLES: dict[str, Any] = {
     # name -> a value that is accepted and is not the default; float32 holds the numbers exactly
     "temperature": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.25, "typical_p": 0.5, "top_p_decay": 0.5,
     "top_p_floor": 0.25, "top_p_reset_token_ids": [3, 4], "seed": 2**63 - 1, "n": 2, "best_of": 3,
+    "beam_width": 4, "length_penalty": 0.5, "early_stopping": "first",
     "presence_penalty": -1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.25, "no_repeat_ngram": 3,
     "logit_bias": {5: -100.0, 6: 1.5}, "allowed_token_ids": [1, 2, 3], "bad_words": ["x"], "max_tokens": 9,
     "min_tokens": 2, "stop": ["a", "b"], "stop_token_ids": [8], "include_stop_str_in_output": True,
@@ -64,9 +65,12 @@ def test_E3_http_and_grpc_fields_mean_the_same(rule: Any) -> None:
         request.constraint.regex = "a+"
     elif rule.name == "skip_special_tokens":
         request.output.keep_special_tokens = True
+    elif rule.name == "early_stopping":
+        request.beam.early = common_pb2.Beam.EARLY_FIRST
     else:
         put(request, rule.proto, value)
     together = {"top_p_decay": {"top_p": 0.75}, "logprob_token_ids": {"logprobs": 1}, "best_of": {"n": 2}}
+    together |= {key: {"beam_width": 2} for key in ("length_penalty", "early_stopping")}
     extra = together.get(rule.name, {})
 
     from_http = validate({rule.name: value, **extra}, BOUNDS)
@@ -120,9 +124,17 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", "`prompt_logprobs`"),
     ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "`max_tokens` (3)"),
     ({"max_tokens": 2048}, "max_tokens", "2047"),
-    ({"beam_width": 4}, "beam_width", "`beam_width` is not supported by this server. Given: 4. Remove it."),
-    ({"length_penalty": 1.0}, "length_penalty", "not supported"),
-    ({"early_stopping": "first"}, "early_stopping", "not supported"),
+    ({"beam_width": 17}, "beam_width", "must be 0 (off) or from 1 to 16. Given: 17."),
+    ({"beam_width": 2, "n": 3}, "n", "must be at most `beam_width` (2). Given: 3."),
+    ({"beam_width": 2, "temperature": 0.5}, "temperature", "must be unset with `beam_width`. Given: 0.5."),
+    ({"beam_width": 2, "temperature": 0}, "temperature", "must be unset with `beam_width`"),
+    ({"beam_width": 2, "seed": 1}, "seed", "must be unset with `beam_width`"),
+    ({"beam_width": 2, "best_of": 2}, "best_of", "must be unset with `beam_width`"),
+    ({"beam_width": 2, "max_tokens": 0, "prompt_logprobs": 0}, "beam_width", "needs `max_tokens` of at least 1"),
+    ({"length_penalty": 1.0}, "length_penalty", "needs `beam_width`"),
+    ({"length_penalty": 11, "beam_width": 2}, "length_penalty", "from -10 to 10"),
+    ({"early_stopping": "first"}, "early_stopping", "needs `beam_width`"),
+    ({"early_stopping": "soon", "beam_width": 2}, "early_stopping", "one of heuristic, first, never"),
     ({"speculation": True}, "speculation", "not supported"),
     ({"priority": 11}, "priority", "from -10 to 10 for this key"),
 ]
@@ -163,7 +175,7 @@ def test_S7_values_are_cut_and_escaped() -> None:
 
 
 def test_unset_and_zero() -> None:
-    """Null is unset; zero means what the table says, and switching a missing feature off is no error."""
+    """Null is unset; zero means what the table says, and switching a feature off is no error."""
     params = validate({"temperature": None, "top_k": -1, "logprobs": 0, "seed": "12", "beam_width": 0}, BOUNDS)
 
     assert (params.temperature, params.top_k, params.logprobs, params.seed) == (1.0, 0, 0, 12)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from front_server import ACME, ADMIN, MODEL, Front, bearer
 
+from trilithon.api.v1 import common_pb2, generation_pb2, generation_pb2_grpc
 from trilithon.errors import Unavailable
 from trilithon_server.config import LimitsConfig
 from trilithon_server.http import events as events_module
@@ -213,7 +214,10 @@ def test_megatrons_route(front: Front) -> None:
     body = {"prompts": ["Hello", "Once"], "tokens_to_generate": 4, "top_k": 1, "logprobs": True}
 
     answer = front.http.put("/api", json=body, headers=bearer(ACME)).json()
-    bad = front.http.put("/api", json={**body, "top_p": 0.5, "beam_width": 2}, headers=bearer(ACME))
+    bad = front.http.put("/api", json={**body, "top_p": 0.5, "length_penalty": 2}, headers=bearer(ACME))
+    beams = {"prompts": ["Hello"], "tokens_to_generate": 4, "beam_width": 3, "length_penalty": 0.5}
+    searched = front.http.put("/api", json=beams, headers=bearer(ACME)).json()
+    two = front.http.put("/api", json={**beams, "prompts": ["a", "b"]}, headers=bearer(ACME))
 
     assert [text.startswith(prompt) for text, prompt in zip(answer["text"], body["prompts"], strict=True)] == [
         True,
@@ -221,7 +225,42 @@ def test_megatrons_route(front: Front) -> None:
     ]
     assert [len(p) - 1 for p in answer["segments"]] == [len(values) for values in answer["logprobs"]]
     assert bad.status_code == 400
-    assert [item["field"] for item in bad.json()["error"]["details"]] == ["beam_width", "top_p"]
+    assert [item["field"] for item in bad.json()["error"]["details"]] == ["top_p", "length_penalty"]
+    assert len(searched["text"]) == len(searched["segments"]) == 3
+    assert searched["scores"] == sorted(searched["scores"], reverse=True)
+    assert two.json()["error"]["param"] == "prompts"
+
+
+def test_E3_a_search_is_told_at_its_end_and_alike(front: Front) -> None:
+    """
+    Beams: HTTP, streamed and not, and gRPC give the same answers, best first; a stream brings no text before the end.
+
+    Inverse: telling of every sequence instead of the best `n` breaks the count of answers.
+    """
+    ask = {"prompt": "Once upon", "max_tokens": 12, "beam_width": 5, "n": 3, "length_penalty": 0.7}
+    whole = front.generate(**ask)
+    with front.http.stream(
+        "POST", "/v1/completions", json={"model": MODEL, **ask, "stream": True}, headers=bearer(ACME)
+    ) as response:
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    stub = generation_pb2_grpc.GenerationServiceStub(front.channel)
+    request = generation_pb2.GenerateRequest(
+        meta=common_pb2.RequestMeta(model=MODEL), prompt=common_pb2.Prompt(text=ask["prompt"])
+    )
+    request.stopping.max_tokens, request.sampling.n = 12, 3
+    request.beam.width, request.beam.length_penalty = 5, 0.7
+    rpc = stub.Generate(request, metadata=(("authorization", f"Bearer {ACME}"),))
+
+    texts = [choice["text"] for choice in whole["choices"]]
+    streamed = {0: "", 1: "", 2: ""}
+    for event in events[:-1]:
+        for choice in json.loads(event)["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert events[-1] == "[DONE]"
+    assert list(streamed.values()) == texts == [choice.text for choice in rpc.choices]
+    assert len(set(texts)) == 3
+    worth = [c["cumulative_logprob"] / c["generated_tokens"] ** 0.7 for c in whole["choices"]]
+    assert worth == sorted(worth, reverse=True)
 
 
 def test_spans_tell_times_and_no_content() -> None:
