@@ -180,7 +180,7 @@ def cross_check(params: SamplingParams, found: Violations, *, stream: bool) -> N
         message = f"`{name}` must be 1 when `temperature` is 0 (all answers would be equal). Given: {p.num_sequences}."
         found.say(name, message, code="greedy_n", rule="must be 1 when `temperature` is 0", given=str(p.num_sequences))
     if p.temperature == 0 and p.typical_p != 1:
-        found.add("typical_p", "must be 1 when `temperature` is 0", given=p.typical_p, code="greedy_typical")
+        found.add("typical_p", "must be 1 when `temperature` is 0", given=_short(p.typical_p), code="greedy_typical")
     if stream and p.best_of is not None and p.best_of > p.n:
         message = f"`best_of` must equal `n` when streaming. Given: `n` {p.n}, `best_of` {p.best_of}."
         found.say("best_of", message, code="best_of_stream", rule="must equal `n` when streaming", given=str(p.best_of))
@@ -188,13 +188,18 @@ def cross_check(params: SamplingParams, found: Violations, *, stream: bool) -> N
         message = "`top_p_decay` needs `top_p` below 1. Given: 1."
         found.say("top_p_decay", message, code="decay_needs_top_p", rule="needs `top_p` below 1", given="1")
     if p.top_p_floor > p.top_p:
-        found.add("top_p_floor", f"must be from 0 to `top_p` ({p.top_p:g})", given=p.top_p_floor)
+        found.add("top_p_floor", f"must be from 0 to `top_p` ({p.top_p:g})", given=_short(p.top_p_floor))
     if p.max_tokens == 0 and p.prompt_logprobs is None:
         found.add("max_tokens", "must be at least 1; 0 only together with `prompt_logprobs`", given=0)
     if p.max_tokens is not None and p.min_tokens > p.max_tokens:
         found.add("min_tokens", f"must be from 0 to `max_tokens` ({p.max_tokens})", given=p.min_tokens)
     if p.logprob_token_ids and p.logprobs is None and p.prompt_logprobs is None:
         found.add("logprob_token_ids", "needs `logprobs` or `prompt_logprobs`", given=list(p.logprob_token_ids))
+
+
+def _short(value: Any) -> Any:
+    """A number as it was written: the table keeps floats at the precision of the wire, which has longer digits."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _check_beam(p: SamplingParams, found: Violations) -> None:
@@ -204,7 +209,7 @@ def _check_beam(p: SamplingParams, found: Violations) -> None:
     given = [name for name in names if getattr(p, name) != getattr(off, name)]
     for name in given:
         rule = "must be unset with `beam_width`"
-        found.add(name, rule, given=getattr(p, name), code="beam_sampling")
+        found.add(name, rule, given=_short(getattr(p, name)), code="beam_sampling")
     if p.n > p.beam_width:
         found.add("n", f"must be at most `beam_width` ({p.beam_width})", given=p.n, code="beam_n")
     if p.max_tokens == 0:

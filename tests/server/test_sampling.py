@@ -126,7 +126,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 2048}, "max_tokens", "2047"),
     ({"beam_width": 17}, "beam_width", "must be 0 (off) or from 1 to 16. Given: 17."),
     ({"beam_width": 2, "n": 3}, "n", "must be at most `beam_width` (2). Given: 3."),
-    ({"beam_width": 2, "temperature": 0.5}, "temperature", "must be unset with `beam_width`. Given: 0.5."),
+    ({"beam_width": 2, "temperature": 0.7}, "temperature", "must be unset with `beam_width`. Given: 0.7."),
     ({"beam_width": 2, "temperature": 0}, "temperature", "must be unset with `beam_width`"),
     ({"beam_width": 2, "seed": 1}, "seed", "must be unset with `beam_width`"),
     ({"beam_width": 2, "best_of": 2}, "best_of", "must be unset with `beam_width`"),

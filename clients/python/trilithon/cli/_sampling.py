@@ -23,6 +23,8 @@ _NUMBERS: Mapping[str, tuple[type[int] | type[float], str]] = {
     "seed": (int, "repeat an answer [drawn by the server]"),
     "n": (int, "how many answers [1]"),
     "best_of": (int, "draw so many, return the best [n]"),
+    "beam_width": (int, "search with so many beams instead of drawing; 0 is off"),
+    "length_penalty": (float, "with beams: an answer is worth its log-probability / length^this [1]"),
     "presence_penalty": (float, "-2 to 2 [0]"),
     "frequency_penalty": (float, "-2 to 2 [0]"),
     "repetition_penalty": (float, "above 0 to 10 [1]"),
