@@ -26,11 +26,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return tiny_llama(tmp_path / "source" / "Tiny Llama", layers=1)
-
-
 def left_in(home: Path) -> list[str]:
     """Everything in the store that is neither a model nor a lock."""
     return [path.name for path in (home / "models").iterdir() if path.name.startswith(".tmp")]
