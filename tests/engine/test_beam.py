@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from engine_driver import Answer, Driver
+from engine_driver import Answer, Driver, make_sampling
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trilithon_server.engine.beam import BeamSearch, End
+from trilithon_server.engine.constraints import ConstraintCompiler
+from trilithon_server.engine.core import EngineCore
+from trilithon_server.engine.intake import Facts
 from trilithon_server.engine.logprobs import TokenInfo
-from trilithon_server.engine.wire_pb2 import Beam, Constraint, Finish
+from trilithon_server.engine.plan import Kind, StepOutput
+from trilithon_server.engine.sampler import Drawn
+from trilithon_server.engine.scheduler import Limits
+from trilithon_server.engine.wire_pb2 import Beam, Constraint, Finish, Submit
 
 Start = Callable[..., Driver]
 
@@ -282,3 +288,27 @@ def test_a_search_ends_with_its_last_way(start: Start) -> None:
 
     assert moves == []
     assert [one.path.info.id for one in found.answers() if one.path is not None] == [0, 1]
+
+
+def test_a_sign_of_life_tells_of_beams_before_it_tells_of_ends() -> None:
+    """
+    A search that went on and was dropped before the next plan: the sampler hears of both, in one message.
+
+    Inverse seen: signs of life that carry the ends alone leave the next plan with a fork of a forgotten answer.
+    """
+    facts = Facts(model_digest="m", vocab_size=400, max_context=64, is_encoder=False, num_blocks=20)
+    limits = Limits(max_batch_tokens=64, max_batch_sequences=8)
+    core = EngineCore(facts, limits, compiler=ConstraintCompiler(lambda: None), check_blocks=True)  # type: ignore[arg-type, return-value]  # no constraint here
+    core.submit(0, Submit(handle=1, prompt=PROMPT, sampling=make_sampling(**beams(2))), 0.0)
+    plan = core.plan(0.0)
+    assert plan is not None
+    row = tuple((-0.1 * token, TokenInfo(token, -0.1 * token, token + 1)) for token in range(4))
+    core.land(StepOutput(plan.number, drawn=[Drawn(0, candidates=row)]), 0.1)
+    core.abort(0, 1, -1, "cancelled", 0.2)
+
+    told_of = core.signal(Kind.TICK)
+    later = core.signal(Kind.TICK)
+
+    assert {fork.sequence_id for fork in told_of.forks} == set(told_of.forgotten) == {0, 1}
+    assert (later.forks, later.forgotten) == ([], [])
+    core.verify_idle()

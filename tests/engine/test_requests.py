@@ -15,7 +15,7 @@ from tiny import tiny_gpt2
 
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.tokenizer import load_tokenizer
-from trilithon_server.engine.wire_pb2 import Constraint, Control, Finish, Pooling, ToEngine
+from trilithon_server.engine.wire_pb2 import Beam, Constraint, Control, Finish, Pooling, ToEngine
 
 PROMPT = [(5 * i * i + i + 7) % 370 + 5 for i in range(40)]
 Start = Callable[..., Driver]
@@ -180,6 +180,10 @@ def test_S8_the_prefix_cache_is_partitioned_by_salt(start: Start) -> None:
         ({"sampling": {"top_p": 0.0}}, "invalid_value"),
         ({"sampling": {"temperature": float("nan")}}, "invalid_value"),
         ({"sampling": {"logit_bias": {9999: 1.0}}}, "token_id_range"),
+        ({"sampling": {"num_sequences": 2, "beam": Beam(num_answers=3)}}, "invalid_value"),
+        ({"sampling": {"num_sequences": 2, "beam": Beam()}}, "invalid_value"),
+        ({"sampling": {"num_sequences": 2, "beam": Beam(num_answers=1, early=9)}}, "invalid_value"),  # type: ignore[arg-type]  # the fault under test
+        ({"sampling": {"num_sequences": 2, "beam": Beam(num_answers=1, length_penalty=float("nan"))}}, "invalid_value"),
         ({"pooling": Pooling()}, "unsupported_task"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -221,7 +221,8 @@ class EngineCore:
 
     def signal(self, kind: Kind) -> StepPlan:
         """A plan without work: a sign of life, or the end."""
-        plan = StepPlan(self._next_plan, kind, forgotten=self._take_forgotten(), deadline_s=self.pace.deadline_s(0))
+        plan = StepPlan(self._next_plan, kind, deadline_s=self.pace.deadline_s(0))
+        self._tell_sampler(plan)
         self._next_plan += 1
         return plan
 
@@ -248,12 +249,12 @@ class EngineCore:
             if self.facts.is_encoder:
                 plan.types += list(request.submit.types) or [0] * item.length
                 plan.pools.append(request.submit.pooling)
-        plan.forks, self._forks = self._forks, []
-        plan.forgotten = self._take_forgotten()
+        self._tell_sampler(plan)
 
-    def _take_forgotten(self) -> list[int]:
-        forgotten, self._forgotten = self._forgotten, []
-        return forgotten
+    def _tell_sampler(self, plan: StepPlan) -> None:
+        """Where beams went, and who has ended: together, since a beam that went on may have ended since."""
+        plan.forks, self._forks = self._forks, []
+        plan.forgotten, self._forgotten = self._forgotten, []
 
     # Outputs --------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,11 @@ The engine's own check of a request: the front has validated it, but a bad messa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trilithon_server.engine.request import Request, Sequence
-from trilithon_server.engine.wire_pb2 import Submit
+from trilithon_server.engine.wire_pb2 import Beam, Sampling, Submit
 
 MAX_SEQUENCES = 64
 
@@ -74,6 +75,8 @@ def _check_generation(submit: Submit, facts: Facts) -> None:
     if not sampling.temperature >= 0 or not sampling.repetition_penalty > 0 or not all(0 < x <= 1 for x in shares):
         message = "temperature, repetition_penalty, top_p, typical_p or top_p_decay is outside of its range."
         raise Refusal("invalid_value", message)
+    if sampling.HasField("beam"):
+        _check_beam(sampling)
     named = [
         *sampling.logit_bias,
         *sampling.allowed_token_ids,
@@ -95,3 +98,12 @@ def _check_generation(submit: Submit, facts: Facts) -> None:
             f"one request may hold at most {facts.num_blocks * facts.block_size} cache tokens on this server. "
             f"Given: {needed * facts.block_size}.",
         )
+
+
+def _check_beam(sampling: Sampling) -> None:
+    beam = sampling.beam
+    if not 1 <= beam.num_answers <= sampling.num_sequences:
+        message = f"answers must be 1 to the number of beams, {sampling.num_sequences}. Given: {beam.num_answers}."
+        raise Refusal("invalid_value", message)
+    if not math.isfinite(beam.length_penalty) or beam.early not in Beam.Early.values() or not sampling.max_tokens:
+        raise Refusal("invalid_value", "length_penalty, early or max_tokens is outside of its range for a beam search.")

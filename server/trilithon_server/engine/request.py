@@ -109,7 +109,7 @@ class Request:
 def answers_told(submit: Submit) -> int:
     """How many answers the front hears of: every sequence, or the best of a beam search."""
     sampling = submit.sampling
-    return sampling.beam.num_answers if sampling.HasField("beam") else max(1, sampling.num_sequences)
+    return max(1, sampling.beam.num_answers if sampling.HasField("beam") else sampling.num_sequences)
 
 
 def blocks_held(prompt_len: int, answer_len: int, *, num_sequences: int, block_size: int) -> int:
