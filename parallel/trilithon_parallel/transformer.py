@@ -113,13 +113,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
         super().__init__()
         ffn = local_sizes(config, grid.tp.size).ffn
-        self.tp, self.backend, self.kind, self.dtype, self.device = (
-            grid.tp,
-            backend,
-            config.activation,
-            dtype,
-            grid.device,
-        )
+        self.tp, self.backend = grid.tp, backend
+        self.kind, self.dtype, self.device = config.activation, dtype, grid.device
         self.activate = activation(self.kind, invariant=backend.batch_invariant)
         self.gate_up: Callable[[Tensor, Tensor], Tensor] | None = None
         self.gate_proj = (
