@@ -85,7 +85,7 @@ class Front:
         tasks: list[asyncio.Task[None]] = []
         listeners: list[HttpListener] = []
         try:
-            listeners.append(await serve_http(app, config=self.config))
+            listeners.append(await serve_http(app, config=self.config, on_rejected=metrics.rejected))
             scrapes = await serve_metrics(metrics.render, content_type=CONTENT_TYPE, config=self.config)
             listeners += [scrapes] if scrapes is not None else []
             tasks = [_task(self._read_control(control_fd)), _task(self._report_alive()), _task(service.start())]

@@ -66,9 +66,11 @@ class HttpListener:
             listener.close()
 
 
-async def serve_http(app: Asgi, *, config: ServeConfig) -> HttpListener:
+async def serve_http(app: Asgi, *, config: ServeConfig, on_rejected: Callable[[str], None]) -> HttpListener:
     """
     Serve `app` on `server.host:http_port`, and on the Unix socket `server.uds` if there is one.
+
+    `on_rejected` is told the reason of each request that is refused here.
 
     Raises:
         ListenError: an address is taken or not ours.
@@ -77,7 +79,7 @@ async def serve_http(app: Asgi, *, config: ServeConfig) -> HttpListener:
     sockets = [bind_tcp(server.host, server.http_port, field="http_port")]
     if server.uds is not None:
         sockets.append(bind_unix(Path(server.uds)))
-    return await _serve(app, sockets, config)
+    return await _serve(app, sockets, config, on_rejected=on_rejected)
 
 
 async def serve_metrics(render: Callable[[], bytes], *, content_type: str, config: ServeConfig) -> HttpListener | None:
@@ -103,9 +105,11 @@ async def serve_metrics(render: Callable[[], bytes], *, content_type: str, confi
     return await _serve(app, [bind_tcp(server.host, server.metrics_port, field="metrics_port")], config)
 
 
-async def _serve(app: Asgi, sockets: list[socket.socket], config: ServeConfig) -> HttpListener:
+async def _serve(
+    app: Asgi, sockets: list[socket.socket], config: ServeConfig, *, on_rejected: Callable[[str], None] | None = None
+) -> HttpListener:
     server = config.server
-    bounded = _Bounded(app, max_connections=config.limits.max_connections)
+    bounded = _Bounded(app, max_connections=config.limits.max_connections, on_rejected=on_rejected)
     runner = bounded.server = _Server(_uvicorn_config(bounded, server, config.limits))
     listener = HttpListener(runner, sockets)
     await listener.started()
@@ -165,8 +169,8 @@ class _Server(uvicorn.Server):
 class _Bounded:
     """Refuses what comes over too many connections, with the body of every error: uvicorn's own limit has none."""
 
-    def __init__(self, app: Asgi, *, max_connections: int) -> None:
-        self._app, self._max = app, max_connections
+    def __init__(self, app: Asgi, *, max_connections: int, on_rejected: Callable[[str], None] | None) -> None:
+        self._app, self._max, self._on_rejected = app, max_connections, on_rejected
         self.server: _Server | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -175,6 +179,8 @@ class _Bounded:
             return
         message = f"the server takes at most {self._max} connections at once. Try again later."
         error = Overloaded(message, code="too_many_connections", request_id=request_id(None), retry_after_s=1.0)
+        if self._on_rejected is not None:
+            self._on_rejected(error.code)
         status, headers, body = http_error(error)
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(b"x-request-id", (error.request_id or "").encode()), (b"connection", b"close")]

@@ -191,7 +191,7 @@ def test_both_protocols_listen_on_an_ipv6_address(tiny_dir: Path, sockets: Path)
 
 
 def test_S5_R4_connections_beyond_the_limit_get_the_body_of_every_error(tiny_dir: Path, sockets: Path) -> None:
-    """The third of two allowed connections: 429 in JSON, advice to try again, and the connection is closed."""
+    """The third of two allowed connections: 429 in JSON, counted, advice to try again, and the connection is closed."""
     with (
         serving(tiny_dir, *FLAGS, "--set", "limits.max_connections=2") as server,
         contextlib.ExitStack() as stack,
@@ -201,8 +201,10 @@ def test_S5_R4_connections_beyond_the_limit_get_the_body_of_every_error(tiny_dir
         refused = third.get("/livez")
         second.close()
         wait_until(lambda: httpx.get(f"{server.url}/livez").status_code == 200, seconds=5)
+        metrics = first.get("/metrics").text
 
     assert held == [200, 200]
+    assert 'trilithon_rejected_total{reason="too_many_connections"}' in metrics
     assert refused.status_code == 429
     assert refused.json()["error"]["code"] == "too_many_connections"
     assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")

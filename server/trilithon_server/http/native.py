@@ -230,5 +230,5 @@ def _megatron_answer(generation: Generation, body: schemas.MegatronRequest) -> d
         answer["logprobs"] = logprobs
     if body.beam_width:
         penalty = 1.0 if body.length_penalty is None else body.length_penalty
-        answer["scores"] = [choice.cumulative_logprob / choice.generated**penalty for _, choice in answers]
+        answer["scores"] = [choice.cumulative_logprob / max(1, choice.generated) ** penalty for _, choice in answers]
     return answer
