@@ -17,6 +17,7 @@ from tiny import tiny_bert, tiny_llama
 ACME, OTHER, ADMIN = "sk-acme-0123456789", "sk-other-0123456789", "sk-admin-0123456789"
 KEYS = f"{ACME} tenant=acme\n{OTHER} tenant=other priority=0\n{ADMIN} tenant=ops scopes=user+admin\n"
 MODEL, ENCODER = "tiny", "tiny-encoder"
+CONTEXT = 16384  # a request that fills it takes seconds on the fastest machine, whatever time limit a test sets
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -63,12 +64,12 @@ def write_keys(folder: Path) -> Path:
 @contextlib.contextmanager
 def fronted(folder: Path, *flags: str) -> Iterator[Front]:
     """Serve the tiny models of `folder` with keys."""
-    decoder = tiny_llama(folder / MODEL, context=2048)  # long enough for any time limit of these tests
+    decoder = tiny_llama(folder / MODEL, context=CONTEXT)
     encoder = tiny_bert(folder / ENCODER)
     second = ["--set", "engines.1.name=encoder", "--set", f"engines.1.model={encoder}"]
     second += ["--set", "engines.1.num_threads=1", "--set", "engines.1.memory_fraction=0.1"]
     keys = write_keys(folder)
-    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "4MiB", *second, *flags)
+    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "32MiB", *second, *flags)
     with (
         tempfile.TemporaryDirectory(prefix="tri-") as run_dir,  # a socket's path must be short
         serving(decoder, "--run-dir", run_dir, *flags) as server,

@@ -26,6 +26,12 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose window takes seconds to fill on the fastest machine: for requests that run out of time."""
+    return tiny_llama(tmp_path_factory.mktemp("long"), context=16384)
+
+
+@pytest.fixture(scope="session")
 def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT of random weights."""
     return tiny_bert(tmp_path_factory.mktemp("bert"))

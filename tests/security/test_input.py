@@ -10,7 +10,7 @@ import grpc
 import hypothesis
 import pytest
 import schemathesis
-from front_server import ACME, ADMIN, ENCODER, MODEL, Front, bearer
+from front_server import ACME, ADMIN, CONTEXT, ENCODER, MODEL, Front, bearer
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from hypothesis import HealthCheck, given, settings
@@ -268,8 +268,8 @@ RAW: list[tuple[str, bytes, int, str]] = [
     ("token out of range", b'{"prompt": [1, 99999999]}', 400, "token_id_range"),
     ("negative token", b'{"prompt": [-1]}', 400, "invalid_value"),
     ("absurd n", b'{"prompt": "a", "n": 1000000}', 400, "invalid_value"),
-    ("over-long", b'{"prompt": "' + b"word " * 5000 + b'"}', 400, "prompt_too_long"),
-    ("too many tokens", b'{"prompt": "a b c d", "max_tokens": 2047}', 400, "context_length_exceeded"),
+    ("over-long", b'{"prompt": "' + b"word " * 20_000 + b'"}', 400, "prompt_too_long"),
+    ("too many tokens", b'{"prompt": "a b c d", "max_tokens": %d}' % (CONTEXT - 1), 400, "context_length_exceeded"),
     ("unsupported", b'{"prompt": "a", "suffix": "b"}', 400, "unsupported_parameter"),
     ("bad regex", b'{"prompt": "a", "constraint": {"regex": "a)"}}', 400, "invalid_constraint"),
     ("bad schema", b'{"prompt": "a", "constraint": {"json_schema": {"type": "nonsense"}}}', 400, "invalid_constraint"),
