@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ranks import LIMIT_S, run_ranks
 from tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
-LIMIT_S = 240
 
 
 def _script() -> ModuleType:
@@ -43,48 +40,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(models: Path) -> Iterator[Callable[[int], list[dict[str, str]]]]:
+def outcomes(models: Path) -> Callable[[int], list[dict[str, str]]]:
     """A function from a number of ranks to what each rank reports of each case."""
-    known: dict[int, list[dict[str, str]]] = {}
-    processes: list[subprocess.Popen[bytes]] = []
 
+    @functools.cache
     def run(world_size: int) -> list[dict[str, str]]:
-        if world_size in known:
-            return known[world_size]
         work_dir = models.parent / f"world{world_size}"
         work_dir.mkdir()
         (work_dir / "models").symlink_to(models)
-        port = _free_port()
-        for rank in range(world_size):
-            env = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [sys.executable, "-W", "error::FutureWarning", str(SCRIPT), str(work_dir)]
-            processes.append(subprocess.Popen(command, env=env))
-        for process in processes[-world_size:]:
-            process.wait(LIMIT_S)
-        known[world_size] = [json.loads(path.read_text()) for path in sorted(work_dir.glob("rank*.json"))]
-        return known[world_size]
+        return run_ranks(SCRIPT, world_size, work_dir)
 
-    yield run
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait(10)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return run
 
 
 BARS = {"text": "E1", "encoding": "E1", "invariant": "E2", "sockets": "S2"}
