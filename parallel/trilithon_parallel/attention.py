@@ -23,7 +23,7 @@ from trilithon_parallel.backend.native_attention import NativeStep
 from trilithon_parallel.backend.torch_ops import has_native_bf16
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.placement import local_sizes, stage_layers
+from trilithon_parallel.placement import local_sizes
 
 BLOCK_SIZE = 16
 # Decode rows share one padded gather while padding stays below the larger of their own length and this many positions.
@@ -97,7 +97,7 @@ class PagedKVCache:
         self.is_native = fits and not unavailable_reason() if native is None else native
         assert not self.is_native or fits
         self.heads = sizes.heads
-        num_layers = len(stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank])
+        num_layers = len(grid.layers(config.num_layers))
         self.num_blocks, self.groups, self.head_dim = num_blocks, sizes.groups, config.head_dim
         self.kv_LKGNSC = torch.zeros(
             num_layers, 2, sizes.groups, num_blocks, BLOCK_SIZE, config.head_dim, dtype=dtype, device=grid.device
@@ -111,7 +111,7 @@ class PagedKVCache:
     @staticmethod
     def bytes_per_block(config: ModelConfig, grid: Grid, dtype: torch.dtype) -> int:
         """Memory of one block on this rank, all its layers, keys and values together."""
-        num_layers = len(stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank])
+        num_layers = len(grid.layers(config.num_layers))
         per_layer = 2 * local_sizes(config, grid.tp.size).groups * BLOCK_SIZE * config.head_dim
         return num_layers * per_layer * dtype.itemsize
 

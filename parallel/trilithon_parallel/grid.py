@@ -7,10 +7,12 @@ stays inside a host, the quietest crosses hosts).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+
+from trilithon_parallel.placement import stage_layers
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,20 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank stands. `world` is an axis too: all ranks in order, for plans and status."""
+    """
+    Where this rank stands. `world` is an axis too: all ranks in order, for plans and status.
+
+    `layer_counts`: layers of every pipeline stage, None for as even as possible. `sequence_parallel`: between the
+    tensor-parallel products each tp rank holds its share of the tokens (arXiv 2205.05198, section 4.2.2).
+    """
 
     tp: Axis
     pp: Axis
     dp: Axis
     world: Axis
     device: torch.device
+    layer_counts: tuple[int, ...] | None = None
+    sequence_parallel: bool = False
 
     @property
     def rank(self) -> int:
@@ -75,6 +84,22 @@ class Grid:
     def last_stage_rank(self) -> int:
         """Global rank of tp 0 on the last stage of this replica, where sampling happens."""
         return rank_of(0, self.dp.rank, self.pp.size - 1, tp=self.tp.size, dp=self.dp.size)
+
+    def layers(self, num_layers: int) -> range:
+        """The layers of this stage, by global id."""
+        return stage_layers(num_layers, self.pp.size, self.layer_counts)[self.pp.rank]
+
+    def chunk(self, index: int, virtual: int) -> Grid:
+        """
+        The grid as the model chunk `index` of `virtual` on this rank sees it: one of pp * virtual stages.
+
+        Stage k is chunk k // pp of rank k % pp (arXiv 2104.04473, section 2.2). With one chunk a rank, the grid itself.
+        """
+        if virtual == 1:
+            return self
+        stages = tuple(self.pp.ranks[k % self.pp.size] for k in range(self.pp.size * virtual))
+        place = Axis("pp", index * self.pp.size + self.pp.rank, len(stages), stages, self.pp.group)
+        return replace(self, pp=place)
 
     @classmethod
     def single(cls, device: str | torch.device = "cpu") -> Grid:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -172,15 +172,21 @@ def sum_terms(cut: Cut, config: ModelConfig, *, tp: int, tp_rank: int) -> list[i
     return [stop - first for first, stop in pairwise([start, *inner, start + local])]
 
 
-def stage_layers(num_layers: int, pp: int) -> list[range]:
+def stage_layers(num_layers: int, pp: int, counts: Sequence[int] | None = None) -> list[range]:
     """
-    Layers of each pipeline stage: as even as possible, the longer stages first (the last stage has the head to run).
+    Layers of each of `pp` pipeline stages: `counts` says how many each has.
+
+    None: as even as possible, the longer stages first (the last stage has the head to run).
 
     >>> stage_layers(5, 2)
     [range(0, 3), range(3, 5)]
+    >>> stage_layers(5, 2, counts=(2, 3))
+    [range(0, 2), range(2, 5)]
     """
     base, extra = divmod(num_layers, pp)
-    starts = [stage * base + min(stage, extra) for stage in range(pp + 1)]
+    counts = [base + (stage < extra) for stage in range(pp)] if counts is None else counts
+    assert len(counts) == pp and sum(counts) == num_layers
+    starts = [sum(counts[:stage]) for stage in range(pp + 1)]
     return [range(starts[stage], starts[stage + 1]) for stage in range(pp)]
 
 
@@ -226,14 +232,14 @@ def source_name(name: str, config: ModelConfig) -> str:
     return tied_to if tied_to is not None and config.tied_embeddings else name
 
 
-def stage_names(config: ModelConfig, *, pp: int, pp_rank: int) -> list[str]:
+def stage_names(config: ModelConfig, *, pp: int, pp_rank: int, counts: Sequence[int] | None = None) -> list[str]:
     """
-    Canonical names of the parameters that one stage holds, in a fixed order.
+    Canonical names of the parameters that one stage holds, in a fixed order; `counts` as for `stage_layers`.
 
     A tied head appears (as `lm_head.weight`, filled from `source_name`) only where the embedding lives on another
     stage; on one stage both are one parameter.
     """
-    layers = stage_layers(config.num_layers, pp)[pp_rank]
+    layers = stage_layers(config.num_layers, pp, counts)[pp_rank]
     names = []
     for name in global_shapes(config):
         stage = placement_of(name).stage

@@ -10,7 +10,7 @@ from trilithon_parallel.backend import Backend
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import VocabParallelEmbedding, empty_parameter
-from trilithon_parallel.placement import local_sizes, stage_layers
+from trilithon_parallel.placement import local_sizes
 from trilithon_parallel.transformer import Block, Rotary
 
 
@@ -44,7 +44,7 @@ class Trunk(nn.Module):
                 self.embed_types = Table(config.token_types, hidden, dtype=dtype, device=device)
             if config.norm_order == "post":
                 self.embed_norm = backend.norm(config, grid=grid, dtype=dtype)
-        ids = stage_layers(config.num_layers, grid.pp.size)[grid.pp.rank]
+        ids = grid.layers(config.num_layers)
         self.layers = nn.ModuleDict({str(i): Block(config, grid=grid, backend=backend, dtype=dtype) for i in ids})
         if grid.is_last_stage and config.norm_order == "pre":
             self.norm = backend.norm(config, grid=grid, dtype=dtype)

@@ -105,7 +105,7 @@ def full_state(stages: Iterable[tuple[nn.Module, Grid]], config: ModelConfig) ->
     state: dict[str, torch.Tensor] = {}
     for stage, grid in stages:
         parameters = dict(stage.named_parameters())
-        for name in stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank):
+        for name in stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank, counts=grid.layer_counts):
             if name not in shapes:
                 continue  # the last stage's copy of a tied head
             place = local_slice(name, shapes[name], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)

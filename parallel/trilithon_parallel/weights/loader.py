@@ -52,7 +52,7 @@ def load_stage(stage: nn.Module, model_dir: Path, *, config: ModelConfig, grid: 
     """
     began = time.monotonic()
     parameters = dict(stage.named_parameters())
-    wanted = stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank)
+    wanted = stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank, counts=grid.layer_counts)
     assert set(parameters) == set(wanted), f"stage and placement disagree on {set(parameters) ^ set(wanted)}"
     shapes = global_shapes(config)
     num_bytes = 0
