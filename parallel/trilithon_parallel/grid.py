@@ -105,7 +105,7 @@ class Grid:
     def single(cls, device: str | torch.device = "cpu") -> Grid:
         """The grid of one process: no process group is made or needed."""
         axes = {name: Axis(name, 0, 1, (0,)) for name in ("tp", "pp", "dp", "world")}
-        return cls(**axes, device=torch.device(device))
+        return cls(axes["tp"], axes["pp"], axes["dp"], axes["world"], torch.device(device))
 
     @classmethod
     def build(cls, *, tp: int, pp: int, dp: int = 1, device: str | torch.device = "cpu") -> Grid:
@@ -126,7 +126,7 @@ class Grid:
         rank = dist.get_rank()
         axes = {name: _make_axis(name, groups, rank) for name, groups in axis_groups(tp=tp, pp=pp, dp=dp).items()}
         world = Axis("world", rank, world_size, tuple(range(world_size)), dist.group.WORLD)
-        return cls(**axes, world=world, device=torch.device(device))
+        return cls(axes["tp"], axes["pp"], axes["dp"], world, torch.device(device))
 
 
 def rank_of(tp_rank: int, dp_rank: int, pp_rank: int, *, tp: int, dp: int) -> int:

@@ -185,7 +185,8 @@ def stage_layers(num_layers: int, pp: int, counts: Sequence[int] | None = None) 
     """
     base, extra = divmod(num_layers, pp)
     counts = [base + (stage < extra) for stage in range(pp)] if counts is None else counts
-    assert len(counts) == pp and sum(counts) == num_layers
+    assert len(counts) == pp
+    assert sum(counts) == num_layers
     starts = [sum(counts[:stage]) for stage in range(pp + 1)]
     return [range(starts[stage], starts[stage + 1]) for stage in range(pp)]
 
