@@ -1,0 +1,97 @@
+"""
+Random weights that don't depend on the layout: a rank draws exactly the numbers that one process would have.
+
+Every tensor has its own seed, made of the run's seed and its canonical name, and is drawn whole, in fp32 on the CPU, in
+blocks of rows that have seeds of their own; a rank keeps its slice. So tp, pp and virtual stages move numbers between
+ranks and change none of them, and no rank holds more than one block beside its own slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.placement import global_shapes, local_slice, source_name, stage_names
+
+BLOCK_ELEMENTS = 2**22
+"""Elements drawn at once, in whole rows: 16 MiB of fp32. Part of what a seed means: another size, other weights."""
+
+
+def default_sigma(config: ModelConfig) -> float:
+    """
+    Standard deviation of a new model's weights: sqrt(1 / (3 h)), h its hidden size.
+
+    At h = 20480 that is the 4.0e-3 of MT-NLG 530B (arXiv 2201.11990).
+    """
+    return math.sqrt(1.0 / (3.0 * config.hidden_size))
+
+
+def initialise(stage: nn.Module, *, config: ModelConfig, grid: Grid, seed: int, sigma: float) -> None:
+    """
+    Fill the parameters of one stage, named canonically, with the numbers of a new model.
+
+    Matrices and tables are Normal(0, sigma); products that end on the residual stream Normal(0, sigma / sqrt(n)), n
+    the number of such products in their stack (2 a layer; Radford et al. 2019, section 2.3). Gains are 1, biases 0,
+    padding 0. The token types of a decoder are 0: rows added to its embedding change nothing before they are trained.
+
+    Args:
+        stage: holds exactly the parameters of `placement.stage_names`, in any float dtype, on any device.
+        grid: gives this rank's place along tp and pp (for a virtual stage, that of `Grid.chunk`).
+        seed: of the run; equal seeds give equal weights at every layout.
+        sigma: standard deviation, above 0; see `default_sigma`.
+    Raises:
+        ValueError: sigma is not a positive number.
+    """
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(
+            f"init sigma must be a positive number. Given: {sigma!r}. Use sqrt(1 / (3 * hidden_size)) if in doubt."
+        )
+    parameters, shapes = dict(stage.named_parameters()), global_shapes(config)
+    for name in stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank, counts=grid.layer_counts):
+        owner = source_name(name, config)
+        place = local_slice(name, shapes[owner], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
+        parameter = parameters[name].detach()
+        assert tuple(parameter.shape) == place.shape, f"{name}: {tuple(parameter.shape)} for {place.shape}"
+        parameter.fill_(1.0 if _is_gain(owner) else 0.0)
+        if (spread := _spread(owner, config, sigma)) > 0:
+            real = parameter[tuple(slice(0, size) for size in place.source_shape)]
+            draw_into(real, owner, shapes[owner], place.slices, seed=seed, sigma=spread)
+
+
+def draw_into(
+    out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...], *, seed: int, sigma: float
+) -> None:
+    """Fill `out` with the part `slices` of the matrix `name` of this `shape`, Normal(0, sigma)."""
+    rows, columns = shape
+    wanted, kept = slices
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for block in range(wanted.start // step, -(-wanted.stop // step)):
+        first = block * step
+        generator = torch.Generator().manual_seed(tensor_seed(seed, name, block))
+        drawn = torch.randn(min(step, rows - first), columns, generator=generator).mul_(sigma)
+        start, stop = max(wanted.start, first), min(wanted.stop, first + step)
+        out[start - wanted.start : stop - wanted.start] = drawn[start - first : stop - first, kept]
+
+
+def tensor_seed(seed: int, name: str, block: int) -> int:
+    """The generator's seed for one block of rows of one tensor: 63 bits of SHA-256, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _is_gain(name: str) -> bool:
+    return name.endswith("norm.weight")
+
+
+def _spread(name: str, config: ModelConfig, sigma: float) -> float:
+    """Standard deviation of one tensor; 0 where nothing is drawn."""
+    if _is_gain(name) or name.endswith(".bias") or (config.is_causal and name == "model.embed_types.weight"):
+        return 0.0
+    if name.endswith((".o_proj.weight", ".down_proj.weight")):
+        return sigma / math.sqrt(2 * config.num_layers)
+    return sigma

@@ -1,0 +1,168 @@
+"""New weights: the same model at every layout, with the spread that each kind of tensor should have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trilithon_parallel import init
+from trilithon_parallel.backend import select
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.init import default_sigma, initialise, tensor_seed
+from trilithon_parallel.models import build_stage
+from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.weights.export import full_state
+
+LLAMA = ModelConfig(
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=391,
+    hidden_size=24,
+    num_layers=8,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=4,
+    ffn_size=50,
+    max_context=16,
+    norm="rms",
+    norm_eps=1e-5,
+    norm_order="pre",
+    activation="silu",
+    gated_mlp=True,
+    position="rope",
+    tied_embeddings=True,
+)
+GPT2 = replace(
+    LLAMA,
+    family="gpt2",
+    architecture="GPT2LMHeadModel",
+    num_heads=6,
+    num_kv_heads=6,
+    norm="layer",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    position="learned",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "llama-untied": replace(LLAMA, tied_embeddings=False, num_kv_heads=1, num_heads=4),
+    "gpt2": GPT2,
+    "bert": replace(
+        GPT2, family="bert", architecture="BertModel", norm_order="post", token_types=2, tied_embeddings=False
+    ),
+}
+
+
+def grids(tp: int, pp: int, virtual: int) -> Iterator[Grid]:
+    """Every place of a layout as its rank sees it, without any process group."""
+    for tp_rank in range(tp):
+        for pp_rank in range(pp):
+            axes = [Axis("tp", tp_rank, tp, tuple(range(tp))), Axis("pp", pp_rank, pp, tuple(range(pp)))]
+            grid = Grid(*axes, Axis("dp", 0, 1, (0,)), Axis("world", 0, 1, (0,)), torch.device("cpu"))
+            yield from (grid.chunk(index, virtual) for index in range(virtual))
+
+
+def new_model(
+    config: ModelConfig,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    virtual: int = 1,
+    seed: int = 7,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
+    """The whole state of a model that its ranks initialised, put together again."""
+    backend = select("torch")
+    stages = []
+    for grid in grids(tp, pp, virtual):
+        stage = build_stage(config, grid=grid, backend=backend, dtype=dtype)
+        for parameter in stage.parameters():
+            parameter.detach().fill_(torch.nan)  # whatever is left out shows
+        initialise(stage, config=config, grid=grid, seed=seed, sigma=default_sigma(config))
+        assert all(bool(parameter.isfinite().all()) for parameter in stage.parameters())
+        stages.append((stage, grid))
+    return full_state(stages, config)
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_the_same_at_every_layout(
+    family: str, tp: int, pp: int, virtual: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Put together again, the ranks' weights are bit for bit those of one process.
+
+    Inverse: one seed for all ranks' slices (drawing a rank's own shape) and a seed from the rank both turn it red.
+    """
+    monkeypatch.setattr(init, "BLOCK_ELEMENTS", 700)  # several blocks a tensor, the last one short
+    config = FAMILIES[family]
+    expected = new_model(config)
+
+    actual = new_model(config, tp=tp, pp=pp, virtual=virtual)
+
+    assert list(expected) == list(global_shapes(config))
+    assert set(expected) == set(actual)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+def test_padding_is_zero_and_dtype_is_a_cast() -> None:
+    """Zero heads, ffn and vocabulary rows hold zeros; bf16 weights are the fp32 ones rounded."""
+    whole, rounded = new_model(LLAMA), new_model(LLAMA, dtype=torch.bfloat16)
+    for grid in grids(2, 1, 1):
+        stage = build_stage(LLAMA, grid=grid, backend=select("torch"), dtype=torch.float32)
+        initialise(stage, config=LLAMA, grid=grid, seed=7, sigma=0.02)
+        total = sum(int(parameter.count_nonzero()) for parameter in stage.parameters())
+        assert total <= sum(tensor.numel() for tensor in whole.values())
+        if grid.tp.rank == 1:
+            q_AH = dict(stage.named_parameters())["model.layers.0.self_attn.q_proj.weight"]
+            # 3 groups of 3 heads at tp = 2: the second rank has one real group of its two.
+            assert bool(q_AH[: 3 * LLAMA.head_dim].ne(0).all())
+            assert not q_AH[3 * LLAMA.head_dim :].any()
+
+    assert all(torch.equal(whole[name].bfloat16(), tensor) for name, tensor in rounded.items())
+
+
+def test_each_kind_of_tensor_has_its_spread() -> None:
+    """sigma for matrices and tables, sigma / sqrt(2 l) where the residual stream is written, ones, zeros."""
+    config = replace(GPT2, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, ffn_size=512)
+    state, sigma = new_model(config), default_sigma(config)
+    for name, tensor in state.items():
+        if name.endswith("norm.weight"):
+            assert bool((tensor == 1).all()), name
+        elif name.endswith(".bias"):
+            assert not tensor.any(), name
+        else:
+            expected = sigma / math.sqrt(8) if "o_proj" in name or "down_proj" in name else sigma
+            # The standard error of a deviation from n numbers is sigma / sqrt(2 n): five of them.
+            assert abs(float(tensor.std()) - expected) < 5 * expected / math.sqrt(2 * tensor.numel()), name
+
+    assert sigma == pytest.approx(math.sqrt(1 / 384))
+
+
+def test_seeds_differ_by_run_name_and_block() -> None:
+    """Another seed, tensor or block has other numbers; the seed of one block is pinned, for it is in checkpoints."""
+    assert len({tensor_seed(0, "a", 0), tensor_seed(1, "a", 0), tensor_seed(0, "b", 0), tensor_seed(0, "a", 1)}) == 4
+    assert 0 <= tensor_seed(2**63, "a", 0) < 2**63
+    assert tensor_seed(1234, "model.embed_tokens.weight", 0) == 1244447373570591714
+    first, second = new_model(LLAMA, seed=1), new_model(LLAMA, seed=2)
+    assert not torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf])
+def test_R11_a_spread_that_is_none_is_refused(sigma: float) -> None:
+    """The message gives the value and one that would do."""
+    stage = build_stage(LLAMA, grid=Grid.single(), backend=select("torch"), dtype=torch.float32)
+
+    with pytest.raises(ValueError, match=r"sigma must be a positive number\. Given: .*Use sqrt"):
+        initialise(stage, config=LLAMA, grid=Grid.single(), seed=0, sigma=sigma)
