@@ -34,35 +34,40 @@ class WeightFiles:
     """
     The tensors of a model directory, whichever file each is in.
 
+    `stem` names another set of files with an index of its own (training checkpoints keep `optim` beside the model).
+
     Raises (from the constructor):
         ModelError: no weights, only pickled ones, a broken file, or an index that does not fit its files.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, *, stem: str = "model") -> None:
         self._files: dict[str, SafetensorsFile] = {}
         self.tensors: dict[str, TensorEntry] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.close)
-            weight_map = _weight_map(model_dir)
-            for file_name in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
+            single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+            weight_map = _weight_map(model_dir, single=single, index=index)
+            for file_name in sorted(set(weight_map.values())) if weight_map is not None else [single]:
                 file = SafetensorsFile(model_dir / file_name)
                 self._files[file_name] = file
                 for name, entry in file.tensors.items():
-                    self._add(name, entry, file, weight_map)
+                    self._add(name, entry, file, weight_map, index=index)
             if weight_map is not None and (missing := sorted(set(weight_map) - set(self.tensors))):
                 raise ModelError(
-                    f"{INDEX_FILE} says that {weight_map[missing[0]]} holds tensor {missing[0]}, which it does not"
+                    f"{index} says that {weight_map[missing[0]]} holds tensor {missing[0]}, which it does not"
                     f"{and_more(missing)}.",
                     code="weights_missing",
                     hint="Copy or download all files of the model again.",
                 )
             on_error.pop_all()
 
-    def _add(self, name: str, entry: TensorEntry, file: SafetensorsFile, weight_map: Mapping[str, str] | None) -> None:
+    def _add(
+        self, name: str, entry: TensorEntry, file: SafetensorsFile, weight_map: Mapping[str, str] | None, *, index: str
+    ) -> None:
         if weight_map is not None and weight_map.get(name) != file.path.name:
             raise ModelError(
-                f"{file.path.name} tensor {name} must be listed in {INDEX_FILE} under that file. "
+                f"{file.path.name} tensor {name} must be listed in {index} under that file. "
                 f"Given: {weight_map.get(name, 'no entry')}.",
                 code="weights_invalid",
                 hint="The files are of different exports: download all of them again.",
@@ -120,29 +125,28 @@ def and_more(names: list[str]) -> str:
     )
 
 
-def _weight_map(model_dir: Path) -> dict[str, str] | None:
+def _weight_map(model_dir: Path, *, single: str, index: str) -> dict[str, str] | None:
     """Tensor name -> file name from the index; None where there is one file and no index."""
-    single, index = model_dir / SINGLE_FILE, model_dir / INDEX_FILE
-    if single.exists() and index.exists():
+    if (model_dir / single).exists() and (model_dir / index).exists():
         raise ModelError(
-            f"the model directory holds both {SINGLE_FILE} and {INDEX_FILE}, and only one of them can be the model.",
+            f"the model directory holds both {single} and {index}, and only one of them can be the model.",
             code="weights_invalid",
             hint="Remove the one that is out of date.",
         )
-    if single.exists():
+    if (model_dir / single).exists():
         return None
-    if not index.exists():
-        raise _no_weights(model_dir)
+    if not (model_dir / index).exists():
+        raise _no_weights(model_dir, single=single, index=index)
     try:
-        document: Any = json.loads(index.read_bytes())
+        document: Any = json.loads((model_dir / index).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{INDEX_FILE} is not readable JSON: {error}.", code="weights_invalid", hint="Download it again."
+            f"{index} is not readable JSON: {error}.", code="weights_invalid", hint="Download it again."
         ) from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
-            f"{INDEX_FILE} weight_map must map tensor names to file names. Given: {weight_map!r:.200}.",
+            f"{index} weight_map must map tensor names to file names. Given: {weight_map!r:.200}.",
             code="weights_invalid",
             hint="Download it again.",
         )
@@ -150,21 +154,20 @@ def _weight_map(model_dir: Path) -> dict[str, str] | None:
         # Only a bare file name: an index must not reach outside its directory.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
-                f"{INDEX_FILE} weight_map[{name!r}] must name a .safetensors file of the same directory. "
-                f"Given: {file!r}.",
+                f"{index} weight_map[{name!r}] must name a .safetensors file of the same directory. Given: {file!r}.",
                 code="weights_invalid",
                 hint="Do not trust this model before its index is repaired.",
             )
         if not (model_dir / file).is_file():
             raise ModelError(
-                f"{file} is missing in the model directory, and {INDEX_FILE} needs it.",
+                f"{file} is missing in the model directory, and {index} needs it.",
                 code="weights_missing",
                 hint="Copy or download all files of the model again.",
             )
     return weight_map
 
 
-def _no_weights(model_dir: Path) -> ModelError:
+def _no_weights(model_dir: Path, *, single: str, index: str) -> ModelError:
     pickled = sorted(path.name for path in model_dir.iterdir() if path.suffix in PICKLED)
     if pickled:
         return ModelError(
@@ -175,7 +178,7 @@ def _no_weights(model_dir: Path) -> ModelError:
             "`AutoModel.from_pretrained(DIR).save_pretrained(OUT)` of transformers writes them.",
         )
     return ModelError(
-        f"the model directory holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.",
+        f"the model directory holds no weights: neither {single} nor {index} is there.",
         code="weights_missing",
         hint="Copy the model's safetensors files into it, or fetch a model with `trilithon pull`.",
     )

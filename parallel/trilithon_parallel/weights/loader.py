@@ -57,7 +57,7 @@ def load_stage(stage: nn.Module, model_dir: Path, *, config: ModelConfig, grid: 
     shapes = global_shapes(config)
     num_bytes = 0
     with WeightFiles(model_dir) as files:
-        reader = _Reader(files, config)
+        reader = WeightReader(files, config)
         for name in wanted:
             owner = source_name(name, config)
             place = local_slice(name, shapes[owner], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
@@ -78,7 +78,7 @@ def load_state(model_dir: Path, *, config: ModelConfig, dtype: torch.dtype | Non
     """
     state: dict[str, torch.Tensor] = {}
     with WeightFiles(model_dir) as files:
-        reader = _Reader(files, config)
+        reader = WeightReader(files, config)
         for name, shape in global_shapes(config).items():
             state[name] = torch.empty(shape, dtype=dtype or reader.dtype_of(name))
             reader.fill(state[name], name, tuple(slice(0, size) for size in shape))
@@ -93,10 +93,10 @@ def check_weights(model_dir: Path, *, config: ModelConfig) -> None:
         ModelError: as for `load_stage`, but for NaN and infinity, which only reading finds.
     """
     with WeightFiles(model_dir) as files:
-        _Reader(files, config)
+        WeightReader(files, config)
 
 
-class _Reader:
+class WeightReader:
     """Reads canonical blocks out of files whose headers fit the config."""
 
     def __init__(self, files: WeightFiles, config: ModelConfig) -> None:

@@ -142,7 +142,7 @@ class SafetensorsFile:
 
     def _fill(self, entry: TensorEntry, out: torch.Tensor, offset: int) -> None:
         """Read as many bytes as the contiguous tensor `out` takes."""
-        view = _bytes_of(out)
+        view = bytes_of(out)
         while view:
             count = os.preadv(self._fd, [view], offset)
             if count == 0:
@@ -275,20 +275,15 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(
-    path: Path,
-    specs: Sequence[TensorSpec],
-    produce: Callable[[TensorSpec], torch.Tensor],
-    *,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def header_bytes(specs: Sequence[TensorSpec], *, metadata: Mapping[str, str] | None = None) -> bytes:
     """
-    Write a file tensor by tensor, so that no more than one of them is in memory, and bring it to the disk.
+    What a file of `specs` begins with, length included; the data follows at once, in the order of the specs.
+
+    >>> len(header_bytes([TensorSpec("a", torch.float32, (2, 3))])) % 8
+    0
 
     Args:
-        path: the file; an existing one is replaced.
-        specs: what to write, in the order of the data.
-        produce: makes a tensor of the spec's shape when its turn comes; it is cast to the spec's dtype.
+        specs: every tensor of the file, each name once.
         metadata: strings for `__metadata__`; `{"format": "pt"}` is what `transformers` expects.
     """
     assert sys.byteorder == "little", "safetensors data is little-endian"
@@ -304,13 +299,32 @@ def write_safetensors(
     assert len(header) == len(specs) + 1, "two specs have one name"
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # data begins aligned, as the reference writer has it
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def write_safetensors(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    produce: Callable[[TensorSpec], torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """
+    Write a file tensor by tensor, so that no more than one of them is in memory, and bring it to the disk.
+
+    Args:
+        path: the file; an existing one is replaced.
+        specs: what to write, in the order of the data.
+        produce: makes a tensor of the spec's shape when its turn comes; it is cast to the spec's dtype.
+        metadata: as for `header_bytes`.
+    """
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.write(header_bytes(specs, metadata=metadata))
         for spec in specs:
             tensor = produce(spec)
             assert tuple(tensor.shape) == spec.shape, f"{spec.name}: {tuple(tensor.shape)} for {spec.shape}"
             data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
-            file.write(_bytes_of(data))
+            file.write(bytes_of(data))
         file.flush()
         os.fsync(file.fileno())
 
@@ -334,7 +348,7 @@ def split_shards(specs: Iterable[TensorSpec], *, max_bytes: int) -> list[list[Te
     return shards
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()  # numpy's stubs leave out the buffer protocol
     return memoryview(array)
