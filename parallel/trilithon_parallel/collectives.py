@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trilithon_parallel.grid import Axis
+from trilithon_parallel.grid import Axis, Grid
 
 
 class CollectiveError(RuntimeError):
@@ -41,7 +41,18 @@ class Call:
     dtype: torch.dtype
 
 
+class Observer(Protocol):
+    """Told when this process begins to wait for peers, and when it has them; must cost next to nothing."""
+
+    def begin(self, op: str, label: str, axis: Axis) -> None:
+        """The collective, send or receive `label` starts."""
+
+    def end(self) -> None:
+        """The one that began last is done (not told when it failed: it stays the one that was waited for)."""
+
+
 _recorders: list[list[Call]] = []
+_observers: list[Observer] = []
 
 
 @contextmanager
@@ -56,13 +67,33 @@ def recording() -> Iterator[list[Call]]:
 
 
 @contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell `observer` of every wait for peers of this process inside the block (the watchdog listens here)."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+@contextmanager
 def _guard(op: str, label: str, axis: Axis, x: Tensor) -> Iterator[None]:
     for calls in _recorders:
         calls.append(Call(label, axis.name, op, x.numel(), x.dtype))
+    with _waiting(op, label, axis):
+        yield
+
+
+@contextmanager
+def _waiting(op: str, label: str, axis: Axis) -> Iterator[None]:
+    for observer in _observers:
+        observer.begin(op, label, axis)
     try:
         yield
     except RuntimeError as error:
         raise CollectiveError(label, axis, error) from error
+    for observer in _observers:
+        observer.end()
 
 
 def all_reduce(x: Tensor, axis: Axis, *, label: str) -> Tensor:
@@ -148,11 +179,9 @@ class Pending:
 
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Block until done, at most `timeout_s` (the group's own limit by default), and return the tensor."""
-        try:
-            if self._work is not None:
+        if self._work is not None:
+            with _waiting("wait for", self._label, self._axis):
                 self._work.wait() if timeout_s is None else self._work.wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise CollectiveError(self._label, self._axis, error) from error
         return self.tensor
 
 
@@ -202,6 +231,56 @@ class _ReduceFromTp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """g-bar's gather: all-gather of the tokens forward, reduce-scatter backward. Before column-parallel products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, dim=0, label="gather_sequence.forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.axis, dim=0, label="gather_sequence.backward"), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    """Reduce-scatter of the tokens forward, all-gather backward. After row-parallel products and the embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter(x, axis, dim=0, label="scatter_sequence.forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.axis, dim=0, label="scatter_sequence.backward"), None
+
+
+def enter_columns(x: Tensor, grid: Grid) -> Tensor:
+    """
+    What stands before column-parallel products: [T, H] or, with sequence parallelism, [T / tp, H] -> [T, H].
+
+    The paper's f, or g-bar's all-gather (arXiv 2205.05198, figure 5).
+    """
+    if not grid.sequence_parallel or grid.tp.is_trivial:
+        return copy_to_tp(x, grid.tp)
+    result: Tensor = _GatherSequence.apply(x, grid.tp)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    return result
+
+
+def leave_rows(x: Tensor, grid: Grid) -> Tensor:
+    """
+    What stands after row-parallel products: the ranks' shares [T, H] -> their sum, [T, H] or [T / tp, H].
+
+    The paper's g, or g-bar's reduce-scatter. May reuse `x`, which the caller must not use again.
+    """
+    if not grid.sequence_parallel or grid.tp.is_trivial:
+        return reduce_from_tp(x, grid.tp)
+    result: Tensor = _ScatterSequence.apply(x, grid.tp)  # type: ignore[no-untyped-call]  # as above
+    return result
 
 
 def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
