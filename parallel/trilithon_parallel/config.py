@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["llama", "gpt2", "bert"]
+from trilithon_parallel.fields import Fields, ModelError, read_json
+
+__all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "RopeScaling", "load_config"]
+
+Family = Literal["llama", "gpt2", "bert", "t5"]
 
 # Hugging Face class name -> family. Checkpoints of other heads on the same trunk are listed by their own class name.
 ARCHITECTURES: Mapping[str, Family] = {
@@ -19,21 +22,8 @@ ARCHITECTURES: Mapping[str, Family] = {
     "GPT2LMHeadModel": "gpt2",
     "BertModel": "bert",
     "BertForMaskedLM": "bert",
+    "T5ForConditionalGeneration": "t5",
 }
-
-
-class ModelError(ValueError):
-    """
-    A user's mistake about a model: its files, its architecture or the layout asked for.
-
-    `code` is stable and machine readable, `message` says what, where and the value given, `hint` what to do.
-    """
-
-    def __init__(self, message: str, *, code: str = "model_invalid", hint: str = "") -> None:
-        super().__init__(f"{message} {hint}".strip())
-        self.code = code
-        self.message = message
-        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,11 @@ class ModelConfig:
     """
     One model, whatever its family. Sizes are those of the files (unpadded, unsharded).
 
+    `num_layers` counts those of both stacks of an encoder-decoder, of which the first `num_encoder_layers` encode;
     `num_kv_heads` is the number of key/value groups; `max_context` counts tokens (prompt and output together);
-    `token_types` is 0 when the family has none; `pooling` and `normalize` matter to encoders alone.
+    `token_types` is 0 where there is no table of them; `mlm_head`: an encoder with the masked-LM head, whose product
+    with the vocabulary is the embedding's; `scale_logits`: hidden states are multiplied by hidden_size^-0.5 before the
+    head; `relative_*`: of T5's position buckets; `pooling` and `normalize` matter to encoders alone.
     """
 
     family: Family
@@ -69,9 +62,9 @@ class ModelConfig:
     norm: Literal["rms", "layer"]
     norm_eps: float
     norm_order: Literal["pre", "post"]
-    activation: Literal["silu", "gelu", "gelu_tanh"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
     gated_mlp: bool
-    position: Literal["rope", "learned"]
+    position: Literal["rope", "learned", "relative"]
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
@@ -79,17 +72,38 @@ class ModelConfig:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     token_types: int = 0
+    num_encoder_layers: int = 0
+    relative_buckets: int = 0
+    relative_max_distance: int = 0
+    scale_logits: bool = False
+    mlm_head: bool = False
     pooling: Literal["mean", "cls"] = "mean"
     normalize: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    decoder_start_id: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @property
     def is_causal(self) -> bool:
-        """True for decoders, which generate; False for encoders."""
-        return self.family != "bert"
+        """True for decoders alone, which go on with a text; False for encoders and encoder-decoders."""
+        return self.family in ("llama", "gpt2")
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """True for encoder-decoders."""
+        return self.family == "t5"
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Layers that decode: all of a decoder, the second stack of an encoder-decoder, none of an encoder."""
+        return self.num_layers - self.num_encoder_layers if self.is_causal or self.is_seq2seq else 0
+
+    @property
+    def has_head(self) -> bool:
+        """True where logits over the vocabulary come out."""
+        return self.is_causal or self.is_seq2seq or self.mlm_head
 
     @property
     def heads_per_group(self) -> int:
@@ -112,7 +126,7 @@ def load_config(model_dir: Path) -> ModelConfig:
             code="model_not_found",
             hint="Give a directory with config.json, or fetch one with `trilithon pull`.",
         )
-    raw = _read_json(path)
+    raw = read_json(path)
     names = raw.get("architectures") or []
     if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
         raise ModelError(
@@ -120,14 +134,15 @@ def load_config(model_dir: Path) -> ModelConfig:
             code="model_unsupported",
             hint=f"Allowed: one of {', '.join(ARCHITECTURES)}.",
         )
-    reader = _Reader(raw, path.name)
+    reader = Fields(raw, path.name)
     generation_path = path.with_name("generation_config.json")
-    generation = _read_json(generation_path) if generation_path.exists() else {}
+    generation = read_json(generation_path) if generation_path.exists() else {}
     family = ARCHITECTURES[names[0]]
-    fields = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}[family](reader, names[0])
+    fields = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5}[family](reader, names[0])
     if family == "bert":
         fields |= _pooling(path.parent)
     eos = generation.get("eos_token_id", raw.get("eos_token_id"))
+    start = generation.get("decoder_start_token_id", raw.get("decoder_start_token_id", raw.get("pad_token_id")))
     config = ModelConfig(
         family=family,
         architecture=names[0],
@@ -135,6 +150,7 @@ def load_config(model_dir: Path) -> ModelConfig:
         bos_id=_optional_id(generation.get("bos_token_id", raw.get("bos_token_id"))),
         eos_ids=tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None),
         pad_id=_optional_id(raw.get("pad_token_id")),
+        decoder_start_id=_optional_id(start) if family == "t5" else None,
         **fields,
     )
     if config.num_heads % config.num_kv_heads:
@@ -146,54 +162,7 @@ def load_config(model_dir: Path) -> ModelConfig:
     return config
 
 
-class _Reader:
-    """Typed access to one JSON object: a wrong kind or a missing key names the file and the field."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
-        self.raw, self.where = raw, where
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ModelError(
-                f"{self.where} {key} must be a positive integer. Given: {value!r}.",
-                hint="Repair the file or export the model again.",
-            )
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ModelError(
-                f"{self.where} {key} must be a positive number. Given: {value!r}.",
-                hint="Repair the file or export the model again.",
-            )
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise ModelError(
-                f"{self.where} {key} must be true or false. Given: {value!r}.",
-                hint="Repair the file or export the model again.",
-            )
-        return value
-
-    def require(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
-        """The value of `key`, which must be one that this project computes exactly."""
-        value = self.raw.get(key, default)
-        if not any(value == option and type(value) is type(option) for option in allowed):
-            raise ModelError(
-                f"{self.where} {key} is not supported. Given: {value!r}.",
-                code="model_unsupported",
-                hint=f"Allowed: {', '.join(map(repr, allowed))}.",
-            )
-        return value
-
-
-def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
+def _llama(reader: Fields, architecture: str) -> dict[str, Any]:
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     reader.require("hidden_act", ("silu",), "silu")
     if architecture == "MistralForCausalLM":
@@ -223,10 +192,11 @@ def _llama(reader: _Reader, architecture: str) -> dict[str, Any]:
         "out_bias": attention_bias,
         "mlp_bias": architecture == "LlamaForCausalLM" and reader.flag("mlp_bias", False),
         "tied_embeddings": reader.flag("tie_word_embeddings", False),
+        "token_types": _decoder_types(reader),
     }
 
 
-def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
+def _rope(reader: Fields) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from the older keys (`rope_theta`, `rope_scaling`) or the newer `rope_parameters`."""
     raw = reader.raw
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -235,7 +205,7 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
             f"{reader.where} rope_scaling must be an object or null. Given: {parameters!r}.",
             hint="Repair the file or export the model again.",
         )
-    inner = _Reader(parameters, f"{reader.where} rope_scaling")
+    inner = Fields(parameters, f"{reader.where} rope_scaling")
     theta = inner.number("rope_theta", reader.number("rope_theta", 10000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
@@ -258,7 +228,7 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _gpt2(reader: _Reader, architecture: str) -> dict[str, Any]:
+def _gpt2(reader: Fields, architecture: str) -> dict[str, Any]:
     hidden, heads = reader.size("n_embd"), reader.size("n_head")
     _divides(reader, hidden, heads, "n_embd", "n_head")
     reader.require("scale_attn_weights", (True,), True)
@@ -284,15 +254,24 @@ def _gpt2(reader: _Reader, architecture: str) -> dict[str, Any]:
         "out_bias": True,
         "mlp_bias": True,
         "tied_embeddings": reader.flag("tie_word_embeddings", True),
+        "token_types": _decoder_types(reader),
     }
 
 
-def _bert(reader: _Reader, architecture: str) -> dict[str, Any]:
+def _decoder_types(reader: Fields) -> int:
+    """Rows of the table that this project may add to a decoder; 0 in files from elsewhere."""
+    return 0 if reader.raw.get("type_vocab_size") is None else reader.size("type_vocab_size")
+
+
+def _bert(reader: Fields, architecture: str) -> dict[str, Any]:
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     _divides(reader, hidden, heads, "hidden_size", "num_attention_heads")
     reader.require("position_embedding_type", ("absolute",), "absolute")
     reader.require("is_decoder", (False,), False)
     activation = reader.require("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh"), "gelu")
+    has_head = architecture == "BertForMaskedLM"
+    if has_head:
+        reader.require("tie_word_embeddings", (True,), True)
     return {
         "vocab_size": reader.size("vocab_size"),
         "hidden_size": hidden,
@@ -312,10 +291,50 @@ def _bert(reader: _Reader, architecture: str) -> dict[str, Any]:
         "out_bias": True,
         "mlp_bias": True,
         "token_types": reader.size("type_vocab_size", 2),
+        "mlm_head": has_head,
+        "tied_embeddings": has_head,
     }
 
 
-def _divides(reader: _Reader, hidden: int, heads: int, hidden_key: str, heads_key: str) -> None:
+def _t5(reader: Fields, architecture: str) -> dict[str, Any]:
+    heads, encoder_layers = reader.size("num_heads"), reader.size("num_layers")
+    reader.require("is_encoder_decoder", (True,), True)
+    mlp = reader.require("feed_forward_proj", ("relu", "gated-gelu"), "relu")
+    buckets = reader.size("relative_attention_num_buckets", 32)
+    distance = reader.size("relative_attention_max_distance", 128)
+    # Half of the buckets are of one position each; an encoder has as many for each direction.
+    if buckets % 4 or distance <= buckets // 2:
+        raise ModelError(
+            f"{reader.where} relative_attention_num_buckets must be a multiple of 4 and below twice "
+            f"relative_attention_max_distance. Given: {buckets} and {distance}.",
+            hint="The file is broken.",
+        )
+    tied = reader.flag("tie_word_embeddings", True)
+    return {
+        "vocab_size": reader.size("vocab_size"),
+        "hidden_size": reader.size("d_model"),
+        "num_layers": encoder_layers + reader.size("num_decoder_layers", encoder_layers),
+        "num_encoder_layers": encoder_layers,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": reader.size("d_kv"),
+        "ffn_size": reader.size("d_ff"),
+        "max_context": reader.size("n_positions", 512),
+        "norm": "rms",
+        "norm_eps": reader.number("layer_norm_epsilon", 1e-6),
+        "norm_order": "pre",
+        "activation": "relu" if mlp == "relu" else "gelu_tanh",
+        "gated_mlp": mlp != "relu",
+        "position": "relative",
+        "relative_buckets": buckets,
+        "relative_max_distance": distance,
+        "tied_embeddings": tied,
+        # T5 1.0 scales, 1.1 doesn't; files say so by tying, newer ones by a key of its own.
+        "scale_logits": reader.flag("scale_decoder_outputs", tied),
+    }
+
+
+def _divides(reader: Fields, hidden: int, heads: int, hidden_key: str, heads_key: str) -> None:
     if hidden % heads:
         raise ModelError(
             f"{reader.where} {hidden_key} must be a multiple of {heads_key}. Given: {hidden} and {heads}.",
@@ -328,7 +347,7 @@ def _pooling(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "1_Pooling" / "config.json"
     if not path.exists():
         return {}
-    raw = _read_json(path)
+    raw = read_json(path)
     modes = [key for key, value in raw.items() if key.startswith("pooling_mode_") and value is True]
     pooling = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}.get(modes[0] if modes else "")
     if len(modes) != 1 or pooling is None:
@@ -342,7 +361,7 @@ def _pooling(model_dir: Path) -> dict[str, Any]:
     return {"pooling": pooling, "normalize": any("Normalize" in str(module.get("type", "")) for module in listed)}
 
 
-def _dtype(reader: _Reader) -> Any:
+def _dtype(reader: Fields) -> Any:
     key = "dtype" if reader.raw.get("dtype") is not None else "torch_dtype"
     if reader.raw.get(key) is None:
         return "float32"
@@ -351,25 +370,3 @@ def _dtype(reader: _Reader) -> Any:
 
 def _optional_id(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from `path`; the error names the file alone, never where it lies."""
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path.name} is missing in the model directory.",
-            code="model_not_found",
-            hint="A model directory holds config.json, *.safetensors and the tokenizer's files.",
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"{path.name} is not readable JSON: {error}.", hint="Copy or export the model again."
-        ) from None
-    if not isinstance(raw, dict):
-        raise ModelError(
-            f"{path.name} must hold one JSON object. Given: {type(raw).__name__}.",
-            hint="Copy or export the model again.",
-        )
-    return raw

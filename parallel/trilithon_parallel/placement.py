@@ -14,9 +14,19 @@ layout, for every family (GPT-2 and BERT are renamed to them when read):
     model.layers.N.post_attention_layernorm.{weight,bias} [H]       before the MLP; BERT: after attention's residual
     model.layers.N.output_layernorm.{weight,bias}        [H]        BERT: after the MLP's residual
     model.norm.{weight,bias}   [H]                     lm_head.weight [V, H]
+    lm_transform.{dense.weight [H, H], dense.bias, norm.weight, norm.bias [H]}, lm_head.bias [V]    masked-LM head
+
+An encoder-decoder (T5) has two stacks, `encoder.` and `decoder.`, with layers as above; the decoder's have besides
+
+    decoder.layers.N.cross_attn.{q,k,v,o}_proj.weight, decoder.layers.N.cross_attention_layernorm.weight (before it)
+    {encoder,decoder}.relative_bias.weight [buckets, A]   {encoder,decoder}.norm.weight [H]
 
 Files hold true sizes. A rank's tensor may be padded: heads by whole zero groups, ffn and vocabulary by zero rows or
 columns. Padding always follows the real part, so a rank's tensor is one slice of the file's tensor and then zeros.
+
+Some tensors are needed on several pipeline stages. One stage owns such a tensor, the others hold copies under names of
+their own (`lm_head.weight` where tied, `decoder.embed_tokens.weight`, `*.relative_bias_copy.weight`): no file has them,
+`source_name` says whose values they take, and training sums the gradients of all (`shared_stages`).
 """
 
 from __future__ import annotations
@@ -30,8 +40,8 @@ from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
 
-Cut = Literal["q", "kv", "ffn", "vocab"]
-Stage = Literal["first", "layer", "last"]
+Cut = Literal["q", "kv", "heads", "ffn", "vocab"]
+Stage = Literal["first", "layer", "encoder_end", "decoder_start", "last"]
 
 # The vocabulary is padded to a multiple of this times tp (Megatron-LM's `make_vocab_size_divisible_by`).
 VOCAB_MULTIPLE = 128
@@ -72,11 +82,34 @@ RULES: tuple[Placement, ...] = (
     _rule(r"model\.norm\.(weight|bias)", "last"),
     _rule(r"lm_head\.weight", "last", "vocab", 0, tied_to="model.embed_tokens.weight"),
 )
+MASKED_LM_RULES: tuple[Placement, ...] = (
+    _rule(r"lm_transform\.(dense|norm)\.(weight|bias)", "last"),
+    _rule(r"lm_head\.bias", "last", "vocab", 0),
+)
+_STACK = r"(encoder|decoder)\.layers\.\d+\."
+SEQ2SEQ_RULES: tuple[Placement, ...] = (
+    _rule(_STACK + r"(self|cross)_attn\.q_proj\.weight", "layer", "q", 0),
+    _rule(_STACK + r"(self|cross)_attn\.[kv]_proj\.weight", "layer", "kv", 0),
+    _rule(_STACK + r"(self|cross)_attn\.o_proj\.weight", "layer", "q", 1),
+    _rule(_STACK + r"mlp\.(gate|up)_proj\.weight", "layer", "ffn", 0),
+    _rule(_STACK + r"mlp\.down_proj\.weight", "layer", "ffn", 1),
+    _rule(_STACK + r"(input|cross_attention|post_attention)_layernorm\.weight", "layer"),
+    _rule(r"encoder\.relative_bias\.weight", "first", "heads", 1),
+    _rule(r"encoder\.norm\.weight", "encoder_end"),
+    _rule(r"decoder\.relative_bias\.weight", "decoder_start", "heads", 1),
+    _rule(r"decoder\.norm\.weight", "last"),
+)
+# Copies on other stages than their owner's; where they are, `stage_names` says.
+COPY_RULES: tuple[Placement, ...] = (
+    _rule(r"decoder\.embed_tokens\.weight", "decoder_start", "vocab", 0, tied_to="model.embed_tokens.weight"),
+    _rule(r"encoder\.relative_bias_copy\.weight", "layer", "heads", 1, tied_to="encoder.relative_bias.weight"),
+    _rule(r"decoder\.relative_bias_copy\.weight", "layer", "heads", 1, tied_to="decoder.relative_bias.weight"),
+)
 
 
 def placement_of(name: str) -> Placement:
     """The one rule that covers a canonical name; KeyError where none does."""
-    for rule in RULES:
+    for rule in (*RULES, *MASKED_LM_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
         if rule.pattern.fullmatch(name):
             return rule
     raise KeyError(name)
@@ -149,6 +182,8 @@ def _extent(cut: Cut, config: ModelConfig, tp: int, tp_rank: int) -> tuple[int, 
         return sizes.ffn, tp_rank * sizes.ffn
     if cut == "vocab":
         return sizes.vocab, tp_rank * sizes.vocab
+    if cut == "heads":
+        return sizes.heads, tp_rank * sizes.heads
     if cut == "q":
         return sizes.heads * config.head_dim, tp_rank * sizes.heads * config.head_dim
     first_group = tp_rank // sizes.kv_replicas * sizes.groups
@@ -192,67 +227,127 @@ def stage_layers(num_layers: int, pp: int, counts: Sequence[int] | None = None) 
 
 
 def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Every canonical tensor of a model and its true shape; a tied head is not listed (it is its owner's tensor)."""
-    hidden, width = config.hidden_size, config.num_heads * config.head_dim
-    kv_width, ffn = config.num_kv_heads * config.head_dim, config.ffn_size
+    """Every canonical tensor of a model and its true shape; a copy is not listed (it is its owner's tensor)."""
+    hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     if config.position == "learned":
         shapes["model.embed_positions.weight"] = (config.max_context, hidden)
     if config.token_types:
         shapes["model.embed_types.weight"] = (config.token_types, hidden)
+    if config.is_seq2seq:
+        for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
+            shapes[f"{stack}.relative_bias.weight"] = (config.relative_buckets, config.num_heads)
+            for layer in range(layers):
+                shapes |= _layer_shapes(f"{stack}.layers.{layer}.", config, has_cross=stack == "decoder")
+            shapes |= _norm(f"{stack}.norm", config)
+    else:
+        if config.norm_order == "post":
+            shapes |= _norm("model.embed_norm", config)
+        for layer in range(config.num_layers):
+            shapes |= _layer_shapes(f"model.layers.{layer}.", config, has_cross=False)
+        if config.norm_order == "pre":
+            shapes |= _norm("model.norm", config)
+    if config.has_head and not config.tied_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    if config.mlm_head:
+        shapes |= {"lm_transform.dense.weight": (hidden, hidden), "lm_transform.dense.bias": (hidden,)}
+        shapes |= {**_norm("lm_transform.norm", config), "lm_head.bias": (config.vocab_size,)}
+    return shapes
+
+
+def _layer_shapes(at: str, config: ModelConfig, *, has_cross: bool) -> dict[str, tuple[int, ...]]:
+    hidden, width = config.hidden_size, config.num_heads * config.head_dim
+    kv_width, ffn = config.num_kv_heads * config.head_dim, config.ffn_size
     norms = ["input_layernorm", "post_attention_layernorm"]
     if config.norm_order == "post":
-        shapes |= _norm("model.embed_norm", config)
         norms = ["post_attention_layernorm", "output_layernorm"]
-    for layer in range(config.num_layers):
-        at = f"model.layers.{layer}."
-        for part, rows, columns, has_bias in (
-            ("self_attn.q_proj", width, hidden, config.qkv_bias),
-            ("self_attn.k_proj", kv_width, hidden, config.qkv_bias),
-            ("self_attn.v_proj", kv_width, hidden, config.qkv_bias),
-            ("self_attn.o_proj", hidden, width, config.out_bias),
-            *([("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []),
-            ("mlp.up_proj", ffn, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, ffn, config.mlp_bias),
-        ):
-            shapes[f"{at}{part}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{at}{part}.bias"] = (rows,)
-        for norm in norms:
-            shapes |= _norm(at + norm, config)
-    if config.norm_order == "pre":
-        shapes |= _norm("model.norm", config)
-    if config.is_causal and not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: list[tuple[str, int, int, bool]] = []
+    for attention in ("self_attn", "cross_attn") if has_cross else ("self_attn",):
+        parts += [
+            (f"{attention}.q_proj", width, hidden, config.qkv_bias),
+            (f"{attention}.k_proj", kv_width, hidden, config.qkv_bias),
+            (f"{attention}.v_proj", kv_width, hidden, config.qkv_bias),
+            (f"{attention}.o_proj", hidden, width, config.out_bias),
+        ]
+    parts += [("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []
+    parts += [("mlp.up_proj", ffn, hidden, config.mlp_bias), ("mlp.down_proj", hidden, ffn, config.mlp_bias)]
+    for part, rows, columns, has_bias in parts:
+        shapes[f"{at}{part}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{at}{part}.bias"] = (rows,)
+    for norm in [*norms, "cross_attention_layernorm"] if has_cross else norms:
+        shapes |= _norm(at + norm, config)
     return shapes
 
 
 def source_name(name: str, config: ModelConfig) -> str:
-    """The tensor in the files that fills the parameter `name`: its owner's, where embeddings are tied."""
+    """The tensor in the files that fills the parameter `name`: its owner's, where it is a copy."""
     tied_to = placement_of(name).tied_to
-    return tied_to if tied_to is not None and config.tied_embeddings else name
+    if tied_to is None or (name == "lm_head.weight" and not config.tied_embeddings):
+        return name
+    return tied_to
 
 
 def stage_names(config: ModelConfig, *, pp: int, pp_rank: int, counts: Sequence[int] | None = None) -> list[str]:
     """
     Canonical names of the parameters that one stage holds, in a fixed order; `counts` as for `stage_layers`.
 
-    A tied head appears (as `lm_head.weight`, filled from `source_name`) only where the embedding lives on another
-    stage; on one stage both are one parameter.
+    A copy appears (filled from `source_name`) only where its owner lives on another stage; on one stage both are one
+    parameter.
     """
     layers = stage_layers(config.num_layers, pp, counts)[pp_rank]
+    first_layers = {"encoder_end": config.num_encoder_layers - 1, "decoder_start": config.num_encoder_layers}
     names = []
     for name in global_shapes(config):
         stage = placement_of(name).stage
         if stage == "layer":
-            keep = int(name.split(".")[2]) in layers
+            keep = _layer_id(name, config) in layers
+        elif stage in first_layers:
+            keep = first_layers[stage] in layers
         else:
             keep = pp_rank == (0 if stage == "first" else pp - 1)
         if keep:
             names.append(name)
-    if config.is_causal and config.tied_embeddings and pp > 1 and pp_rank == pp - 1:
+    return names + _copies(config, layers, pp_rank=pp_rank, is_last=pp_rank == pp - 1)
+
+
+def _copies(config: ModelConfig, layers: range, *, pp_rank: int, is_last: bool) -> list[str]:
+    names = []
+    has_embedding = pp_rank == 0
+    if config.is_seq2seq:
+        start = config.num_encoder_layers
+        if start in layers and pp_rank > 0:
+            names.append("decoder.embed_tokens.weight")
+            has_embedding = True
+        if pp_rank > 0 and any(layer < start for layer in layers):
+            names.append("encoder.relative_bias_copy.weight")
+        if layers and layers[0] > start:
+            names.append("decoder.relative_bias_copy.weight")
+    if is_last and config.has_head and config.tied_embeddings and not has_embedding:
         names.append("lm_head.weight")
     return names
+
+
+def shared_stages(
+    config: ModelConfig, *, pp: int, counts: Sequence[int] | None = None
+) -> Mapping[str, tuple[tuple[int, str], ...]]:
+    """
+    The tensors that several stages hold: owner's name -> (stage, name there) of each, the owner first. Pure.
+
+    Every holder's gradient is a part of the tensor's: training sums them over these stages and steps each copy alike.
+    """
+    held: dict[str, list[tuple[int, str]]] = {}
+    for stage in range(pp):
+        for name in stage_names(config, pp=pp, pp_rank=stage, counts=counts):
+            held.setdefault(source_name(name, config), []).append((stage, name))
+    return {owner: tuple(places) for owner, places in held.items() if len(places) > 1}
+
+
+def _layer_id(name: str, config: ModelConfig) -> int:
+    """A layer's place in the order of stages: the decoder's layers follow the encoder's."""
+    stack, _, layer, *_ = name.split(".")
+    return int(layer) + (config.num_encoder_layers if stack == "decoder" else 0)
 
 
 def check_layout(config: ModelConfig, *, tp: int, pp: int) -> None:

@@ -79,7 +79,7 @@ def export_model(
         dtypes = {name: dtype or tensor.dtype for name, tensor in state.items()}
         main = dtypes["model.embed_tokens.weight"]
         _write_json(model_dir / "config.json", hub_config(config, dtype=main))
-        if config.is_causal:
+        if config.is_causal or config.is_seq2seq:
             _write_json(model_dir / "generation_config.json", _special_ids(config))
         for name in SIDE_FILES if side_files_from is not None else ():
             assert side_files_from is not None
@@ -119,9 +119,10 @@ def full_state(stages: Iterable[tuple[nn.Module, Grid]], config: ModelConfig) ->
 
 def hub_config(config: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
     """The `config.json` of a model, as Hugging Face spells it."""
-    write = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}[config.family]
+    write = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5}[config.family]
     named = str(dtype).removeprefix("torch.")
-    return {**write(config), **_special_ids(config), "torch_dtype": named}
+    types = {"type_vocab_size": config.token_types} if config.token_types else {}
+    return {**write(config), **types, **_special_ids(config), "torch_dtype": named}
 
 
 def _llama(config: ModelConfig) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _bert(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["BertModel"],
+        "architectures": ["BertForMaskedLM" if config.mlm_head else "BertModel"],
         "model_type": "bert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -185,10 +186,31 @@ def _bert(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "max_position_embeddings": config.max_context,
-        "type_vocab_size": config.token_types,
         "hidden_act": _activation(config),
         "layer_norm_eps": config.norm_eps,
         "position_embedding_type": "absolute",
+    }
+
+
+def _t5(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": [config.architecture],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.hidden_size,
+        "d_kv": config.head_dim,
+        "d_ff": config.ffn_size,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "n_positions": config.max_context,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "feed_forward_proj": "gated-gelu" if config.gated_mlp else "relu",
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "scale_decoder_outputs": config.scale_logits,
     }
 
 
@@ -204,6 +226,8 @@ def _special_ids(config: ModelConfig) -> dict[str, Any]:
         ids["eos_token_id"] = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
     if config.pad_id is not None:
         ids["pad_token_id"] = config.pad_id
+    if config.decoder_start_id is not None:
+        ids["decoder_start_token_id"] = config.decoder_start_id
     return ids
 
 

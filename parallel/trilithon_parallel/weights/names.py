@@ -108,9 +108,8 @@ class NameTable:
 
     def spellings(self, file_name: str) -> tuple[str, ...]:
         """Every way in which published files spell a name; exports write the first."""
-        if file_name.startswith(_HEADS):
-            return (file_name,)
-        named = tuple(prefix + file_name for prefix in self.prefixes)
+        prefixes = ("",) if file_name.startswith(_HEADS) else self.prefixes
+        named = tuple(prefix + file_name for prefix in prefixes)
         # The first BERT files, converted from TensorFlow, kept its names for gain and shift.
         older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
         return named + tuple(
@@ -127,14 +126,16 @@ class NameTable:
 
 def name_table(config: ModelConfig) -> NameTable:
     """The names of a model: every tensor that its config implies, no other."""
-    family = _FAMILIES[config.family]
+    family = _GATED_T5 if config.is_seq2seq and config.gated_mlp else _FAMILIES[config.family]
     sources: dict[str, Source] = {}
     for name in global_shapes(config):
-        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+        layer = name.split(".")[2] if ".layers." in name else ""
         rule = family.rules[_star_layers(name)]
         file = rule.file_name.replace("*", layer)
         sources[name] = Fused(file, rule.part, rule.parts) if isinstance(rule, Fused) else type(rule)(file)
-    return NameTable(sources, family.prefixes, family.ignorable)
+    # A bare BERT has no prefix where it is exported, one beside a head has.
+    prefixes = family.prefixes[::-1] if config.mlm_head else family.prefixes
+    return NameTable(sources, prefixes, family.ignorable)
 
 
 _HEADS = ("lm_head.", "cls.")  # heads stand beside the trunk, so the trunk's prefix is not theirs
@@ -173,6 +174,7 @@ def _llama() -> _Family:
         f"{layer}.post_attention_layernorm",
         *(f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")),
         "model.norm",
+        "model.embed_types",
         "lm_head",
     ):
         rules |= _both(name, name)
@@ -186,6 +188,7 @@ def _gpt2() -> _Family:
     rules: dict[str, Source] = {
         "model.embed_tokens.weight": Direct("wte.weight"),
         "model.embed_positions.weight": Direct("wpe.weight"),
+        "model.embed_types.weight": Direct("wtt.weight"),
         "lm_head.weight": Direct("lm_head.weight"),
     }
     for i, part in enumerate("qkv"):
@@ -216,7 +219,11 @@ def _bert() -> _Family:
     rules |= _both(f"{layer}.mlp.up_proj", f"{file}.intermediate.dense")
     rules |= _both(f"{layer}.mlp.down_proj", f"{file}.output.dense")
     rules |= _both(f"{layer}.output_layernorm", f"{file}.output.LayerNorm")
-    # The pooler and the pretraining heads play no part in hidden states or sentence vectors.
+    rules |= _both("lm_transform.dense", "cls.predictions.transform.dense")
+    rules |= _both("lm_transform.norm", "cls.predictions.transform.LayerNorm")
+    rules["lm_head.bias"] = Direct("cls.predictions.bias")
+    # The pooler and the pretraining heads play no part in hidden states or sentence vectors: where the model has no
+    # masked-LM head they are left out. The head's matrix is the embedding, of which some files keep a copy.
     ignorable = {"embeddings.position_ids", "cls.predictions.bias"} | {
         f"{part}.{kind}"
         for part in (
@@ -231,4 +238,35 @@ def _bert() -> _Family:
     return _Family(rules, ("", "bert."), frozenset(ignorable))
 
 
-_FAMILIES: Final[Mapping[Family, _Family]] = {"llama": _llama(), "gpt2": _gpt2(), "bert": _bert()}
+def _t5(gate_and_up: dict[str, str]) -> _Family:
+    rules: dict[str, Source] = {
+        "model.embed_tokens.weight": Direct("shared.weight"),
+        "lm_head.weight": Direct("lm_head.weight"),
+    }
+    # The parts of a block by their number in it, and the norm that stands before each.
+    encoder = (("self_attn", "SelfAttention", "input"), ("mlp", "DenseReluDense", "post_attention"))
+    decoder = (encoder[0], ("cross_attn", "EncDecAttention", "cross_attention"), encoder[1])
+    for stack, parts in (("encoder", encoder), ("decoder", decoder)):
+        layer, file = f"{stack}.layers.*", f"{stack}.block.*.layer"
+        for number, (ours, theirs, norm) in enumerate(parts):
+            rules[f"{layer}.{norm}_layernorm.weight"] = Direct(f"{file}.{number}.layer_norm.weight")
+            for part in "qkvo" if ours != "mlp" else "":
+                rules[f"{layer}.{ours}.{part}_proj.weight"] = Direct(f"{file}.{number}.{theirs}.{part}.weight")
+        mlp = f"{file}.{len(parts) - 1}.DenseReluDense"
+        for ours, theirs in (gate_and_up | {"down": "wo"}).items():
+            rules[f"{layer}.mlp.{ours}_proj.weight"] = Direct(f"{mlp}.{theirs}.weight")
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        rules[f"{stack}.relative_bias.weight"] = Direct(table)
+        rules[f"{stack}.norm.weight"] = Direct(f"{stack}.final_layer_norm.weight")
+    # Copies of `shared`; and a table of cross-attention's that the first files carry and nothing reads.
+    unread = "decoder.block.*.layer.*.EncDecAttention.relative_attention_bias.weight"
+    return _Family(rules, ("",), frozenset({"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", unread}))
+
+
+_FAMILIES: Final[Mapping[Family, _Family]] = {
+    "llama": _llama(),
+    "gpt2": _gpt2(),
+    "bert": _bert(),
+    "t5": _t5({"up": "wi"}),
+}
+_GATED_T5: Final = _t5({"gate": "wi_0", "up": "wi_1"})
