@@ -8,6 +8,8 @@ CPUs is several times faster than grouped `scaled_dot_product_attention`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,10 +22,13 @@ from torch import Tensor
 from trilithon_parallel.backend import native_attention
 from trilithon_parallel.backend.native import unavailable_reason
 from trilithon_parallel.backend.native_attention import NativeStep
+from trilithon_parallel.backend.native_training import PackedLayout
 from trilithon_parallel.backend.torch_ops import has_native_bf16
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.placement import local_sizes
+from trilithon_parallel.recompute import again
 
 BLOCK_SIZE = 16
 # Decode rows share one padded gather while padding stays below the larger of their own length and this many positions.
@@ -37,6 +42,8 @@ ROW_TILE, KEY_TILE = 16, 256
 class AttentionView(Protocol):
     """What a layer's attention needs: somewhere to put the new keys and values, and everything to attend to."""
 
+    dropout: Dropout | None
+
     def attend(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         """Attention output [T, A, C] of one layer; `layer` counts within this stage."""
         ...
@@ -47,32 +54,89 @@ class PackedView:
     """
     Sequences packed one after another, nothing cached: training, encoders, scoring. Differentiable.
 
-    `cu_seqlens` are the B + 1 boundaries in T; `causal` hides later tokens.
+    `cu_seqlens` are the B + 1 boundaries in T; `causal` hides later tokens; `selective` keeps nothing of attention's
+    inside for the backward pass (`recompute.py`). Where the C kernels run, causal attention is serving's own.
     """
 
     cu_seqlens: Sequence[int]
     causal: bool
+    dropout: Dropout | None = None
+    selective: bool = False
+    _native: dict[tuple[int, ...], PackedLayout] = field(default_factory=dict, repr=False)
 
     def attend(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         """Attention of each sequence with itself."""
+        if self.dropout is not None and self.dropout.attention_rate > 0.0:
+            return self._by_sequence(layer, q_TAC, k_TGC, v_TGC)
+        if self.causal and torch.is_grad_enabled() and _is_native(q_TAC, k_TGC):
+            return self._layout(q_TAC, k_TGC).attend(q_TAC, k_TGC, v_TGC)
+        if self.selective and torch.is_grad_enabled():
+            return again(self._fused, q_TAC, k_TGC, v_TGC)
+        return self._fused(q_TAC, k_TGC, v_TGC)
+
+    def _layout(self, q_TAC: Tensor, k_TGC: Tensor) -> PackedLayout:
+        """The kernel's view of these sequences, made at the first layer."""
+        shape = (q_TAC.shape[1], k_TGC.shape[1], q_TAC.shape[2])
+        if shape not in self._native:
+            heads, groups, channels = shape
+            self._native[shape] = PackedLayout(
+                self.cu_seqlens, heads=heads, groups=groups, channels=channels, dtype=q_TAC.dtype
+            )
+        return self._native[shape]
+
+    def _fused(self, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
+        """By torch's kernel: neighbours of one length at once."""
         outputs = []
-        for start, stop in pairwise(self.cu_seqlens):
-            if stop > start:
-                outputs.append(_dense(q_TAC[start:stop], k_TGC[start:stop], v_TGC[start:stop], causal=self.causal))
+        lengths = [stop - start for start, stop in pairwise(self.cu_seqlens)]
+        start = 0
+        for length, run in itertools.groupby(lengths):
+            stop = start + length * len(list(run))
+            if length:
+                parts = (x[start:stop].view(-1, length, *x.shape[1:]) for x in (q_TAC, k_TGC, v_TGC))
+                outputs.append(_dense(*parts, causal=self.causal).flatten(0, 1))
+            start = stop
         return torch.cat(outputs) if outputs else q_TAC.new_empty(q_TAC.shape)
 
+    def _by_sequence(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
+        """With dropout of the weights: they are made in full, a sequence at a time."""
+        outputs = []
+        for sequence, (start, stop) in enumerate(pairwise(self.cu_seqlens)):
+            parts = (x[start:stop].transpose(0, 1) for x in (q_TAC, k_TGC, v_TGC))
+            run = functools.partial(self._dropped, sequence=sequence, layer=layer)
+            outputs.append(again(run, *parts) if self.selective and torch.is_grad_enabled() else run(*parts))
+        return torch.cat([out_ASC.transpose(0, 1) for out_ASC in outputs])
 
-def _dense(q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor, *, causal: bool) -> Tensor:
-    """One sequence attending to itself, by torch's kernel: [T, A, C]."""
-    per_group = q_TAC.shape[1] // k_TGC.shape[1]
-    out_ATC = F.scaled_dot_product_attention(
-        q_TAC.transpose(0, 1).unsqueeze(0),
-        k_TGC.transpose(0, 1).unsqueeze(0),
-        v_TGC.transpose(0, 1).unsqueeze(0),
-        is_causal=causal,
-        enable_gqa=per_group > 1,
+    def _dropped(self, q_ASC: Tensor, k_GSC: Tensor, v_GSC: Tensor, *, sequence: int, layer: int) -> Tensor:
+        assert self.dropout is not None
+        per_group = q_ASC.shape[0] // k_GSC.shape[0]
+        k_ASC, v_ASC = (x.repeat_interleave(per_group, 0) for x in (k_GSC, v_GSC))
+        scores_ASS = q_ASC @ k_ASC.transpose(1, 2) * q_ASC.shape[2] ** -0.5
+        if self.causal:
+            later = torch.ones(scores_ASS.shape[1:], dtype=torch.bool, device=scores_ASS.device).triu(1)
+            scores_ASS = scores_ASS.masked_fill(later, -torch.inf)
+        weights_ASS = scores_ASS.softmax(-1, dtype=torch.promote_types(torch.float32, q_ASC.dtype)).to(q_ASC.dtype)
+        return self.dropout.attention(weights_ASS, sample=sequence, layer=layer) @ v_ASC
+
+
+def _is_native(q_TAC: Tensor, k_TGC: Tensor) -> bool:
+    heads, channels = q_TAC.shape[1:]
+    return (
+        q_TAC.device.type == "cpu"
+        and native_attention.takes(heads=heads, groups=k_TGC.shape[1], channels=channels, dtype=q_TAC.dtype)
+        and not unavailable_reason()
     )
-    return out_ATC.squeeze(0).transpose(0, 1)
+
+
+def _dense(q_BSAC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, *, causal: bool) -> Tensor:
+    """Sequences of one length, each attending to itself, by torch's kernel: [B, S, A, C]."""
+    out_BASC = F.scaled_dot_product_attention(
+        q_BSAC.transpose(1, 2),
+        k_BSGC.transpose(1, 2),
+        v_BSGC.transpose(1, 2),
+        is_causal=causal,
+        enable_gqa=q_BSAC.shape[2] != k_BSGC.shape[2],
+    )
+    return out_BASC.transpose(1, 2)
 
 
 class PagedKVCache:
@@ -184,6 +248,8 @@ class PagedView:
     one shape (`ROW_TILE` rows, `KEY_TILE` keys), and what padding adds is exactly zero.
     """
 
+    dropout = None  # serving drops nothing
+
     def __init__(self, cache: PagedKVCache, batch: PagedBatch, *, batch_invariant: bool = False) -> None:
         self._cache, self._scale, self._is_invariant = cache, cache.head_dim**-0.5, batch_invariant
         dtype, self._device = cache.kv_LKGNSC.dtype, cache.kv_LKGNSC.device
@@ -236,7 +302,7 @@ class PagedView:
             span = slice(chunk.start, chunk.stop)
             if chunk.context_len == 0 and not self._is_invariant:
                 q, k, v = (x[span].to(self._dtype) for x in (q_TAC, k_TGC, v_TGC))
-                out_TAC[span] = _dense(q, k, v, causal=True)
+                out_TAC[span] = _dense(*(x.unsqueeze(0) for x in (q, k, v)), causal=True).squeeze(0)
             else:
                 out_TAC[span] = self._continue(layer, chunk, q_TAC[span])
         return out_TAC

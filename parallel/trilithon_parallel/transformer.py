@@ -6,13 +6,12 @@ Shapes: T tokens, H hidden, A query heads, G key/value groups, C channels, F fee
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trilithon_parallel.activations import activation, serving_gate
+from trilithon_parallel.activations import activation, native_gate
 from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
@@ -46,9 +45,29 @@ class Rotary:
 
 def rotate(x_TAC: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (c, c + C/2) of channels by its position's angle."""
-    cos_T1C, sin_T1C = tables
+    if not torch.is_grad_enabled():
+        return _turn(x_TAC, *tables)
+    result: Tensor = _Rotation.apply(x_TAC, *tables)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    return result
+
+
+def _turn(x_TAC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
     low, high = x_TAC.chunk(2, -1)
     return torch.addcmul(x_TAC * cos_T1C, torch.cat((high, low), -1), sin_T1C)
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: nothing of its input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TAC: Tensor, cos_T1C: Tensor, sin_T1C: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T1C, sin_T1C)
+        return _turn(x_TAC, cos_T1C, sin_T1C)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TAC: Tensor) -> tuple[Tensor, None, None]:
+        cos_T1C, sin_T1C = ctx.saved_tensors
+        return _turn(grad_TAC, cos_T1C, -sin_T1C), None, None
 
 
 def _frequencies(config: ModelConfig, half: int) -> Tensor:
@@ -66,6 +85,16 @@ def _frequencies(config: ModelConfig, half: int) -> Tensor:
     return inverse / scaling.factor * (1 - ramp) + inverse * ramp
 
 
+def join(
+    row_linear: nn.Module, x_TK: Tensor, residual_TH: Tensor, *, layer: int, site: str, view: AttentionView
+) -> Tensor:
+    """The residual stream after a part's last product, with dropout between the two where the view has any."""
+    if view.dropout is None:
+        result: Tensor = row_linear(x_TK, residual_TH)
+        return result
+    return residual_TH + view.dropout.hidden(row_linear(x_TK, None), layer=layer, site=site)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with heads cut by tp; keys and values go through the step's view."""
 
@@ -73,7 +102,7 @@ class Attention(nn.Module):
         super().__init__()
         sizes = local_sizes(config, grid.tp.size)
         self.heads, self.groups, self.head_dim = sizes.heads, sizes.groups, config.head_dim
-        self.tp, self.backend = grid.tp, backend
+        self.grid, self.backend = grid, backend
         width, kv_width = sizes.heads * config.head_dim, sizes.groups * config.head_dim
         self.q_proj, self.k_proj, self.v_proj = (
             backend.column_linear(config.hidden_size, rows, bias=config.qkv_bias, grid=grid, dtype=dtype)
@@ -91,15 +120,14 @@ class Attention(nn.Module):
             qkv_TAC = self.fused(x_TH).view(x_TH.shape[0], -1, self.head_dim)
             qk_TAC, v_TGC = qkv_TAC[:, : -self.groups], qkv_TAC[:, -self.groups :]
         else:
-            x_TH = self.backend.enter_columns(x_TH, self.tp)
+            x_TH = self.backend.enter_columns(x_TH, self.grid)
             parts = (part(x_TH) for part in (self.q_proj, self.k_proj, self.v_proj))
             q_TAC, k_TGC, v_TGC = (part.view(x_TH.shape[0], -1, self.head_dim) for part in parts)
             qk_TAC = torch.cat((q_TAC, k_TGC), 1)
         if rope is not None:
             qk_TAC = rotate(qk_TAC, rope)
         out_TAC = view.attend(layer, qk_TAC[:, : self.heads], qk_TAC[:, self.heads :], v_TGC)
-        result: Tensor = self.o_proj(out_TAC.reshape(x_TH.shape[0], -1), residual_TH)
-        return result
+        return join(self.o_proj, out_TAC.flatten(1), residual_TH, layer=layer, site="attention", view=view)
 
     def prepare(self) -> None:
         """Pack for serving: q, k and v become one product."""
@@ -113,10 +141,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
         super().__init__()
         ffn = local_sizes(config, grid.tp.size).ffn
-        self.tp, self.backend = grid.tp, backend
-        self.kind, self.dtype, self.device = config.activation, dtype, grid.device
-        self.activate = activation(self.kind, invariant=backend.batch_invariant)
-        self.gate_up: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.grid, self.backend = grid, backend
+        self.activate = activation(config.activation, invariant=backend.batch_invariant)
+        self.gate_up = native_gate(config.activation, dtype=dtype, device=grid.device)
         self.gate_proj = (
             backend.column_linear(config.hidden_size, ffn, bias=config.mlp_bias, grid=grid, dtype=dtype)
             if config.gated_mlp
@@ -127,13 +154,13 @@ class MLP(nn.Module):
         self.down_proj = backend.row_linear(terms, config.hidden_size, bias=config.mlp_bias, grid=grid, dtype=dtype)
         self.fused: Product | None = None
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, residual_TH: Tensor, *, layer: int, view: AttentionView) -> Tensor:
         """Normed input and the residual stream, both [T, H] -> the residual stream after the MLP."""
         if self.fused is not None:
             y_TF = self.fused(x_TH)
             gate_TF, up_TF = y_TF.chunk(2, -1) if self.gate_proj is not None else (None, y_TF)
         else:
-            x_TH = self.backend.enter_columns(x_TH, self.tp)
+            x_TH = self.backend.enter_columns(x_TH, self.grid)
             gate_TF, up_TF = self.gate_proj(x_TH) if self.gate_proj is not None else None, self.up_proj(x_TH)
         if gate_TF is None:
             hidden_TF = self.activate(up_TF)
@@ -141,12 +168,10 @@ class MLP(nn.Module):
             hidden_TF = self.gate_up(gate_TF, up_TF)
         else:
             hidden_TF = self.activate(gate_TF) * up_TF
-        result: Tensor = self.down_proj(hidden_TF, residual_TH)
-        return result
+        return join(self.down_proj, hidden_TF, residual_TH, layer=layer, site="mlp", view=view)
 
     def prepare(self) -> None:
-        """Pack for serving: gate and up become one product, and what follows it one operator where there is one."""
-        self.gate_up = serving_gate(self.kind, dtype=self.dtype, device=self.device)
+        """Pack for serving: gate and up become one product."""
         parts = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
         self.fused = self.backend.pack_columns(parts)
         self.backend.pack_row(self.down_proj)
@@ -171,10 +196,10 @@ class Block(nn.Module):
         """The residual stream [T, H] through one layer; `layer` counts within the stage."""
         if self.is_pre_norm:
             x_TH = self.self_attn(self.input_layernorm(x_TH), x_TH, layer=layer, rope=rope, view=view)
-            x_TH = self.mlp(self.post_attention_layernorm(x_TH), x_TH)
+            x_TH = self.mlp(self.post_attention_layernorm(x_TH), x_TH, layer=layer, view=view)
         else:
             x_TH = self.post_attention_layernorm(self.self_attn(x_TH, x_TH, layer=layer, rope=rope, view=view))
-            x_TH = self.output_layernorm(self.mlp(x_TH, x_TH))
+            x_TH = self.output_layernorm(self.mlp(x_TH, x_TH, layer=layer, view=view))
         return x_TH
 
     def prepare(self) -> None:

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from trilithon_parallel.config import ModelConfig, ModelError
-from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import Product
 
 BackendName = Literal["torch", "te", "auto"]
+
+
+class Forgetful(Protocol):
+    """Something derived from weights."""
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        ...
 
 
 class Backend(Protocol):
@@ -41,8 +49,16 @@ class Backend(Protocol):
         """The family's norm over H."""
         ...
 
-    def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
+    def enter_columns(self, x_TH: Tensor, grid: Grid) -> Tensor:
         """What stands between a norm and the column-parallel products that share its output: the paper's f."""
+        ...
+
+    def train(self, stage: nn.Module) -> Sequence[Forgetful]:
+        """
+        Let a stage's products train with serving's numbers, where this backend has numbers of its own.
+
+        What is returned must `forget()` whenever the weights have changed.
+        """
         ...
 
     def pack_columns(self, parts: Sequence[nn.Module]) -> Product | None:

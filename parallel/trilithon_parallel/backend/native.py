@@ -2,8 +2,8 @@
 The C kernels for CPUs: compiled once with the system's C compiler, then cached.
 
 Optional: without a compiler torch computes the same. Plain C behind ctypes (no torch headers), so all of it compiles in
-two seconds, and it shares torch's OpenMP threads. Attention over the paged cache is `paged_attention.c`, products are
-`product.c`, the gated activation is `activation.c`.
+three seconds, and it shares torch's OpenMP threads. Attention over the paged cache is `paged_attention.c`, products are
+`product.c`, the gated activation is `activation.c`; `gemm.c` and `attention_backward.c` are the backward pass.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from pathlib import Path
 
 from trilithon_parallel.weights.store import home
 
-SOURCES = [Path(__file__).with_name(name) for name in ("paged_attention.c", "product.c", "activation.c")]
-HEADER = Path(__file__).with_name("vector.h")
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("paged_attention.c", "product.c", "activation.c", "gemm.c", "attention_backward.c")
+]
+HEADERS = [Path(__file__).with_name(name) for name in ("vector.h", "gemm.h")]
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 COMPILE_LIMIT_S = 60
 
@@ -63,7 +66,10 @@ def _open(path: Path) -> ctypes.CDLL:
     found.paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, pointer]
     found.product.argtypes = [pointer, size, pointer, size, pointer, pointer, pointer, small]
     found.gated_silu.argtypes = [pointer, pointer, size, pointer, size, size, small, small]
-    for function in (found.paged_attention, found.product, found.gated_silu):
+    found.gated_silu_backward.argtypes = [pointer, pointer, size, pointer, pointer, pointer, size, size, small, small]
+    found.gemm.argtypes = [pointer, pointer, size, size, size, pointer, size, small, small]
+    found.attention_backward.argtypes = [pointer]
+    for function in (found.paged_attention, found.product, found.gated_silu, found.gated_silu_backward):
         function.restype = None
     return found
 
@@ -79,7 +85,12 @@ def _compile(compiler: str, cache_dir: Path) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_LIMIT_S).stdout
     key = hashlib.sha256(
         b"\0".join(
-            (*(path.read_bytes() for path in (HEADER, *SOURCES)), version, " ".join(FLAGS).encode(), features.encode())
+            (
+                *(path.read_bytes() for path in (*HEADERS, *SOURCES)),
+                version,
+                " ".join(FLAGS).encode(),
+                features.encode(),
+            )
         )
     )
     cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

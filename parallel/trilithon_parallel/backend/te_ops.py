@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from trilithon_parallel.backend import Forgetful
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import Product
 
 # What importing it has been seen to raise: missing wheels, missing CUDA libraries, a failed sanity check of its own.
@@ -65,9 +66,10 @@ def _classes() -> dict[str, type[nn.Module]]:
     class Row(_Stateless, te.Linear):  # type: ignore[misc]  # as above
         """Row-parallel product; its own forward holds the paper's g, and adds the bias once after it."""
 
-        def forward(self, x_TK: Tensor, residual_TO: Tensor) -> Tensor:
-            """[T, K] local and the residual stream [T, O] -> [T, O]."""
-            return residual_TO + cast(Tensor, super().forward(x_TK))
+        def forward(self, x_TK: Tensor, residual_TO: Tensor | None) -> Tensor:
+            """[T, K] local and the residual stream [T, O], or None -> [T, O]."""
+            y_TO = cast(Tensor, super().forward(x_TK))
+            return y_TO if residual_TO is None else residual_TO + y_TO
 
     class RMS(_Stateless, te.RMSNorm):  # type: ignore[misc]  # as above
         """RMSNorm."""
@@ -102,9 +104,13 @@ class TransformerEngineBackend:
             config.hidden_size, eps=config.norm_eps, zero_centered_gamma=False, dtype=dtype, device=grid.device
         )
 
-    def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
-        """Nothing: each of its column-parallel layers reduces its own input gradient."""
+    def enter_columns(self, x_TH: Tensor, grid: Grid) -> Tensor:
+        """Nothing: each of its column-parallel layers gathers its input and reduces that input's gradient itself."""
         return x_TH
+
+    def train(self, stage: nn.Module) -> Sequence[Forgetful]:
+        """Nothing to do: its kernels have their own backward pass."""
+        return []
 
     def pack_columns(self, parts: Sequence[nn.Module]) -> Product | None:
         """None: its kernels read the weights as they are."""
@@ -117,7 +123,7 @@ class TransformerEngineBackend:
         self, kind: str, in_features: int, out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
     ) -> nn.Module:
         options: dict[str, Any] = {
-            "sequence_parallel": False,
+            "sequence_parallel": grid.sequence_parallel,
             "fuse_wgrad_accumulation": False,
             "tp_group": grid.tp.group,
             "tp_size": grid.tp.size,

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from trilithon_parallel.backend import native_product
 from trilithon_parallel.backend.native_product import NativeProduct, even_terms
-from trilithon_parallel.collectives import copy_to_tp
+from trilithon_parallel.backend.native_training import TrainingProduct
+from trilithon_parallel.collectives import enter_columns
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import ColumnParallelLinear, LayerNorm, Product, RMSNorm, RowParallelLinear, release
 
 # Rows of every product in the batch-invariant mode: one shape, so one kernel and one order of additions.
@@ -154,23 +155,34 @@ class TorchBackend:
         self, terms: Sequence[int], out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype
     ) -> nn.Module:
         """A `RowParallelLinear`."""
-        return RowParallelLinear(
-            terms,
-            out_features,
-            bias=bias,
-            axis=grid.tp,
-            dtype=dtype,
-            device=grid.device,
-        )
+        return RowParallelLinear(terms, out_features, bias=bias, grid=grid, dtype=dtype)
 
     def norm(self, config: ModelConfig, *, grid: Grid, dtype: torch.dtype) -> nn.Module:
         """`RMSNorm` or `LayerNorm`."""
         kind = RMSNorm if config.norm == "rms" else LayerNorm
         return kind(config.hidden_size, config.norm_eps, dtype=dtype, device=grid.device)
 
-    def enter_columns(self, x_TH: Tensor, axis: Axis) -> Tensor:
-        """The paper's f."""
-        return copy_to_tp(x_TH, axis)
+    def enter_columns(self, x_TH: Tensor, grid: Grid) -> Tensor:
+        """The paper's f, or with sequence parallelism g-bar's gather."""
+        return enter_columns(x_TH, grid)
+
+    def train(self, stage: nn.Module) -> list[TrainingProduct]:
+        """Serving's own products with a gradient, where our kernel is what serves; elsewhere torch's stay."""
+        products = []
+        for part in stage.modules():
+            if isinstance(part, RowParallelLinear):
+                # A bias stands after the sum that tp makes, unless there is none to make.
+                bias = part.bias if part.grid.tp.is_trivial else None
+                terms: Sequence[int] = part.terms
+                is_wide = self.batch_invariant or part.weight.dtype == torch.float32
+            elif isinstance(part, ColumnParallelLinear):
+                bias, terms, is_wide = part.bias, even_terms(part.weight.shape[1]), False
+            else:
+                continue
+            if part.weight.device.type == "cpu" and native_product.takes(part.weight.dtype, terms):
+                part.product = TrainingProduct(part.weight, bias, terms=terms, wide=is_wide)
+                products.append(part.product)
+        return products
 
     def pack_columns(self, parts: Sequence[nn.Module]) -> Product:
         """One product of the joined weights, packed where the CPU can; the parts' parameters are released."""

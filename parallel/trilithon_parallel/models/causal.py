@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.backend import Backend
-from trilithon_parallel.collectives import all_gather, copy_to_tp
+from trilithon_parallel.collectives import all_gather, enter_columns
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import ColumnParallelLinear, Product
@@ -35,27 +35,36 @@ class CausalStage(nn.Module):
             if config.tied_embeddings and grid.is_first_stage:
                 self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, x: Tensor, *, positions_T: Tensor, view: AttentionView) -> Tensor:
+    def forward(self, x: Tensor, *, positions_T: Tensor, view: AttentionView, types_T: Tensor | None = None) -> Tensor:
         """
         Args:
             x: int64 tokens [T] on the first stage, hidden [T, H] (the stage's dtype) on the others.
             positions_T: int64 [T], each token's place in its own sequence.
             view: the step's keys and values.
+            types_T: int64 [T] token types of a model that has them, zeros where None.
         Returns:
             Hidden [T, H]; on the last stage after the final norm.
         """
-        x_TH = self.model.embed(x, positions_T, None) if self.grid.is_first_stage else x
+        x_TH = self.model.embed(x, positions_T, types_T, view.dropout) if self.grid.is_first_stage else x
         return self.model.run(x_TH, positions_T, view)
 
-    def logits(self, hidden_RH: Tensor) -> Tensor:
-        """This rank's slice of the vocabulary: fp32 [R, V / tp]; columns that are padding are -inf."""
+    def local_logits(self, hidden_RH: Tensor) -> Tensor:
+        """This rank's slice of the vocabulary, [R, V / tp], at least fp32; columns that are padding mean nothing."""
         if self._head is not None:
-            logits_RV = self._head(hidden_RH).float()
-        else:
-            logits_RV = self.lm_head(copy_to_tp(hidden_RH, self.grid.tp)).float()
-        real = self.config.vocab_size - self.grid.tp.rank * self.vocab_local
-        if real < self.vocab_local:
-            is_padding_V = torch.arange(self.vocab_local, device=logits_RV.device) >= real
+            return self._head(hidden_RH).float()
+        logits_RV: Tensor = self.lm_head(enter_columns(hidden_RH, self.grid))
+        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+
+    @property
+    def real_columns(self) -> int:
+        """How many columns of `local_logits`, from the first, are tokens and not padding."""
+        return max(0, min(self.vocab_local, self.config.vocab_size - self.grid.tp.rank * self.vocab_local))
+
+    def logits(self, hidden_RH: Tensor) -> Tensor:
+        """`local_logits` whose columns that are padding are -inf."""
+        logits_RV = self.local_logits(hidden_RH)
+        if self.real_columns < self.vocab_local:
+            is_padding_V = torch.arange(self.vocab_local, device=logits_RV.device) >= self.real_columns
             logits_RV = logits_RV.masked_fill(is_padding_V, -torch.inf)
         return logits_RV
 

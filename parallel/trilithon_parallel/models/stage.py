@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.backend import Backend
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.layers import VocabParallelEmbedding, empty_parameter
+from trilithon_parallel.layers import VocabParallelEmbedding, empty_parameter, lookup
 from trilithon_parallel.placement import local_sizes
+from trilithon_parallel.recompute import Recompute, run_layers
 from trilithon_parallel.transformer import Block, Rotary
 
 
@@ -23,7 +27,7 @@ class Table(nn.Module):
 
     def forward(self, index_T: Tensor) -> Tensor:
         """int64 [T] -> [T, H]."""
-        return nn.functional.embedding(index_T, self.weight)
+        return lookup(self.weight, index_T)
 
 
 class Trunk(nn.Module):
@@ -37,7 +41,7 @@ class Trunk(nn.Module):
         hidden, device = config.hidden_size, grid.device
         if grid.is_first_stage:
             vocab = local_sizes(config, grid.tp.size).vocab
-            self.embed_tokens = VocabParallelEmbedding(vocab, hidden, axis=grid.tp, dtype=dtype, device=device)
+            self.embed_tokens = VocabParallelEmbedding(vocab, hidden, grid=grid, dtype=dtype)
             if config.position == "learned":
                 self.embed_positions = Table(config.max_context, hidden, dtype=dtype, device=device)
             if config.token_types:
@@ -48,27 +52,38 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, grid=grid, backend=backend, dtype=dtype) for i in ids})
         if grid.is_last_stage and config.norm_order == "pre":
             self.norm = backend.norm(config, grid=grid, dtype=dtype)
+        self.recompute = Recompute()
         self.rotary = Rotary(config, dtype=dtype, device=device) if config.position == "rope" else None
 
-    def embed(self, tokens_T: Tensor, positions_T: Tensor, types_T: Tensor | None) -> Tensor:
-        """Tokens -> [T, H] on the first stage."""
+    def embed(
+        self, tokens_T: Tensor, positions_T: Tensor, types_T: Tensor | None, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Tokens -> [T, H] on the first stage; with sequence parallelism this rank's tokens of it, [T / tp, H]."""
         x_TH: Tensor = self.embed_tokens(tokens_T)
         if self.config.token_types:
-            x_TH = x_TH + self.embed_types(torch.zeros_like(tokens_T) if types_T is None else types_T)
+            types_T = torch.zeros_like(tokens_T) if types_T is None else types_T
+            x_TH = x_TH + self.embed_types(self._own(types_T))
         if self.config.position == "learned":
-            x_TH = x_TH + self.embed_positions(positions_T)
+            x_TH = x_TH + self.embed_positions(self._own(positions_T))
         if self.config.norm_order == "post":
             x_TH = self.embed_norm(x_TH)
-        return x_TH
+        return x_TH if dropout is None else dropout.hidden(x_TH, layer=0, site="embedding")
 
     def run(self, x_TH: Tensor, positions_T: Tensor, view: AttentionView) -> Tensor:
         """The residual stream [T, H] through this stage's layers, and the final norm where it stands."""
         rope = self.rotary.tables(positions_T) if self.rotary is not None else None
-        for layer, block in enumerate(self.layers.values()):
-            x_TH = block(x_TH, layer=layer, rope=rope, view=view)
+        layers = [
+            functools.partial(block, layer=layer, rope=rope, view=view)
+            for layer, block in enumerate(self.layers.values())
+        ]
+        x_TH = run_layers(layers, x_TH, self.recompute)
         if self.grid.is_last_stage and self.config.norm_order == "pre":
             x_TH = self.norm(x_TH)
         return x_TH
+
+    def _own(self, x_T: Tensor) -> Tensor:
+        """This rank's tokens under sequence parallelism, else all."""
+        return x_T.chunk(self.grid.tp.size)[self.grid.tp.rank] if self.grid.sequence_parallel else x_T
 
     def prepare(self) -> None:
         """Pack the layers' products."""

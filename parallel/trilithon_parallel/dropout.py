@@ -1,0 +1,71 @@
+"""
+Dropout that doesn't depend on the layout: a mask is a function of seed, step, sample, layer and site.
+
+It is drawn for the whole sample and all heads, and a rank takes its part. So one process, tensor-parallel ranks,
+sequence-parallel ranks and a second computation of the same layer all drop the same elements.
+
+Shapes: T packed tokens, H hidden, A query heads (a rank's share), S tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trilithon_parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """
+    The masks of one micro-batch on one stage.
+
+    `hidden_rate`, `attention_rate`: shares that are dropped, 0 <= rate < 1. `sample_ids` and `lengths`: the global
+    samples that are packed here and their tokens, in order. `first_layer`: the global id of the stage's first layer.
+    """
+
+    hidden_rate: float
+    attention_rate: float
+    seed: int
+    step: int
+    sample_ids: Sequence[int]
+    lengths: Sequence[int]
+    grid: Grid
+    first_layer: int
+
+    def hidden(self, x_TH: Tensor, *, layer: int, site: str) -> Tensor:
+        """Drop elements of the stream [T, H], or of this rank's tokens of it under sequence parallelism."""
+        if self.hidden_rate == 0.0:
+            return x_TH
+        shape = x_TH.shape[1:]
+        keep = torch.cat(
+            [
+                self._keep((size, *shape), self.hidden_rate, sample, layer, site)
+                for sample, size in zip(self.sample_ids, self.lengths, strict=True)
+            ]
+        )
+        if self.grid.sequence_parallel:
+            keep = keep.chunk(self.grid.tp.size)[self.grid.tp.rank]
+        return x_TH * (keep.to(device=x_TH.device, dtype=x_TH.dtype) / (1.0 - self.hidden_rate))
+
+    def attention(self, weights_ASS: Tensor, *, sample: int, layer: int) -> Tensor:
+        """Drop weights [A, S, S] of the sample at index `sample` of this micro-batch; A is this rank's share."""
+        if self.attention_rate == 0.0:
+            return weights_ASS
+        heads, *shape = weights_ASS.shape
+        keep = torch.stack(
+            [
+                self._keep(tuple(shape), self.attention_rate, self.sample_ids[sample], layer, f"head{head}")
+                for head in range(self.grid.tp.rank * heads, (self.grid.tp.rank + 1) * heads)
+            ]
+        )
+        return weights_ASS * (keep.to(device=weights_ASS.device, dtype=weights_ASS.dtype) / (1.0 - self.attention_rate))
+
+    def _keep(self, shape: tuple[int, ...], rate: float, sample: int, layer: int, site: str) -> Tensor:
+        key = f"{self.seed}/{self.step}/{sample}/{self.first_layer + layer}/{site}".encode()
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= rate
