@@ -1,0 +1,1 @@
+"""Training data: token files, samples, blends, schedules and the cursor. Pure functions on numpy arrays; no torch."""
