@@ -1,0 +1,183 @@
+"""
+A synthetic training state cut as a trainer cuts it, and what several ranks check with it.
+
+Started by test_layouts.py as one process per rank, never collected by pytest. Every tensor's values depend on its name
+alone, so that each rank knows what it must read, whichever layout wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trilithon_parallel import rendezvous
+from trilithon_parallel.checkpoint import Piece, Progress, Retention, RunFacts, Saver, load, optimizer_names
+from trilithon_parallel.checkpoint.piece import Slices
+from trilithon_parallel.config import ModelConfig, load_config
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.placement import global_shapes, local_sizes, local_slice, placement_of, source_name, stage_names
+
+Layout = tuple[int, int, int, int]  # tp, pp, dp, virtual
+
+LAYOUTS: tuple[Layout, ...] = (
+    (1, 1, 1, 1),
+    (2, 1, 1, 1),
+    (1, 2, 1, 1),
+    (1, 1, 2, 1),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (1, 2, 1, 2),
+)
+MODELS = {"llama": torch.bfloat16, "gpt2": torch.float32}
+FACTS = RunFacts(seed=7, data_hash="d" * 64)
+
+
+def named(layout: Layout) -> str:
+    tp, pp, dp, virtual = layout
+    return f"tp{tp}pp{pp}dp{dp}v{virtual}"
+
+
+def world_size(layout: Layout) -> int:
+    return layout[0] * layout[1] * layout[2]
+
+
+def whole(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The global tensor of a name: random, from the name alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _names(config: ModelConfig, grid: Grid, virtual: int) -> Iterator[str]:
+    """Parameters of all chunks of this rank."""
+    for chunk in range(virtual):
+        place = grid.chunk(chunk, virtual)
+        yield from stage_names(config, pp=place.pp.size, pp_rank=place.pp.rank)
+
+
+def range_slices(slices: Slices, start: int, stop: int) -> Iterator[Slices]:
+    """The elements [start, stop) of a flattened rectangle, as at most three rectangles of the global tensor."""
+    if len(slices) == 1:
+        yield (slice(slices[0].start + start, slices[0].start + stop),)
+        return
+    top, left = slices[0].start, slices[1].start
+    columns = slices[1].stop - left
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column == 0 and stop - start >= columns:
+            rows, count = (stop - start) // columns, columns
+        else:
+            rows, count = 1, min(columns - column, stop - start)
+        yield slice(top + row, top + row + rows), slice(left + column, left + column + count)
+        start += rows * count
+
+
+def state_pieces(config: ModelConfig, grid: Grid, *, virtual: int, dtype: torch.dtype, saving: bool) -> list[Piece]:
+    """This rank's rectangles: what it gives (each element once over all ranks) or asks for (its whole share)."""
+    shapes = global_shapes(config)
+    found: list[Piece] = []
+
+    def add(name: str, slices: Slices, kind: torch.dtype) -> None:
+        shape = shapes[name.removesuffix(".master").removesuffix(".exp_avg").removesuffix(".exp_avg_sq")]
+        block = tuple(item.stop - item.start for item in slices)
+        tensor = whole(name, shape, kind)[slices] if saving else torch.full(block, 7.0, dtype=kind)
+        found.append(Piece(name, slices, tensor))
+
+    for parameter in _names(config, grid, virtual):
+        name = source_name(parameter, config)
+        if saving and parameter != name:
+            continue  # the last stage's copy of a tied head
+        place = local_slice(name, shapes[name], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
+        rule = placement_of(name)
+        replicas = local_sizes(config, grid.tp.size).kv_replicas if rule.cut == "kv" else 1
+        is_owner = grid.tp.rank == 0 if rule.cut is None else grid.tp.rank % replicas == 0
+        if saving and not is_owner:
+            continue
+        if not saving or grid.dp.rank == 0:
+            add(name, place.slices, dtype)
+        numel = torch.Size(place.source_shape).numel()
+        share = -(-numel // grid.dp.size)
+        start, stop = min(grid.dp.rank * share, numel), min((grid.dp.rank + 1) * share, numel)
+        for state in optimizer_names(name, dtype) if parameter == name else ():
+            for slices in range_slices(place.slices, start, stop) if start < stop else ():
+                add(state, slices, torch.float32)
+    return found
+
+
+def wrong(targets: list[Piece], config: ModelConfig) -> list[str]:
+    """Targets that differ in any bit from what their name says."""
+    shapes = global_shapes(config)
+    names = []
+    for target in targets:
+        shape = shapes[target.name.removesuffix(".master").removesuffix(".exp_avg").removesuffix(".exp_avg_sq")]
+        if not torch.equal(whole(target.name, shape, target.tensor.dtype)[target.slices], target.tensor):
+            names.append(target.name)
+    return names
+
+
+def make_saver(
+    run_dir: Path, config: ModelConfig, grid: Grid, *, dtype: torch.dtype, virtual: int = 1, **options: object
+) -> Saver:
+    defaults = {"retention": Retention(2), "side_files_from": None, "max_shard_bytes": 100_000}
+    facts = RunFacts(FACTS.seed, FACTS.data_hash, virtual)
+    return Saver(run_dir, config=config, grid=grid, facts=facts, dtype=dtype, **(defaults | options))
+
+
+def progress(step: int) -> Progress:
+    return Progress(step, step * 8, step * 8 * 64, {"loss_scale": 2.0**step, "rng": [step, 1, 2]})
+
+
+def save_case(models: Path, runs: Path, model: str, layout: Layout, grid: Grid) -> None:
+    config = load_config(models / model)
+    dtype = MODELS[model]
+    pieces = state_pieces(config, grid, virtual=layout[3], dtype=dtype, saving=True)
+    saver = make_saver(
+        runs / f"{model}-{named(layout)}", config, grid, dtype=dtype, virtual=layout[3], side_files_from=models / model
+    )
+    saver.start(pieces, progress(3))
+    for piece in pieces:
+        piece.tensor.fill_(-1)  # the trainer goes on: what was given is already copied
+    assert saver.wait() == runs / f"{model}-{named(layout)}" / "step_00000003"
+    saver.close()
+
+
+def load_case(models: Path, runs: Path, model: str, source: Layout, layout: Layout, grid: Grid) -> None:
+    config = load_config(models / model)
+    targets = state_pieces(config, grid, virtual=layout[3], dtype=MODELS[model], saving=False)
+    directory = runs / f"{model}-{named(source)}" / "step_00000003"
+    manifest = load(directory, targets, config=config, axis=grid.world)
+    assert wrong(targets, config) == []
+    assert manifest.step == 3
+    assert manifest.layout.tp == source[0]
+    assert manifest.state == progress(3).state
+
+
+def main(work_dir: Path, models: Path, runs: Path, action: str) -> None:
+    """Join, run every case of this world size, write what happened."""
+    torch.set_num_threads(1)
+    world = rendezvous.join(timeout_s=60)
+    results = {}
+    for layout in (item for item in LAYOUTS if world_size(item) == world.world_size):
+        grid = Grid.build(tp=layout[0], pp=layout[1], dp=layout[2])
+        for model in MODELS:
+            for source in LAYOUTS if action == "load" else (layout,):
+                try:
+                    if action == "load":
+                        load_case(models, runs, model, source, layout, grid)
+                    else:
+                        save_case(models, runs, model, layout, grid)
+                    results[f"{model}-{named(source)}-{named(layout)}"] = "ok"
+                except Exception:
+                    results[f"{model}-{named(source)}-{named(layout)}"] = traceback.format_exc()
+    (work_dir / f"rank{world.rank}.json").write_text(json.dumps(results))
+    rendezvous.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
