@@ -25,7 +25,7 @@ SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved")
 
 # Tensor-parallel all-reduces of one layer and micro-batch: two forward, two backward; full recomputation runs the
 # forward ones again (PTD-P section 3.2).
-_ALL_REDUCES: Mapping[Recompute, int] = {"none": 4, "selective": 4, "full": 6}
+NUM_ALL_REDUCES: Mapping[Recompute, int] = {"none": 4, "selective": 4, "full": 6}
 SECONDS_PER_DAY = 86400.0
 
 
@@ -74,11 +74,6 @@ def formula_parameters(config: ModelConfig) -> int:
     return 12 * layers * hidden**2 + 13 * layers * hidden + (config.vocab_size + config.max_context) * hidden
 
 
-def layer_parameters(config: ModelConfig) -> int:
-    """Exact count of one layer."""
-    return sum(math.prod(shape) for name, shape in global_shapes(config).items() if name.startswith("model.layers.0."))
-
-
 def layer_product_flops(config: ModelConfig, *, tokens: float) -> float:
     """
     FLOPs of one layer's weight products, forward: 2 per weight and token.
@@ -101,27 +96,48 @@ def layer_attention_flops(config: ModelConfig, *, batch: float, seq_len: int) ->
 
 
 def head_flops(config: ModelConfig, *, tokens: float) -> float:
-    """FLOPs of the logits, forward: 2 tokens h V; 0 for encoders, whose stages have no head."""
-    return 2.0 * tokens * config.hidden_size * config.vocab_size if config.is_causal else 0.0
+    """FLOPs of the logits, forward: 2 tokens h V (masked-LM: its transform too, at every token); 0 without a head."""
+    if not config.has_head:
+        return 0.0
+    return 2.0 * tokens * config.hidden_size * (config.vocab_size + config.mlm_head * config.hidden_size)
 
 
-def model_flops(config: ModelConfig, *, batch: float, seq_len: int, recompute: Recompute = "none") -> float:
+def model_flops(
+    config: ModelConfig, *, batch: float, seq_len: int, target_len: int | None = None, recompute: Recompute = "none"
+) -> float:
     """
     FLOPs of one training step over `batch` sequences of `seq_len` tokens: forward, and backward at twice that.
 
     Args:
         batch: sequences of the global batch, over all ranks.
+        seq_len: tokens of a sequence; of its source, for an encoder-decoder.
+        target_len: tokens of an encoder-decoder's target; `seq_len` where None.
         recompute: "none" counts what the model needs (the numerator of MFU); "selective" adds attention's second
             forward, "full" every layer's (what the hardware does, the numerator of HFU). Logits never run twice.
     Returns:
         FLOPs; divide by seconds * ranks * peak for the utilisation.
     Source: PTD-P section 5.1: 96 B s l h^2 (1 + s/(6h) + V/(16 l h)) for a GPT with full recomputation.
     """
-    tokens = batch * seq_len
-    attention = layer_attention_flops(config, batch=batch, seq_len=seq_len)
-    forward = layer_product_flops(config, tokens=tokens) + attention
-    again = {"none": 0.0, "selective": attention, "full": forward}[recompute]
-    return config.num_layers * (3 * forward + again) + 3 * head_flops(config, tokens=tokens)
+    if config.is_seq2seq:
+        products, attention, tokens = _seq2seq_flops(config, batch, seq_len, target_len or seq_len)
+    else:
+        tokens = batch * seq_len
+        products = config.num_layers * layer_product_flops(config, tokens=tokens)
+        attention = config.num_layers * layer_attention_flops(config, batch=batch, seq_len=seq_len)
+    again = {"none": 0.0, "selective": attention, "full": products + attention}[recompute]
+    return 3 * (products + attention) + again + 3 * head_flops(config, tokens=tokens)
+
+
+def _seq2seq_flops(config: ModelConfig, batch: float, source: int, target: int) -> tuple[float, float, float]:
+    """Forward FLOPs of both stacks' (weight products, attention), and the tokens that reach the head."""
+    encoders, decoders = config.num_encoder_layers, config.num_decoder_layers
+    width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    # Cross-attention: queries and outputs of the target, keys and values of the source.
+    cross = 4.0 * batch * config.hidden_size * (width * target + kv_width * source)
+    products = encoders * layer_product_flops(config, tokens=batch * source)
+    products += decoders * (layer_product_flops(config, tokens=batch * target) + cross)
+    pairs = encoders * source**2 + decoders * (target**2 + target * source)
+    return products, 4.0 * batch * pairs * width, batch * target
 
 
 def num_microbatches(global_batch: int, *, dp: int, micro_batch: int) -> int:
@@ -205,10 +221,10 @@ def tensor_elements(
     Elements that a rank sends to its tensor-parallel peers per layer and micro-batch: 8 b s h (t - 1) / t.
 
     12 instead of 8 with full recomputation. Sequence parallelism moves the same, as all-gathers and reduce-scatters.
-    Source: PTD-P section 3.2.
+    Source: PTD-P section 3.2; arXiv 2205.05198, section 4.2.2.
     """
     activation = micro_batch * seq_len * config.hidden_size
-    return _ALL_REDUCES[recompute] * all_reduce_elements(activation, tp)
+    return NUM_ALL_REDUCES[recompute] * all_reduce_elements(activation, tp)
 
 
 def data_elements(local_parameters: float, *, dp: int) -> float:
