@@ -37,7 +37,8 @@ class Grid:
     Where this rank stands. `world` is an axis too: all ranks in order, for plans and status.
 
     `layer_counts`: layers of every pipeline stage, None for as even as possible. `sequence_parallel`: between the
-    tensor-parallel products each tp rank holds its share of the tokens (arXiv 2205.05198, section 4.2.2).
+    tensor-parallel products each tp rank holds its share of the tokens (arXiv 2205.05198, section 4.2.2). `pp_back`
+    is the pipeline axis with a group of its own, for gradients: they never meet activations; None without a pipeline.
     """
 
     tp: Axis
@@ -47,6 +48,7 @@ class Grid:
     device: torch.device
     layer_counts: tuple[int, ...] | None = None
     sequence_parallel: bool = False
+    pp_back: Axis | None = None
 
     @property
     def rank(self) -> int:
@@ -124,9 +126,11 @@ class Grid:
         if world_size == 1:
             return cls.single(device)
         rank = dist.get_rank()
-        axes = {name: _make_axis(name, groups, rank) for name, groups in axis_groups(tp=tp, pp=pp, dp=dp).items()}
+        groups = axis_groups(tp=tp, pp=pp, dp=dp)
+        axes = {name: make_axis(name, groups[name], rank) for name in groups}
         world = Axis("world", rank, world_size, tuple(range(world_size)), dist.group.WORLD)
-        return cls(axes["tp"], axes["pp"], axes["dp"], world, torch.device(device))
+        pp_back = make_axis("pp_back", groups["pp"], rank) if pp > 1 else None
+        return cls(axes["tp"], axes["pp"], axes["dp"], world, torch.device(device), pp_back=pp_back)
 
 
 def rank_of(tp_rank: int, dp_rank: int, pp_rank: int, *, tp: int, dp: int) -> int:
@@ -153,7 +157,7 @@ def axis_groups(*, tp: int, pp: int, dp: int) -> dict[str, list[tuple[int, ...]]
     }
 
 
-def _make_axis(name: str, groups: list[tuple[int, ...]], rank: int) -> Axis:
+def make_axis(name: str, groups: list[tuple[int, ...]], rank: int) -> Axis:
     """Make all groups of one axis (every rank must take part in making each) and keep the one that holds `rank`."""
     mine = Axis(name, 0, 1, (rank,))
     for ranks in groups:

@@ -76,7 +76,16 @@ class Recv:
     message: Message
 
 
-Step = Op | Send | Recv
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Do `op` with the tensor `takes` (None where it begins with its own), which gives `makes` (None where it ends)."""
+
+    op: Op
+    takes: Message | None
+    makes: Message | None
+
+
+Step = Run | Send | Recv
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ def is_legal_group(pp: int, num_microbatches: int, group: int) -> bool:
 
 def with_messages(table: Schedule) -> tuple[tuple[Step, ...], ...]:
     """
-    The table with sends and receives, rank by rank.
+    The table with sends and receives, rank by rank: all that an executor needs to know.
 
     All messages stand in one global order, that in which they are made when a forward takes 1 and a backward 2, and
     every rank starts its own messages in that order: so no rank waits for another that waits for it, even where
@@ -234,13 +243,13 @@ def with_messages(table: Schedule) -> tuple[tuple[Step, ...], ...]:
     keyed: list[list[tuple[int, int, int, Step]]] = [[] for _ in range(table.pp)]
     for rank, spans in enumerate(walk(table, forward=1, backward=2)):
         for span in spans:
-            keyed[rank].append((span.end, 0, 0, span.op))
-            message = table.message_from(rank, span.op)
-            if message is not None and message.dst != rank:
+            takes, makes = table.message_into(rank, span.op), table.message_from(rank, span.op)
+            keyed[rank].append((span.end, 0, 0, Run(span.op, takes, makes)))
+            if makes is not None and makes.dst != rank:  # to itself, where p is 1, a rank sends nothing
                 # Ops of one rank never end together, so (end, source) names a message and breaks ties the same way
                 # at both ends.
-                keyed[rank].append((span.end, 1, rank, Send(message)))
-                keyed[message.dst].append((span.end, 1, rank, Recv(message)))
+                keyed[rank].append((span.end, 1, rank, Send(makes)))
+                keyed[makes.dst].append((span.end, 1, rank, Recv(makes)))
     return tuple(tuple(step for *_, step in sorted(steps, key=lambda step: step[:3])) for steps in keyed)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from trilithon_parallel.schedule import Message, Op, Recv, Schedule, ScheduleError, Send, Span, Step, walk
+from trilithon_parallel.schedule import Message, Op, Recv, Run, Schedule, ScheduleError, Send, Span, Step, walk
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def check_messages(tables: Sequence[Sequence[Step]]) -> None:
     receives: dict[tuple[int, int, str], list[Message]] = defaultdict(list)
     for steps in tables:
         for step in steps:
-            if not isinstance(step, Op):
+            if not isinstance(step, Run):
                 message = step.message
                 into = sends if isinstance(step, Send) else receives
                 into[message.src, message.dst, message.kind].append(message)
