@@ -182,6 +182,7 @@ def tiny_bert(
     token_types: int = 2,
     prefix: str = "",
     pooler: bool = True,
+    mlm_head: bool = False,
     sentence_encoder: bool = True,
     dtype: str = "float32",
     seed: int = 0,
@@ -193,7 +194,8 @@ def tiny_bert(
     A BERT encoder of random weights with a WordPiece tokenizer.
 
     `pooler` writes the unused pooling head, as real files have it; `sentence_encoder` adds the files that say "mean
-    pooling, then normalise" in the layout of sentence-transformers. `prefix` is "" or "bert.".
+    pooling, then normalise" in the layout of sentence-transformers. `mlm_head` makes it a BertForMaskedLM, whose trunk
+    has the prefix "bert."; else `prefix` is "" or "bert.".
     """
     draw = _Draw(seed, scale)
     tensors = {
@@ -222,8 +224,18 @@ def tiny_bert(
     if pooler:
         tensors["pooler.dense.weight"] = draw.matrix("pooler", hidden, hidden)
         tensors["pooler.dense.bias"] = draw.bias("pooler", hidden)
+    named = {f"{'bert.' if mlm_head else prefix}{name}": tensor for name, tensor in tensors.items()}
+    if mlm_head:
+        transform = "cls.predictions.transform"
+        named |= {
+            f"{transform}.dense.weight": draw.matrix(transform, hidden, hidden),
+            f"{transform}.dense.bias": draw.bias(transform, hidden),
+            f"{transform}.LayerNorm.weight": draw.gain(f"{transform}.norm", hidden),
+            f"{transform}.LayerNorm.bias": draw.bias(f"{transform}.norm", hidden),
+            "cls.predictions.bias": draw.bias("predictions", vocab),
+        }
     document = {
-        "architectures": ["BertModel"],
+        "architectures": ["BertForMaskedLM" if mlm_head else "BertModel"],
         "model_type": "bert",
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -240,7 +252,6 @@ def tiny_bert(
         "pad_token_id": 0,
         "torch_dtype": dtype,
     }
-    named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     _write_model(path, document | (config or {}), named, dtype=dtype, shards=shards)
     write_wordpiece_tokenizer(path, vocab=vocab, context=context)
     if sentence_encoder:
@@ -256,6 +267,68 @@ def tiny_bert(
             path / "1_Pooling" / "config.json",
             {"word_embedding_dimension": hidden, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True},
         )
+    return path
+
+
+def tiny_t5(
+    path: Path,
+    *,
+    encoder_layers: int = 2,
+    decoder_layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    head_dim: int = 16,
+    ffn: int = 96,
+    vocab: int = 256,
+    buckets: int = 32,
+    gated: bool = False,
+    tied: bool = True,
+    scale: float = 0.5,
+    config: dict[str, Any] | None = None,
+) -> Path:
+    """An encoder-decoder of random weights, without a tokenizer: T5 1.0, or 1.1 with `gated=True, tied=False`."""
+    draw = _Draw(0, scale)
+    tensors = {"shared.weight": draw.matrix("shared", vocab, hidden)}
+    for stack, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
+        attentions = ["SelfAttention"] if stack == "encoder" else ["SelfAttention", "EncDecAttention"]
+        for layer in range(layers):
+            start = f"{stack}.block.{layer}.layer"
+            for number, kind in enumerate(attentions):
+                for part in "qkvo":
+                    full = f"{start}.{number}.{kind}.{part}"
+                    size = (hidden, heads * head_dim) if part == "o" else (heads * head_dim, hidden)
+                    # Scores are not divided by sqrt(head_dim), so queries are.
+                    shrink = np.float32(head_dim**-0.5 if part == "q" else 1)
+                    tensors[f"{full}.weight"] = draw.matrix(full, *size) * shrink
+            for part in ("wi_0", "wi_1", "wo") if gated else ("wi", "wo"):
+                full = f"{start}.{len(attentions)}.DenseReluDense.{part}"
+                tensors[f"{full}.weight"] = draw.matrix(full, *((hidden, ffn) if part == "wo" else (ffn, hidden)))
+            for number in range(len(attentions) + 1):
+                tensors[f"{start}.{number}.layer_norm.weight"] = draw.gain(f"{start}.{number}", hidden)
+        table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
+        tensors[f"{table}.weight"] = draw.matrix(table, buckets, heads)
+        tensors[f"{stack}.final_layer_norm.weight"] = draw.gain(f"{stack}.final", hidden)
+    if not tied:
+        tensors["lm_head.weight"] = draw.matrix("head", vocab, hidden)
+    document = {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": vocab,
+        "d_model": hidden,
+        "d_kv": head_dim,
+        "d_ff": ffn,
+        "num_layers": encoder_layers,
+        "num_decoder_layers": decoder_layers,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "tie_word_embeddings": tied,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    _write_model(path, document | (config or {}), tensors, dtype="float32", shards=1)
     return path
 
 

@@ -5,22 +5,43 @@ from __future__ import annotations
 import torch
 
 from trilithon_parallel.backend import Backend
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models.causal import CausalStage
 from trilithon_parallel.models.encoder import EncoderStage
+from trilithon_parallel.models.seq2seq import Seq2SeqStage
 from trilithon_parallel.placement import check_layout
 
-__all__ = ["CausalStage", "EncoderStage", "build_stage"]
+__all__ = ["CausalStage", "EncoderStage", "Seq2SeqStage", "build_seq2seq", "build_stage"]
 
 
 def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> CausalStage | EncoderStage:
     """
-    This rank's part of the model, with uninitialised parameters: load or initialise them, then (to serve) `prepare()`.
+    This rank's part of a decoder or encoder, with uninitialised parameters: load or initialise them, then (to serve)
+    `prepare()`.
+
+    Raises:
+        ModelError: `layout_invalid`, the grid does not fit the model; `model_unsupported`, an encoder-decoder, which
+            takes two streams of tokens (`build_seq2seq`).
+    """
+    if config.is_seq2seq:
+        raise ModelError(
+            f"{config.architecture} is an encoder-decoder, where a decoder or an encoder is needed.",
+            code="model_unsupported",
+            hint="It can be trained and exported, not served.",
+        )
+    check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
+    kind = CausalStage if config.is_causal else EncoderStage
+    return kind(config, grid=grid, backend=backend, dtype=dtype)
+
+
+def build_seq2seq(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> Seq2SeqStage:
+    """
+    This rank's part of an encoder-decoder, with uninitialised parameters: load or initialise them.
 
     Raises:
         ModelError: `layout_invalid`, the grid does not fit the model.
     """
+    assert config.is_seq2seq
     check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
-    kind = CausalStage if config.is_causal else EncoderStage
-    return kind(config, grid=grid, backend=backend, dtype=dtype)
+    return Seq2SeqStage(config, grid=grid, backend=backend, dtype=dtype)
