@@ -36,8 +36,10 @@ def initialise(stage: nn.Module, *, config: ModelConfig, grid: Grid, seed: int, 
     Fill the parameters of one stage, named canonically, with the numbers of a new model.
 
     Matrices and tables are Normal(0, sigma); products that end on the residual stream Normal(0, sigma / sqrt(n)), n
-    the number of such products in their stack (2 a layer; Radford et al. 2019, section 2.3). Gains are 1, biases 0,
-    padding 0. The token types of a decoder are 0: rows added to its embedding change nothing before they are trained.
+    the number of such products in their stack (2 a layer, 3 with cross-attention; Radford et al. 2019, section 2.3).
+    Gains are 1, biases 0, padding 0. The token types of a decoder are 0: rows added to its embedding change nothing
+    before they are trained. T5 doesn't divide its attention's scores by sqrt(head_dim), so its queries are drawn
+    smaller by that factor, as Raffel et al. (2020) do; all else of it follows the rules of the other families.
 
     Args:
         stage: holds exactly the parameters of `placement.stage_names`, in any float dtype, on any device.
@@ -93,5 +95,16 @@ def _spread(name: str, config: ModelConfig, sigma: float) -> float:
     if _is_gain(name) or name.endswith(".bias") or (config.is_causal and name == "model.embed_types.weight"):
         return 0.0
     if name.endswith((".o_proj.weight", ".down_proj.weight")):
-        return sigma / math.sqrt(2 * config.num_layers)
+        return sigma / math.sqrt(_residual_outputs(name, config))
+    if config.is_seq2seq and name.endswith(".q_proj.weight"):
+        return sigma / math.sqrt(config.head_dim)
     return sigma
+
+
+def _residual_outputs(name: str, config: ModelConfig) -> int:
+    """Products that end on the residual stream of the stack that holds `name`."""
+    if name.startswith("encoder."):
+        return 2 * config.num_encoder_layers
+    if name.startswith("decoder."):
+        return 3 * config.num_decoder_layers
+    return 2 * config.num_layers

@@ -14,8 +14,8 @@ from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
 from trilithon_parallel.init import default_sigma, initialise, tensor_seed
-from trilithon_parallel.models import build_stage
-from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.models import build_seq2seq, build_stage
+from trilithon_parallel.placement import global_shapes, local_slice, source_name
 from trilithon_parallel.weights.export import full_state
 
 LLAMA = ModelConfig(
@@ -51,13 +51,30 @@ GPT2 = replace(
     out_bias=True,
     mlp_bias=True,
 )
+BERT = replace(GPT2, family="bert", architecture="BertModel", norm_order="post", token_types=2, tied_embeddings=False)
+T5 = replace(
+    LLAMA,
+    family="t5",
+    architecture="T5ForConditionalGeneration",
+    num_encoder_layers=3,
+    num_heads=6,
+    num_kv_heads=6,
+    activation="relu",
+    gated_mlp=False,
+    position="relative",
+    relative_buckets=8,
+    relative_max_distance=20,
+    scale_logits=True,
+)
 FAMILIES = {
     "llama": LLAMA,
     "llama-untied": replace(LLAMA, tied_embeddings=False, num_kv_heads=1, num_heads=4),
     "gpt2": GPT2,
-    "bert": replace(
-        GPT2, family="bert", architecture="BertModel", norm_order="post", token_types=2, tied_embeddings=False
-    ),
+    "gpt2-types": replace(GPT2, token_types=3),
+    "bert": BERT,
+    "bert-masked-lm": replace(BERT, architecture="BertForMaskedLM", mlm_head=True, tied_embeddings=True),
+    "t5": T5,
+    "t5-untied": replace(T5, tied_embeddings=False, gated_mlp=True, activation="gelu_tanh", num_encoder_layers=6),
 }
 
 
@@ -83,13 +100,21 @@ def new_model(
     backend = select("torch")
     stages = []
     for grid in grids(tp, pp, virtual):
-        stage = build_stage(config, grid=grid, backend=backend, dtype=dtype)
+        build = build_seq2seq if config.is_seq2seq else build_stage
+        stage = build(config, grid=grid, backend=backend, dtype=dtype)
         for parameter in stage.parameters():
             parameter.detach().fill_(torch.nan)  # whatever is left out shows
         initialise(stage, config=config, grid=grid, seed=seed, sigma=default_sigma(config))
         assert all(bool(parameter.isfinite().all()) for parameter in stage.parameters())
         stages.append((stage, grid))
-    return full_state(stages, config)
+    state = full_state(stages, config)
+    for stage, grid in stages:
+        for name, parameter in stage.named_parameters():
+            owner = source_name(name, config)
+            place = local_slice(name, state[owner].shape, config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
+            corner = tuple(slice(0, size) for size in place.source_shape)
+            assert torch.equal(parameter.detach()[corner], state[owner][place.slices]), f"{name} is not {owner}"
+    return state
 
 
 @pytest.mark.parametrize("virtual", [1, 2])
@@ -102,7 +127,7 @@ def test_weights_are_the_same_at_every_layout(
     """
     Put together again, the ranks' weights are bit for bit those of one process.
 
-    Inverse: one seed for all ranks' slices (drawing a rank's own shape) and a seed from the rank both turn it red.
+    Inverse: a seed that takes the rank's own first row in, and a copy drawn under its own name, turn it red.
     """
     monkeypatch.setattr(init, "BLOCK_ELEMENTS", 700)  # several blocks a tensor, the last one short
     config = FAMILIES[family]
@@ -133,17 +158,26 @@ def test_padding_is_zero_and_dtype_is_a_cast() -> None:
     assert all(torch.equal(whole[name].bfloat16(), tensor) for name, tensor in rounded.items())
 
 
-def test_each_kind_of_tensor_has_its_spread() -> None:
-    """sigma for matrices and tables, sigma / sqrt(2 l) where the residual stream is written, ones, zeros."""
-    config = replace(GPT2, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=32, ffn_size=512)
+WIDE = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "ffn_size": 512}
+
+
+@pytest.mark.parametrize("family", ["gpt2-types", "bert-masked-lm", "t5"])
+def test_each_kind_of_tensor_has_its_spread(family: str) -> None:
+    """sigma for matrices and tables, less where the residual stream is written or scores aren't scaled; ones, zeros."""
+    config = replace(FAMILIES[family], **WIDE)
     state, sigma = new_model(config), default_sigma(config)
+    writes = {"model": 16, "encoder": 6, "decoder": 15}  # 2 a layer, 3 with cross-attention
     for name, tensor in state.items():
         if name.endswith("norm.weight"):
             assert bool((tensor == 1).all()), name
-        elif name.endswith(".bias"):
+        elif name.endswith(".bias") or (family == "gpt2-types" and name == "model.embed_types.weight"):
             assert not tensor.any(), name
         else:
-            expected = sigma / math.sqrt(8) if "o_proj" in name or "down_proj" in name else sigma
+            expected = sigma
+            if "o_proj" in name or "down_proj" in name:
+                expected = sigma / math.sqrt(writes[name.split(".")[0]])
+            elif family == "t5" and "q_proj" in name:
+                expected = sigma / math.sqrt(32)
             # The standard error of a deviation from n numbers is sigma / sqrt(2 n): five of them.
             assert abs(float(tensor.std()) - expected) < 5 * expected / math.sqrt(2 * tensor.numel()), name
 
