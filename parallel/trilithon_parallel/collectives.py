@@ -152,6 +152,34 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, label: str) -> Tensor:
     return result
 
 
+def start_all_reduce_(x: Tensor, axis: Axis, *, label: str) -> Pending:
+    """Begin a sum over the axis in place; `x` must be contiguous and stay untouched until `wait()`."""
+    if axis.is_trivial:
+        return Pending(None, label, axis, x)
+    with _guard("all_reduce", label, axis, x):
+        return Pending(dist.all_reduce(x, group=axis.group, async_op=True), label, axis, x)
+
+
+def start_reduce_scatter(x: Tensor, axis: Axis, *, label: str) -> Pending:
+    """Begin a sum of flat tensors of which each rank gets its equal share, in rank order; `wait()` returns that."""
+    if axis.is_trivial:
+        return Pending(None, label, axis, x)
+    share = x.new_empty(x.numel() // axis.size)
+    with _guard("reduce_scatter", label, axis, x):
+        start = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+        return Pending(start(share, x, group=axis.group, async_op=True), label, axis, share)
+
+
+def all_gather_(x: Tensor, axis: Axis, *, label: str) -> Tensor:
+    """Fill a flat tensor from its equal shares: each rank's own is in place already."""
+    if not axis.is_trivial:
+        share = x.chunk(axis.size)[axis.rank].clone()
+        with _guard("all_gather", label, axis, share):
+            gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+            gather(x, share, group=axis.group)
+    return x
+
+
 def broadcast_(x: Tensor, axis: Axis, *, src: int, label: str) -> Tensor:
     """Overwrite `x` with that of the global rank `src`, in place; shape and dtype are agreed beforehand."""
     if not axis.is_trivial:

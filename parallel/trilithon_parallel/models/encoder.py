@@ -57,7 +57,7 @@ class EncoderStage(HeadStage):
         Returns:
             Hidden [T, H].
         """
-        x_TH = self.model.embed(x, positions_T, types_T) if self.grid.is_first_stage else x
+        x_TH = self.model.embed(x, positions_T, types_T, view.dropout) if self.grid.is_first_stage else x
         return self.model.run(x_TH, positions_T, view)
 
     def head_input(self, hidden_RH: Tensor) -> Tensor:

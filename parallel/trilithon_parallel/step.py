@@ -1,0 +1,184 @@
+"""
+One training step, from micro-batches to moved weights: the model's side of training, without data, files or display.
+
+Every rank is given the same micro-batches of its dp row, since each stage needs a part of them: tokens enter at the
+first, targets at the last, and positions and boundaries everywhere; only the hidden states travel.
+
+Shapes: T packed tokens of a micro-batch, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trilithon_parallel import pipeline
+from trilithon_parallel.backend import Backend, Forgetful
+from trilithon_parallel.buckets import Buckets
+from trilithon_parallel.collectives import all_reduce
+from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.layout import Layout
+from trilithon_parallel.models import build_seq2seq, build_stage
+from trilithon_parallel.models.seq2seq import Stack
+from trilithon_parallel.models.stage import Trunk
+from trilithon_parallel.objective import Batch, dropout_of, learn
+from trilithon_parallel.optimizer import AdamWSettings, Optimizer
+from trilithon_parallel.precision import LossScale
+from trilithon_parallel.recompute import Recompute
+from trilithon_parallel.schedule import schedule, with_messages
+
+
+@dataclass(frozen=True)
+class DropoutRates:
+    """Shares that are dropped while training: of the residual stream's inputs, and of attention weights."""
+
+    hidden: float = 0.0
+    attention: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: the mean over the batch's `num_tokens` that count; the same on every rank, as is all of this."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    is_skipped: bool
+
+
+class ModelChunk:
+    """One chunk of the model on this rank, as the pipeline executor sees it."""
+
+    def __init__(self, stage: nn.Module, grid: Grid, config: ModelConfig) -> None:
+        self.stage, self.grid, self.config = stage, grid, config
+        self.batches: Sequence[Batch] = ()
+        self.scale = 1.0
+        self.dropout: tuple[DropoutRates, int, int] | None = None
+
+    def forward(self, microbatch: int, received: Tensor | None) -> Tensor:
+        """The boundary tensor for the next stage, or on the last one the scaled sum of losses."""
+        batch = self.batches[microbatch]
+        dropout = None
+        if self.dropout is not None:
+            rates, seed, step = self.dropout
+            dropout = dropout_of(batch, self.grid, self.config, rates.hidden, rates.attention, seed=seed, step=step)
+        return learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
+
+    def boundary_shape(self, microbatch: int) -> tuple[int, ...]:
+        """[T, H], or [T / tp, H] under sequence parallelism."""
+        return (self.batches[microbatch].boundary_rows(self.config, self.grid), self.config.hidden_size)
+
+
+class TrainingModel:
+    """
+    This rank's chunks of a model with their optimizer. Parameters are uninitialised until `init.initialise`, a model
+    directory or a checkpoint fills them and `weights_changed` is called.
+
+    Raises:
+        ModelError: `layout_invalid`, the layout does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        grid: Grid,
+        layout: Layout,
+        backend: Backend,
+        *,
+        dtype: torch.dtype,
+        optimizer: AdamWSettings,
+        recompute: Recompute | None = None,
+        dropout: DropoutRates | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config, self.grid, self.layout, self.dtype, self.seed = config, grid, layout, dtype, seed
+        self.dropout = dropout if dropout is not None and (dropout.hidden or dropout.attention) else None
+        self.chunks: list[ModelChunk] = []
+        self._derived: list[Forgetful] = []
+        for index in range(layout.virtual):
+            place = grid.chunk(index, layout.virtual)
+            build = build_seq2seq if config.is_seq2seq else build_stage
+            stage = build(config, grid=place, backend=backend, dtype=dtype)
+            for module in stage.modules():
+                if recompute is not None and isinstance(module, Trunk | Stack):
+                    module.recompute = recompute
+            self._derived += backend.train(stage)
+            self.chunks.append(ModelChunk(stage, place, config))
+        self.buckets = Buckets(
+            [(chunk.stage, chunk.grid) for chunk in self.chunks],
+            config,
+            grid,
+            virtual=layout.virtual,
+            distributed=layout.distributed_optimizer,
+        )
+        scale = LossScale() if dtype == torch.float16 else None
+        self.optimizer = Optimizer(self.buckets, config, optimizer, loss_scale=scale)
+
+    def weights_changed(self) -> None:
+        """Forget what was derived from the weights; after every load and every step."""
+        for part in self._derived:
+            part.forget()
+
+    def train_step(self, batches: Sequence[Batch], *, learning_rate: float, step: int) -> StepResult:
+        """
+        Learn from one global batch, of which `batches` are this dp row's micro-batches.
+
+        Raises:
+            ModelError: `batch_empty`, no token of the whole batch counts.
+        """
+        num_tokens = self._count(batches)
+        self.buckets.zero()
+        scale = 1.0 if self.optimizer.loss_scale is None else self.optimizer.loss_scale.value
+        dropout = None if self.dropout is None else (self.dropout, self.seed, step)
+        losses = self._run(batches, self.layout.schedule, scale=scale / num_tokens, dropout=dropout)
+        outcome = self.optimizer.step(learning_rate)
+        self.weights_changed()
+        return StepResult(self._sum(losses) / scale, outcome.grad_norm, num_tokens, outcome.is_skipped)
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """The mean loss over this global batch, and its number of tokens; nothing moves and nothing is dropped."""
+        num_tokens = self._count(batches)
+        losses = self._run(batches, "forward_only", scale=1.0 / num_tokens, dropout=None)
+        return self._sum(losses), num_tokens
+
+    def _run(
+        self, batches: Sequence[Batch], name: str, *, scale: float, dropout: tuple[DropoutRates, int, int] | None
+    ) -> list[Tensor]:
+        for chunk in self.chunks:
+            chunk.batches, chunk.scale, chunk.dropout = batches, scale, dropout
+        table = schedule(name, self.layout.pp, self.layout.virtual, len(batches))
+        try:
+            return pipeline.run(
+                with_messages(table)[self.grid.pp.rank],
+                self.chunks,
+                self.grid,
+                dtype=self.dtype,
+                scatter_gather=self.grid.tp.size > 1 and not self.grid.sequence_parallel,
+                before_last_backward=self.buckets.expect_last,
+            )
+        finally:
+            for chunk in self.chunks:
+                chunk.batches = ()
+
+    def _count(self, batches: Sequence[Batch]) -> int:
+        counted = torch.tensor(sum(batch.num_targets for batch in batches), device=self.grid.device)
+        num_tokens = int(all_reduce(counted, self.grid.dp, label="loss.tokens"))
+        if num_tokens == 0:
+            raise ModelError(
+                "batch must have at least one token that counts. Given: 0 in the whole global batch.",
+                code="batch_empty",
+                hint="Look at the data's loss mask.",
+            )
+        return num_tokens
+
+    def _sum(self, losses: Sequence[Tensor]) -> float:
+        """The losses of the last stage's ranks, over dp, told to everyone."""
+        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        if self.grid.tp.rank == 0:
+            for loss in losses:
+                total += loss
+        return float(all_reduce(total, self.grid.world, label="loss"))

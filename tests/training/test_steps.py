@@ -1,0 +1,53 @@
+"""One training step at every kind of layout against one process (bar E8); the cases are in step_cases.py."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from ranks import LIMIT_S, run_ranks
+
+SCRIPT = Path(__file__).with_name("step_cases.py")
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("step_cases", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["step_cases"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = _script().CASES
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, str]]]:
+    """A function from a number of ranks to what each rank reports of each case."""
+
+    @functools.cache
+    def run(world_size: int) -> list[dict[str, str]]:
+        return run_ranks(SCRIPT, world_size, tmp_path_factory.mktemp(f"world{world_size}"))
+
+    return run
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [pytest.param(size, case.name, id=f"{size}ranks-{case.name}") for size, cases in CASES.items() for case in cases],
+)
+def test_E8_steps_equal_one_process(
+    world_size: int, case: str, outcomes: Callable[[int], list[dict[str, str]]]
+) -> None:
+    """Losses, gradient norms and weights of three steps are those of one process, at every layout."""
+    reports = outcomes(world_size)
+
+    assert [report.get(case, "never ran") for report in reports] == ["ok"] * world_size
