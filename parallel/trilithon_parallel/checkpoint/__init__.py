@@ -10,6 +10,7 @@ from trilithon_parallel.checkpoint.piece import Piece
 from trilithon_parallel.checkpoint.run_dir import Found, Retention, Skipped, find_latest
 from trilithon_parallel.checkpoint.saver import Progress, RunFacts, Saver
 from trilithon_parallel.checkpoint.table import optimizer_names
+from trilithon_parallel.checkpoint.transfer import export, import_model_directory
 
 __all__ = [
     "CheckpointError",
@@ -21,7 +22,9 @@ __all__ = [
     "RunFacts",
     "Saver",
     "Skipped",
+    "export",
     "find_latest",
+    "import_model_directory",
     "load",
     "optimizer_names",
     "read_manifest",

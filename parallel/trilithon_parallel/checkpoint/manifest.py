@@ -47,7 +47,7 @@ class Vocabulary(_Strict):
     padded_size: Count
 
 
-class Layout(_Strict):
+class SavedLayout(_Strict):
     """The layout that wrote the checkpoint; it may be loaded at any other."""
 
     tp: Annotated[int, Field(ge=1)]
@@ -79,7 +79,7 @@ class Manifest(_Strict):
     step: Count
     consumed_samples: Count
     consumed_tokens: Count
-    layout: Layout
+    layout: SavedLayout
     vocab: Vocabulary
     rope_layout: Literal["half_split"] | None
     dtypes: dict[str, str]

@@ -31,8 +31,8 @@ from trilithon_parallel.checkpoint.errors import CheckpointError, Task, agree, a
 from trilithon_parallel.checkpoint.manifest import (
     MANIFEST_FILE,
     FileEntry,
-    Layout,
     Manifest,
+    SavedLayout,
     Vocabulary,
     check_state,
     encode_manifest,
@@ -315,7 +315,7 @@ class Saver:
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_tokens,
-            layout=Layout(tp=grid.tp.size, pp=grid.pp.size, dp=grid.dp.size, virtual=self._facts.virtual),
+            layout=SavedLayout(tp=grid.tp.size, pp=grid.pp.size, dp=grid.dp.size, virtual=self._facts.virtual),
             vocab=Vocabulary(true_size=config.vocab_size, padded_size=padded),
             rope_layout="half_split" if config.position == "rope" else None,
             dtypes={"weights": dtype_name(self._dtype), "optimizer": "float32"},

@@ -1,0 +1,105 @@
+"""Weights in and out of checkpoints: to a model directory for other software, and from one for a new run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from trilithon_parallel.checkpoint.errors import CheckpointError, agree, together
+from trilithon_parallel.checkpoint.manifest import verify
+from trilithon_parallel.checkpoint.piece import Piece
+from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
+from trilithon_parallel.checkpoint.table import MASTER
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.weights.directory import MAX_SHARD_BYTES, WeightFiles, write_shards
+from trilithon_parallel.weights.export import SIDE_FILES
+from trilithon_parallel.weights.loader import WeightReader, dtype_name
+from trilithon_parallel.weights.safetensors_io import TensorSpec
+
+
+def export(
+    directory: Path, out_dir: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """
+    Copy a checkpoint's weights into a model directory, in one pass, one tensor in memory at a time.
+
+    Serving needs no export: a checkpoint is a model directory as it stands. This leaves the optimizer behind.
+
+    Args:
+        directory: of the checkpoint; it is verified first.
+        out_dir: must not exist yet; it is there whole or not at all.
+        dtype: of the weights written; None keeps the checkpoint's.
+        max_shard_bytes: size of a file.
+    Raises:
+        CheckpointError: `export_exists`, or what `verify` raises.
+    """
+    if out_dir.exists():
+        raise CheckpointError(
+            f"{out_dir.name} exists already, and exports never overwrite.",
+            code="export_exists",
+            hint="Name a new directory, or remove that one.",
+        )
+    verify(directory, axis=Grid.single().world)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        WeightFiles(directory) as files,
+        tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".tmp-{out_dir.name}-") as temporary,
+    ):
+        model_dir = Path(temporary) / "model"
+        model_dir.mkdir()
+        config = json.loads((directory / "config.json").read_bytes())
+        if dtype is not None:
+            config["torch_dtype"] = dtype_name(dtype)
+        write_file(model_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        for name in ("generation_config.json", *SIDE_FILES):
+            if (directory / name).is_file():
+                (model_dir / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(directory / name, model_dir / name)
+        specs = [TensorSpec(entry.name, dtype or entry.dtype, entry.shape) for entry in files.tensors.values()]
+        write_shards(model_dir, specs, lambda spec: files.file_of(spec.name).read(spec.name), max_bytes=max_shard_bytes)
+        sync_directory(model_dir)
+        model_dir.rename(out_dir)
+    sync_directory(out_dir.parent)
+
+
+def import_model_directory(model_dir: Path, targets: Sequence[Piece], *, config: ModelConfig, axis: Axis) -> None:
+    """
+    Fill the weights of a new run from a model directory: a published model, an export, or another run's checkpoint.
+
+    Weights are cast to the targets' dtype; `.master` targets get the same numbers in fp32, before any rounding to the
+    parameters' dtype. There is no optimizer state: moments begin at zero, and a target of theirs is refused.
+
+    Args:
+        model_dir: safetensors files with `config.json`.
+        targets: this rank's rectangles of parameters and masters.
+        config: of the run; its shapes must be the directory's.
+        axis: all ranks that load together.
+    Raises:
+        CheckpointError: on all ranks alike, for all that `load_stage` refuses, NaN and infinity included.
+    """
+    error: BaseException | None = None
+    shapes = global_shapes(config)
+    for target in targets:
+        name = target.name.removesuffix(MASTER)
+        if name not in shapes:
+            error = CheckpointError(
+                f"a model directory has weights alone. Given: a target {target.name}.",
+                code="checkpoint_mismatch",
+                hint="Moments begin at zero in a new run; to continue one, load its checkpoint.",
+            )
+    agree(error, axis, label="checkpoint.import")
+
+    def run() -> None:
+        with WeightFiles(model_dir) as files:
+            reader = WeightReader(files, config)
+            for target in targets:
+                reader.fill(target.tensor.detach(), target.name.removesuffix(MASTER), target.slices)
+
+    together(run, axis, label="checkpoint.import")
