@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.placement import global_shapes, local_slice, source_name, stage_names
 
 BLOCK_ELEMENTS = 2**22
 """Elements drawn at once, in whole rows: 16 MiB of fp32. Part of what a seed means: another size, other weights."""
+
+# What may have another number of rows in a model that goes on from another one.
+_GROWING = ("model.embed_tokens.weight", "model.embed_types.weight", "lm_head.weight", "lm_head.bias")
 
 
 def default_sigma(config: ModelConfig) -> float:
@@ -49,20 +53,79 @@ def initialise(stage: nn.Module, *, config: ModelConfig, grid: Grid, seed: int, 
     Raises:
         ValueError: sigma is not a positive number.
     """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(
-            f"init sigma must be a positive number. Given: {sigma!r}. Use sqrt(1 / (3 * hidden_size)) if in doubt."
-        )
+    _check_sigma(sigma)
     parameters, shapes = dict(stage.named_parameters()), global_shapes(config)
     for name in stage_names(config, pp=grid.pp.size, pp_rank=grid.pp.rank, counts=grid.layer_counts):
         owner = source_name(name, config)
         place = local_slice(name, shapes[owner], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
         parameter = parameters[name].detach()
         assert tuple(parameter.shape) == place.shape, f"{name}: {tuple(parameter.shape)} for {place.shape}"
-        parameter.fill_(1.0 if _is_gain(owner) else 0.0)
-        if (spread := _spread(owner, config, sigma)) > 0:
-            real = parameter[tuple(slice(0, size) for size in place.source_shape)]
-            draw_into(real, owner, shapes[owner], place.slices, seed=seed, sigma=spread)
+        _fill(parameter, owner, shapes[owner], place.slices, config=config, seed=seed, sigma=sigma)
+
+
+def extend_state(
+    state: Mapping[str, Tensor], config: ModelConfig, *, into: ModelConfig, seed: int, sigma: float
+) -> dict[str, Tensor]:
+    """
+    The state of a model that goes on from another one: new heads, a table of token types, another vocabulary.
+
+    What both models have is kept. The vocabulary and the token types may have more rows, which are new, or fewer: the
+    last ones go. What `state` lacks is new, drawn as `initialise` does, but for a head that was tied before: it starts
+    as the embedding. What `into` has no place for is left out.
+
+    Args:
+        state: every tensor of `placement.global_shapes(config)`, whole, as `load_state` gives it.
+        into: the config of the model to make; `dataclasses.replace(config, token_types=2)`, for example.
+        seed, sigma: as for `initialise`.
+    Returns:
+        Every tensor of `global_shapes(into)`, for `export_model`.
+    Raises:
+        ModelError: `weights_shape`, a tensor of both models has another shape.
+    """
+    _check_sigma(sigma)
+    extended: dict[str, Tensor] = {}
+    for name, shape in global_shapes(into).items():
+        old = state.get(name, state.get(source_name(name, config)))
+        if old is not None and tuple(old.shape) == shape:
+            extended[name] = old
+            continue
+        if old is not None and (name not in _GROWING or tuple(old.shape[1:]) != shape[1:]):
+            raise ModelError(
+                f"tensor {name} must have shape {list(shape)} in the new model. Given: {list(old.shape)}.",
+                code="weights_shape",
+                hint="Only the vocabulary and the token types may differ in size.",
+            )
+        dtype = state["model.embed_tokens.weight"].dtype if old is None else old.dtype
+        new = torch.empty(shape, dtype=dtype)
+        _fill(new, name, shape, tuple(slice(0, size) for size in shape), config=into, seed=seed, sigma=sigma)
+        if old is not None:
+            new[: len(old)] = old[: len(new)]
+        extended[name] = new
+    return extended
+
+
+def _check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(
+            f"init sigma must be a positive number. Given: {sigma!r}. Use sqrt(1 / (3 * hidden_size)) if in doubt."
+        )
+
+
+def _fill(
+    out: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    slices: tuple[slice, ...],
+    *,
+    config: ModelConfig,
+    seed: int,
+    sigma: float,
+) -> None:
+    """New numbers for the part `slices` of a tensor of this `shape`, in the leading corner of `out`; zeros beyond."""
+    out.fill_(1.0 if _is_gain(name) else 0.0)
+    if (spread := _spread(name, config, sigma)) > 0:
+        corner = out[tuple(slice(0, item.stop - item.start) for item in slices)]
+        draw_into(corner, name, shape, slices, seed=seed, sigma=spread)
 
 
 def draw_into(

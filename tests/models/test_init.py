@@ -11,9 +11,9 @@ import torch
 
 from trilithon_parallel import init
 from trilithon_parallel.backend import select
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Axis, Grid
-from trilithon_parallel.init import default_sigma, initialise, tensor_seed
+from trilithon_parallel.init import default_sigma, extend_state, initialise, tensor_seed
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.placement import global_shapes, local_slice, source_name
 from trilithon_parallel.weights.export import full_state
@@ -200,3 +200,38 @@ def test_R11_a_spread_that_is_none_is_refused(sigma: float) -> None:
 
     with pytest.raises(ValueError, match=r"sigma must be a positive number\. Given: .*Use sqrt"):
         initialise(stage, config=LLAMA, grid=Grid.single(), seed=0, sigma=sigma)
+
+
+def test_a_model_goes_on_as_another_one() -> None:
+    """
+    What both have is kept, new rows and heads are those of a new model, types are zero, a freed head is the embedding.
+
+    Inverse: drawing only the added rows (they'd depend on how many there were) turns it red.
+    """
+    state, fresh = new_model(BERT), new_model(replace(FAMILIES["bert-masked-lm"], vocab_size=450), seed=9)
+    grown = replace(FAMILIES["bert-masked-lm"], vocab_size=450)
+    extended = extend_state(state, BERT, into=grown, seed=9, sigma=default_sigma(BERT))
+    smaller = extend_state(extended, grown, into=replace(BERT, vocab_size=300), seed=9, sigma=0.02)
+    typed = extend_state(
+        new_model(LLAMA), LLAMA, into=replace(LLAMA, token_types=2, tied_embeddings=False), seed=9, sigma=0.02
+    )
+
+    assert list(extended) == list(global_shapes(grown))
+    for name, tensor in extended.items():
+        if name == "model.embed_tokens.weight":
+            assert torch.equal(tensor[:391], state[name])
+            assert torch.equal(tensor[391:], fresh[name][391:])
+        else:
+            assert torch.equal(tensor, state.get(name, fresh[name])), name
+    assert set(smaller) == set(state)
+    assert torch.equal(smaller["model.embed_tokens.weight"], state["model.embed_tokens.weight"][:300])
+    assert not typed["model.embed_types.weight"].any()
+    assert torch.equal(typed["lm_head.weight"], typed["model.embed_tokens.weight"])
+
+
+def test_R11_a_model_of_another_shape_is_no_start() -> None:
+    """Only rows of vocabulary and types may differ; the message names the tensor and both shapes."""
+    with pytest.raises(ModelError, match=r"gate_proj.weight must have shape \[60, 24\].* Given: \[50, 24\]") as caught:
+        extend_state(new_model(LLAMA), LLAMA, into=replace(LLAMA, ffn_size=60), seed=0, sigma=0.02)
+
+    assert caught.value.code == "weights_shape"
