@@ -8,13 +8,13 @@ from pathlib import Path
 
 from trilithon_parallel.report import read_metrics
 
-_SMOOTH_STEPS = 50
+_SMOOTH_SHARE, _SMOOTH_STEPS = 0.02, 25  # half the width of the mean: a share of the run, and at most so many steps
 _SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
     """
-    Draw loss and gradient norm over steps: every step faint, the mean of the last 50 strong, evaluations as dots.
+    Draw loss and gradient norm over steps: every step faint, the mean of its neighbours strong, evaluations as dots.
 
     Args:
         runs: name -> run directory or `metrics.jsonl`, in the order of the legend.
@@ -39,12 +39,13 @@ def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
     for index, (name, steps) in enumerate(metrics.items()):
         colour = f"C{index}"
         x = [step.step for step in steps]
+        half_width = min(int(len(steps) * _SMOOTH_SHARE), _SMOOTH_STEPS)
         for plot, values in (
             (loss_plot, [step.loss for step in steps]),
             (norm_plot, [step.grad_norm for step in steps]),
         ):
             plot.plot(x, values, color=colour, alpha=0.25, linewidth=0.8)
-            plot.plot(x, smooth(values), color=colour, linewidth=1.5, label=name)
+            plot.plot(x, smooth(values, half_width), color=colour, linewidth=1.5, label=name)
         checked = [(step.step, step.validation_loss) for step in steps if step.validation_loss is not None]
         if checked:
             loss_plot.plot(*zip(*checked, strict=True), "o", color=colour, markersize=4, label=f"{name} (validation)")
@@ -59,15 +60,16 @@ def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
     part.replace(out)
 
 
-def smooth(values: Sequence[float], num_steps: int = _SMOOTH_STEPS) -> list[float]:
+def smooth(values: Sequence[float], half_width: int) -> list[float]:
     """
-    Mean of the last `num_steps` finite values at each place.
+    Mean of the finite values at most `half_width` places away, at each place.
 
-    >>> smooth([4.0, 2.0, float("nan"), 6.0], num_steps=2)
-    [4.0, 3.0, 2.0, 6.0]
+    >>> smooth([4.0, 2.0, float("nan"), 6.0], half_width=1)
+    [3.0, 3.0, 4.0, 6.0]
     """
     means = []
-    for end in range(1, len(values) + 1):
-        window = [value for value in values[max(0, end - num_steps) : end] if math.isfinite(value)]
-        means.append(math.fsum(window) / len(window) if window else math.nan)
+    for place in range(len(values)):
+        window = values[max(0, place - half_width) : place + half_width + 1]
+        finite = [value for value in window if math.isfinite(value)]
+        means.append(math.fsum(finite) / len(finite) if finite else math.nan)
     return means

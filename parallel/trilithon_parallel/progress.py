@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trilithon_parallel.report import StepMetrics
 
 _BLOCKS = "".join(map(chr, range(0x2581, 0x2589)))  # one eighth of a cell to a whole one
-_SPARK_STEPS = 40
+_SPARK_CELLS = 40
 _ETA_STEPS = 50
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -69,11 +69,11 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """A bar with the time that is left, the last numbers, and the losses of the last steps as blocks."""
+    """A bar with the time that is left, the last numbers, and the losses of the run so far as blocks."""
 
     def __init__(self, console: Console, *, total_steps: int, resume_step: int) -> None:
         self._total_steps, self._done = total_steps, resume_step
-        self._losses: deque[float] = deque(maxlen=_SPARK_STEPS)
+        self._losses = Trace(_SPARK_CELLS)
         self._last: tuple[StepMetrics, float | None] | None = None
         # No thread of its own: it redraws at the end of a step.
         self._live = Live(console=console, auto_refresh=False, get_renderable=self._render)
@@ -85,7 +85,7 @@ class LiveDisplay:
     def step(self, metrics: StepMetrics, eta_s: float | None) -> None:
         """Redraw."""
         self._done, self._last = metrics.step, (metrics, eta_s)
-        self._losses.append(metrics.loss)
+        self._losses.add(metrics.loss)
         self._live.refresh()
 
     def say(self, text: str) -> None:
@@ -106,10 +106,46 @@ class LiveDisplay:
             return Group(head)
         numbers = Table.grid(padding=(0, 2))
         entries = describe(self._last[0])
-        for start in range(0, len(entries), 4):
-            row = [Text.assemble((f"{name} ", "dim"), value) for name, value in entries[start : start + 4]]
+        for start in range(0, len(entries), 3):
+            row = [Text.assemble((f"{name} ", "dim"), value) for name, value in entries[start : start + 3]]
             numbers.add_row(*row)
-        return Group(head, Text(f"loss {sparkline(self._losses)}"), numbers)
+        return Group(head, Text(f"loss {sparkline(self._losses.means())}"), numbers)
+
+
+class Trace:
+    """
+    Any number of values as at most `max_cells` means of neighbours; where they would be more, pairs become one.
+
+    >>> trace = Trace(4)
+    >>> for value in (4.0, 2.0, 1.0, 3.0, 5.0):
+    ...     trace.add(value)
+    >>> trace.means()
+    [3.0, 2.0, 5.0]
+    """
+
+    def __init__(self, max_cells: int) -> None:
+        self._max_cells, self._per_cell = max_cells, 1
+        self._cells: list[float] = []
+        self._filling: list[float] = []
+
+    def add(self, value: float) -> None:
+        """One more at the end."""
+        self._filling.append(value)
+        if len(self._filling) == self._per_cell:
+            self._cells.append(_finite_mean(self._filling))
+            self._filling = []
+        if len(self._cells) == self._max_cells:
+            self._cells = [_finite_mean(self._cells[start : start + 2]) for start in range(0, self._max_cells, 2)]
+            self._per_cell *= 2
+
+    def means(self) -> list[float]:
+        """Oldest first; NaN where no value of a cell is finite."""
+        return [*self._cells, *([_finite_mean(self._filling)] if self._filling else [])]
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 class Eta:
