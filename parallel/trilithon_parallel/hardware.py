@@ -114,24 +114,6 @@ PRESETS: Mapping[str, Hardware] = {
 }
 
 
-def find_hardware(spec: str) -> Hardware:
-    """
-    A preset by name, or a calibration file by path (`.json`, `.yaml`, `.yml`).
-
-    Raises:
-        HardwareError: `hardware_unknown`, `hardware_invalid`.
-    """
-    if spec in PRESETS:
-        return PRESETS[spec]
-    if Path(spec).suffix not in (".json", ".yaml", ".yml"):
-        raise HardwareError(
-            f"hardware is not known. Given: {spec!r}.",
-            code="hardware_unknown",
-            hint=f"Allowed: {', '.join(PRESETS)}, or a .json or .yaml file of measured values.",
-        )
-    return hardware_from(read_calibration(Path(spec)), where=Path(spec).name)
-
-
 def read_calibration(path: Path) -> dict[str, Any]:
     """One object of names and values from a JSON or YAML file. Raises HardwareError `hardware_invalid`."""
     try:
@@ -165,7 +147,6 @@ def hardware_from(values: Mapping[str, Any], *, where: str) -> Hardware:
         HardwareError: a name or a value is wrong, or one is missing without a base.
     """
     given = dict(values)
-    given.pop("measured_steps", None)
     base = given.pop("base", None)
     if base is not None and base not in PRESETS:
         raise HardwareError(f"{where} base is not known. Given: {base!r}.", hint=f"Allowed: {', '.join(PRESETS)}.")

@@ -172,6 +172,13 @@ class MeasuredStep:
     seconds: float
 
 
+def predicted_s(step: MeasuredStep, hardware: Hardware) -> float:
+    """What `step_time` says of a step that was measured, in seconds."""
+    return step_time(
+        step.config, step.layout, hardware, step.numerics, seq_len=step.seq_len, global_batch=step.global_batch
+    ).total
+
+
 def fit_efficiencies(hardware: Hardware, steps: Sequence[MeasuredStep]) -> Hardware:
     """
     The hardware with the product and memory efficiencies that explain measured steps best (least squares).
@@ -189,7 +196,7 @@ def fit_efficiencies(hardware: Hardware, steps: Sequence[MeasuredStep]) -> Hardw
     rows = []
     for step in steps:
         at_one, half_product, half_memory = (
-            _step_s(step, replace(hardware, product_efficiency=product, memory_efficiency=memory)) / step.seconds
+            predicted_s(step, replace(hardware, product_efficiency=product, memory_efficiency=memory)) / step.seconds
             for product, memory in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))
         )
         a, b = half_product - at_one, half_memory - at_one
@@ -209,12 +216,6 @@ def fit_efficiencies(hardware: Hardware, steps: Sequence[MeasuredStep]) -> Hardw
             hint="Check peak_flops, memory_bandwidth and the links.",
         )
     return replace(hardware, product_efficiency=1 / inverses[0], memory_efficiency=1 / inverses[1])
-
-
-def _step_s(step: MeasuredStep, hardware: Hardware) -> float:
-    return step_time(
-        step.config, step.layout, hardware, step.numerics, seq_len=step.seq_len, global_batch=step.global_batch
-    ).total
 
 
 def _product_rate(hardware: Hardware, tokens: int) -> float:
