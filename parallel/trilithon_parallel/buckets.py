@@ -9,7 +9,7 @@ sum over dp of a bucket begins when the last micro-batch has added to all of it,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +33,11 @@ class Kind:
 
     `sum_over` is "none", "tp" (replicated, each rank having seen its own tokens), "kv" (copies of a key/value group) or
     the name of the tensor that stages hold copies of. `replicas`: ranks along tp that hold the very same elements.
-    `is_shared`: used more than once in a pass, so that one arrival says nothing.
     """
 
     decays: bool
     sum_over: str
     replicas: int
-    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -118,12 +116,7 @@ class Buckets:
             self._of_chunk.append(made)
             self.buckets += made
         # Those that need no other sum first. The last chunk's backward pass ends first.
-        self._early = [
-            bucket
-            for made in reversed(self._of_chunk)
-            for bucket in made
-            if bucket.kind.sum_over == "none" and not bucket.kind.is_shared
-        ]
+        self._early = [bucket for made in reversed(self._of_chunk) for bucket in made if bucket.kind.sum_over == "none"]
 
     def _make(self, kind: Kind, held: Sequence[tuple[str, nn.Parameter]], config: ModelConfig) -> Bucket:
         first = held[0][1]
@@ -153,26 +146,20 @@ class Buckets:
         bucket.data[span].copy_(parameter.detach().reshape(-1))
         parameter.data = bucket.data[span].view(parameter.shape)
         main_grad = bucket.grad[span].view(parameter.shape)
-        arrived = self._arrival(bucket)
-        parameter.main_grad, parameter.grad_is_in = main_grad, arrived  # type: ignore[attr-defined]
+        parameter.main_grad = main_grad  # type: ignore[attr-defined]  # kernels that add weights' gradients look for it
         if parameter.dtype == main_grad.dtype:
             parameter.grad = main_grad  # autograd adds to it in place
 
-        def accumulate(leaf: Tensor) -> None:
+        def arrived(leaf: Tensor) -> None:
+            """Runs once a backward pass, after all of it that leads to this parameter, whoever added the gradient."""
             if leaf.grad is not None and leaf.dtype != main_grad.dtype:
                 main_grad.add_(leaf.grad)
                 leaf.grad = None
-            arrived()
-
-        parameter.register_post_accumulate_grad_hook(accumulate)  # type: ignore[no-untyped-call]  # torch's is untyped
-
-    def _arrival(self, bucket: Bucket) -> Callable[[], None]:
-        def arrived() -> None:
             if bucket.waiting:
                 bucket.waiting -= 1
                 self._start_ready()
 
-        return arrived
+        parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]  # torch's is untyped
 
     def zero(self) -> None:
         """Begin a step: all gradients are zero."""
@@ -251,8 +238,7 @@ def _kind(name: str, parameter: nn.Parameter, config: ModelConfig, grid: Grid, t
     if owner in tied:
         assert sum_over == "none", f"{name} is tied and {sum_over}-replicated"
         sum_over = owner
-    is_shared = config.tied_embeddings and owner == source_name("lm_head.weight", config)
-    return Kind(parameter.dim() > 1, sum_over, replicas, is_shared)
+    return Kind(parameter.dim() > 1, sum_over, replicas)
 
 
 def _replica_axis(config: ModelConfig, grid: Grid) -> Axis:

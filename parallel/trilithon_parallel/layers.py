@@ -123,7 +123,6 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[None, None]:
         (index_T,) = ctx.saved_tensors
         ctx.weight.main_grad.index_add_(0, index_T, grad_TH.to(ctx.weight.main_grad.dtype))
-        ctx.weight.grad_is_in()
         return None, None
 
 

@@ -30,7 +30,7 @@ from trilithon_parallel.step import DropoutRates, TrainingModel
 STEPS, SAMPLES, LENGTH = 3, 8, 24
 # Relative to the largest value, after three steps of Adam, whose first ones divide by tiny roots.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
-SETTINGS = AdamWSettings(eps=1e-6, clip_norm=0.7)
+SETTINGS = AdamWSettings(eps=1e-4, clip_norm=0.7)
 
 LLAMA = ModelConfig(
     family="llama", architecture="LlamaForCausalLM", vocab_size=391, hidden_size=48, num_layers=4, num_heads=6,
@@ -179,7 +179,9 @@ def check(case: Case) -> None:
     whole = {piece.name: piece.tensor for piece in reference.optimizer.weight_targets()}
     for piece in model.optimizer.weight_targets():
         theirs = whole[piece.name][piece.slices]
-        worst = (piece.tensor - theirs).abs().max().item() if theirs.numel() else 0.0
+        if not theirs.numel():
+            continue  # the rank holds padding alone
+        worst = (piece.tensor - theirs).abs().max().item()
         assert worst <= tolerance * max(1.0, theirs.abs().max().item()), (piece.name, piece.slices, worst)
 
 

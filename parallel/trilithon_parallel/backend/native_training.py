@@ -66,13 +66,10 @@ def matmul(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None) -> Tensor:
 
 
 def add_weight_gradient(weight: Tensor, grad_TO: Tensor, x_TK: Tensor) -> Tensor | None:
-    """grad^T x: added to `weight.main_grad` where there is one (then None, and its owner is told), else returned."""
+    """grad^T x: added to `weight.main_grad` where there is one (then None), else returned."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
     grad_OK = matmul(grad_TO.t(), x_TK, main_grad)
-    if main_grad is None:
-        return grad_OK.to(weight.dtype)
-    weight.grad_is_in()  # type: ignore[attr-defined]  # set together with main_grad, see buckets.py
-    return None
+    return grad_OK.to(weight.dtype) if main_grad is None else None
 
 
 class TrainingProduct:
