@@ -129,5 +129,7 @@ class IndexWriter:
     def _refuse_existing(self) -> None:
         if not self._overwrite and (path := file_of(self.prefix, "idx")).exists():
             raise DataError(
-                f"{path} exists already.", code="data_exists", hint="Choose another prefix, or ask to overwrite it."
+                f"{path} exists already.",
+                code="data_exists",
+                hint="Choose another prefix, or replace it with --overwrite.",
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +114,7 @@ def train_tokenizer(
         findings.raise_any()
         if not counted.documents:
             raise DataError("the input must hold at least one document with text.", code="data_empty") from None
-        raise DataError(
-            f"vocab_size {vocab_size} cannot be trained on these texts: {' '.join(str(error).split())}",
-            code="vocab_size",
-            hint="Choose a smaller vocabulary or give more text.",
-        ) from None
+        raise _explained(str(error), vocab_size) from None
     findings.raise_any()
     document = _hugging_face(trained.getvalue(), kind)
 
@@ -160,6 +157,17 @@ def _sentences(inputs: Sequence[Path], text_key: str, findings: Findings, counte
                 for line in text.replace("\0", "\n").split("\n"):
                     for at in range(0, len(line), _MAX_LINE):
                         yield line[at : at + _MAX_LINE]
+
+
+def _explained(message: str, vocab_size: int) -> DataError:
+    """The trainer's error in our words, where it names the bound that was crossed."""
+    if match := re.search(r"to a value <= (\d+)", message):
+        rule, hint = f"at most {match[1]} for these texts", "Choose a smaller vocabulary or give more text."
+    elif match := re.search(r"vocab_size.*\d+ vs (\d+)", message, re.DOTALL):
+        rule, hint = f"at least {match[1]} for the characters of these texts", "Choose a larger vocabulary."
+    else:
+        rule, hint = f"one that can be trained ({' '.join(message.split())})", "Give other texts or another size."
+    return DataError(f"vocab_size must be {rule}. Given: {vocab_size}.", code="vocab_size", hint=hint)
 
 
 def _hugging_face(model: bytes, kind: Kind) -> str:
