@@ -6,6 +6,7 @@ state beside them; saved while training goes on, published whole or not at all, 
 from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.loading import load
 from trilithon_parallel.checkpoint.manifest import Manifest, read_manifest, verify
+from trilithon_parallel.checkpoint.megatron import import_megatron
 from trilithon_parallel.checkpoint.piece import Piece
 from trilithon_parallel.checkpoint.run_dir import Found, Retention, Skipped, find_latest
 from trilithon_parallel.checkpoint.saver import Progress, RunFacts, Saver
@@ -24,6 +25,7 @@ __all__ = [
     "Skipped",
     "export",
     "find_latest",
+    "import_megatron",
     "import_model_directory",
     "load",
     "optimizer_names",

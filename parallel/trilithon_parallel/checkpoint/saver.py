@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ import torch
 from pydantic import JsonValue
 
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
+from trilithon_parallel.checkpoint.describe import encoded, model_files, write_files
 from trilithon_parallel.checkpoint.errors import CheckpointError, Task, agree, all_done
 from trilithon_parallel.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -50,7 +50,6 @@ from trilithon_parallel.checkpoint.run_dir import (
     remove_leftovers,
     step_name,
     steps,
-    sync_directory,
     write_file,
 )
 from trilithon_parallel.checkpoint.table import Table, make_table
@@ -59,7 +58,6 @@ from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.placement import local_sizes
 from trilithon_parallel.weights.directory import MAX_SHARD_BYTES
-from trilithon_parallel.weights.export import SIDE_FILES, hub_config
 from trilithon_parallel.weights.loader import dtype_name
 
 
@@ -248,22 +246,10 @@ class Saver:
             remove_leftovers(self._run_dir)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        small = {"config.json": _json(hub_config(self._config, dtype=self._dtype))}
-        if self._config.is_causal:
-            ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-            known = hub_config(self._config, dtype=self._dtype)
-            small["generation_config.json"] = _json({key: known[key] for key in ids if key in known})
-        for name in SIDE_FILES if self._side_files_from is not None else ():
-            assert self._side_files_from is not None
-            if (self._side_files_from / name).is_file():
-                small[name] = (self._side_files_from / name).read_bytes()
+        small = model_files(self._config, dtype=self._dtype, side_files_from=self._side_files_from)
         for index, weight_map in self._table.indexes.items():
-            small[index] = _json({"metadata": {"total_size": self._table.num_bytes[index]}, "weight_map": weight_map})
-        for name, data in small.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            write_file(temporary / name, data)
-        for name in {str(Path(name).parent) for name in small}:
-            sync_directory(temporary / name)
+            small[index] = encoded({"metadata": {"total_size": self._table.num_bytes[index]}, "weight_map": weight_map})
+        write_files(temporary, small)
         for file, header in self._table.headers.items():
             _preallocate(temporary / file, header, self._table.sizes[file])
         return {name: file_entry(temporary / name) for name in small}
@@ -349,7 +335,3 @@ def _preallocate(path: Path, header: bytes, size: int) -> None:
         file.write(header)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _json(document: Mapping[str, object]) -> bytes:
-    return (json.dumps(document, indent=2) + "\n").encode()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from trilithon_parallel.checkpoint.describe import encoded, write_files
 from trilithon_parallel.checkpoint.errors import CheckpointError, agree, together
 from trilithon_parallel.checkpoint.manifest import verify
 from trilithon_parallel.checkpoint.piece import Piece
-from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
+from trilithon_parallel.checkpoint.run_dir import sync_directory
 from trilithon_parallel.checkpoint.table import MASTER
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
@@ -57,11 +57,11 @@ def export(
         config = json.loads((directory / "config.json").read_bytes())
         if dtype is not None:
             config["torch_dtype"] = dtype_name(dtype)
-        write_file(model_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        small = {"config.json": encoded(config)}
         for name in ("generation_config.json", *SIDE_FILES):
             if (directory / name).is_file():
-                (model_dir / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(directory / name, model_dir / name)
+                small[name] = (directory / name).read_bytes()
+        write_files(model_dir, small)
         specs = [TensorSpec(entry.name, dtype or entry.dtype, entry.shape) for entry in files.tensors.values()]
         write_shards(model_dir, specs, lambda spec: files.file_of(spec.name).read(spec.name), max_bytes=max_shard_bytes)
         sync_directory(model_dir)

@@ -1,0 +1,49 @@
+"""The small files that make a directory of weights a model directory: configuration, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.weights.export import SIDE_FILES, hub_config
+
+
+def model_files(config: ModelConfig, *, dtype: torch.dtype, side_files_from: Path | None) -> dict[str, bytes]:
+    """
+    File name -> content: `config.json`, `generation_config.json` of a model that generates, and the side files.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+        side_files_from: a model directory whose tokenizer, chat template and pooling files go along; None for none.
+    """
+    document = hub_config(config, dtype=dtype)
+    files = {"config.json": encoded(document)}
+    if config.is_causal or config.is_seq2seq:
+        ids = {key: value for key, value in document.items() if key.endswith("_token_id")}
+        files["generation_config.json"] = encoded(ids)
+    for name in SIDE_FILES if side_files_from is not None else ():
+        assert side_files_from is not None
+        if (side_files_from / name).is_file():
+            files[name] = (side_files_from / name).read_bytes()
+    return files
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files and bring them, and the folders they are in, to the disk."""
+    for name, data in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        write_file(directory / name, data)
+    for folder in {(directory / name).parent for name in files}:
+        sync_directory(folder)
+
+
+def encoded(document: Mapping[str, Any]) -> bytes:
+    """A JSON file's bytes."""
+    return (json.dumps(document, indent=2) + "\n").encode()
