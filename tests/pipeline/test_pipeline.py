@@ -51,6 +51,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
 def test_E8_pipeline(world_size: int, case: str, outcomes: Callable[[int], list[dict[str, str]]]) -> None:
     """
     Losses and gradients are those of one process, bit for bit without tensor parallelism; and what the case adds.
+
+    Inverse: backwards of GPipe in another order turn `gpipe-*` red, keeping outputs or graphs turns every case with
+    backwards red, announcing a chunk after each backward turns `hooks` red, sending the same part from every tp rank
+    turns `tp2-*` red, receives that stand right before their ops turn `order-*` red.
     """
     reports = outcomes(world_size)
 
@@ -58,8 +62,24 @@ def test_E8_pipeline(world_size: int, case: str, outcomes: Callable[[int], list[
     assert [report.get(case, "never ran") for report in reports] == ["ok"] * world_size
 
 
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize("num_microbatches", [4, 5])
+def test_E8_two_ranks_with_two_chunks(num_microbatches: int, outcomes: Callable[[int], list[dict[str, str]]]) -> None:
+    """
+    Where the rank before is the rank after, gradients are never taken for activations; also with 5 micro-batches.
+
+    Users' report 11 (Megatron-LM#1586, torchtitan#771). With tags, and by order alone in blocking channels.
+    """
+    for case in (f"interleaved-p2v2m{num_microbatches}", f"order-p2v2m{num_microbatches}"):
+        assert [report.get(case, "never ran") for report in outcomes(2)] == ["ok"] * 2
+
+
 def test_swapped_messages_are_an_error_and_no_hang(tmp_path: Path) -> None:
-    """In debug mode the rank that gets another message than it expects says so; its peer learns that it left."""
+    """
+    In debug mode the rank that gets another message than it expects says so; its peer learns that it left.
+
+    Inverse: without the comparison of headers the step ends with a wrong loss, and this is red.
+    """
     sender, receiver = run_ranks(SCRIPT, 2, tmp_path, "swapped", limit_s=60)
 
     assert receiver["outcome"].startswith(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,14 @@ def test_no_torch_is_loaded() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every console block of docs/schedules.md is its command and its output."""
+    guide = (Path(__file__).resolve().parents[2] / "docs/schedules.md").read_text()
+    blocks = re.findall(r"```console\n\$ trilithon schedule ([^\n]*)\n(.*?)```", guide, re.DOTALL)
+
+    assert len(blocks) == 4
+    for arguments, expected in blocks:
+        assert _run(*arguments.split()) == 0
+        assert capsys.readouterr().out == expected
