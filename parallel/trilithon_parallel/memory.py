@@ -30,16 +30,19 @@ class Numerics:
     What decides the bytes of an activation.
 
     `fused_attention`: scores and probabilities never reach memory (flash or memory-efficient attention), which leaves
-    selective recomputation little to save (Megatron-LM#1225).
+    selective recomputation little to save (Megatron-LM#1225). `regathers_inputs`: with sequence parallelism the inputs
+    of column-parallel products are kept cut and gathered again in the backward pass, as arXiv 2205.05198 does; this
+    core keeps them whole.
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     dropout: bool = False
     fused_attention: bool = True
+    regathers_inputs: bool = False
 
 
 # The numerics of the papers' GPT: dropout everywhere, scores written out.
-PAPER_NUMERICS = Numerics(dropout=True, fused_attention=False)
+PAPER_NUMERICS = Numerics(dropout=True, fused_attention=False, regathers_inputs=True)
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,13 @@ def layer_parts(config: ModelConfig, layout: PlannedLayout, numerics: Numerics, 
     """
     element, sizes = ELEMENT_BYTES[numerics.dtype], local_sizes(config, layout.tp)
     tokens = layout.micro_batch * seq_len
-    # Inputs of both norms, of q/k/v and of the MLP, and two dropout masks of one byte.
-    whole = config.hidden_size * (4 * element + 2 * numerics.dropout)
-    # q, k, v and the input of the output projection; up (and gate, activated gate), and the input of down.
+    # Inputs of both norms and two dropout masks of one byte; inputs of q/k/v and of the MLP.
+    whole = config.hidden_size * (2 * element + 2 * numerics.dropout) / _sequence_shards(layout)
+    whole += config.hidden_size * 2 * element / _input_shards(layout, numerics)
+    # q, k, v and the input of the output projection; up (and gate), and the input of down.
     attention = (2 * sizes.heads + 2 * sizes.groups) * config.head_dim
-    cut = element * (attention + sizes.ffn * (4 if config.gated_mlp else 2))
-    linear = tokens * (whole / _sequence_shards(layout) + cut)
+    cut = element * (attention + sizes.ffn * (3 if config.gated_mlp else 2))
+    linear = tokens * (whole + cut)
     if numerics.fused_attention:
         return linear, 0.0
     # Probabilities; with dropout their mask and the dropped copy too.
@@ -188,6 +192,10 @@ def _sequence_shards(layout: PlannedLayout) -> int:
     return layout.tp if layout.sequence_parallel else 1
 
 
+def _input_shards(layout: PlannedLayout, numerics: Numerics) -> int:
+    return _sequence_shards(layout) if numerics.regathers_inputs else 1
+
+
 def _embedding_bytes(config: ModelConfig, layout: PlannedLayout, numerics: Numerics, seq_len: int) -> float:
     """int64 ids, and the mask of the embedding's dropout."""
     tokens = layout.micro_batch * seq_len
@@ -199,7 +207,8 @@ def _head_bytes(config: ModelConfig, layout: PlannedLayout, numerics: Numerics, 
     if not config.has_head:
         return 0.0
     tokens = layout.micro_batch * seq_len
-    inputs = 2 * ELEMENT_BYTES[numerics.dtype] * config.hidden_size / _sequence_shards(layout)
+    shares = 1 / _sequence_shards(layout) + 1 / _input_shards(layout, numerics)
+    inputs = ELEMENT_BYTES[numerics.dtype] * config.hidden_size * shares
     return tokens * (inputs + 4 * local_sizes(config, layout.tp).vocab)
 
 
