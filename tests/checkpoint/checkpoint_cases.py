@@ -7,19 +7,35 @@ alone, so that each rank knows what it must read, whichever layout wrote it.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import sys
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trilithon_parallel import rendezvous
-from trilithon_parallel.checkpoint import Piece, Progress, Retention, RunFacts, Saver, load, optimizer_names
+from trilithon_parallel.checkpoint import (
+    CheckpointError,
+    Piece,
+    Progress,
+    Retention,
+    RunFacts,
+    Saver,
+    load,
+    optimizer_names,
+    read_manifest,
+)
+from trilithon_parallel.checkpoint import saver as saver_module
 from trilithon_parallel.checkpoint.piece import Slices
+from trilithon_parallel.collectives import barrier
 from trilithon_parallel.config import ModelConfig, load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.placement import global_shapes, local_sizes, local_slice, placement_of, source_name, stage_names
@@ -36,6 +52,25 @@ LAYOUTS: tuple[Layout, ...] = (
     (1, 2, 1, 2),
 )
 MODELS = {"llama": torch.bfloat16, "gpt2": torch.float32}
+BIG = ModelConfig(
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=8000,
+    hidden_size=512,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    ffn_size=1408,
+    max_context=512,
+    norm="rms",
+    norm_eps=1e-5,
+    norm_order="pre",
+    activation="silu",
+    gated_mlp=True,
+    position="rope",
+    tied_embeddings=True,
+)
 FACTS = RunFacts(seed=7, data_hash="d" * 64)
 
 
@@ -158,12 +193,79 @@ def load_case(models: Path, runs: Path, model: str, source: Layout, layout: Layo
     assert manifest.state == progress(3).state
 
 
-def main(work_dir: Path, models: Path, runs: Path, action: str) -> None:
-    """Join, run every case of this world size, write what happened."""
-    torch.set_num_threads(1)
-    world = rendezvous.join(timeout_s=60)
+def failure_case(models: Path, runs: Path, grid: Grid) -> list[str]:
+    """What goes wrong on one rank alone: the error of every rank, then a good save after all of it."""
+    config = load_config(models / "llama")
+    pieces = state_pieces(config, grid, virtual=1, dtype=torch.bfloat16, saving=True)
+    saver = make_saver(runs / "failing", config, grid, dtype=torch.bfloat16)
+    said = []
+
+    def attempt(run: Callable[[], object]) -> None:
+        try:
+            run()
+            said.append("ok")
+        except CheckpointError as error:
+            said.append(f"{error.code}: {error.message}")
+
+    first = pieces[0]
+    wrong_dtype = [Piece(first.name, first.slices, first.tensor.double()), *pieces[1:]]
+    attempt(lambda: saver.start(wrong_dtype if grid.rank == 1 else pieces, progress(1)))
+    attempt(lambda: saver.start(pieces[1:] if grid.rank == 1 else pieces, progress(1)))
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = saver_module.write_block
+    saver_module.write_block = full_disk if grid.rank == 1 else original
+    saver.start(pieces, progress(1))
+    attempt(saver.wait)
+    saver_module.write_block = original
+    saver.start(pieces, progress(2))
+    attempt(saver.wait)
+    saver.close()
+    attempt(lambda: load_damaged(runs / "failing" / "step_00000002", config, grid))
+    said.append(" ".join(sorted(path.name for path in (runs / "failing").iterdir())))
+    return said
+
+
+def load_damaged(directory: Path, config: ModelConfig, grid: Grid) -> None:
+    """Load what rank 0 has just damaged; the file is one that rank 1 verifies."""
+    path = directory / list(read_manifest(directory).files)[3]  # of the ranks' turns, one of rank 1
+    if grid.rank == 0:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    barrier(grid.world, label="damage")
+    targets = state_pieces(config, grid, virtual=1, dtype=torch.bfloat16, saving=False)
+    load(directory, targets, config=config, axis=grid.world)
+
+
+def memory_case(runs: Path, grid: Grid, action: str) -> dict[str, int]:
+    """Save a model of tens of MB at this layout, or load it: resident bytes before, at the peak, and of the whole."""
+    config = BIG
+    before = resident_bytes()
+    pieces = state_pieces(config, grid, virtual=1, dtype=torch.float32, saving=action == "save-big")
+    if action == "save-big":
+        saver = make_saver(runs / "big", config, grid, dtype=torch.float32, max_shard_bytes=10**9)
+        saver.start(pieces, progress(1))
+        saver.wait()
+        saver.close()
+    else:
+        load(runs / "big" / "step_00000001", pieces, config=config, axis=grid.world)
+    sizes = [3 * 4 * torch.Size(shape).numel() for shape in global_shapes(config).values()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"grown": peak - before, "whole": sum(sizes), "largest": max(sizes) // 3}
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_matrix(models: Path, runs: Path, action: str, num_ranks: int) -> dict[str, str]:
+    """Save at every layout of this world size, or load all that was saved at each of them."""
     results = {}
-    for layout in (item for item in LAYOUTS if world_size(item) == world.world_size):
+    for layout in (item for item in LAYOUTS if world_size(item) == num_ranks):
         grid = Grid.build(tp=layout[0], pp=layout[1], dp=layout[2])
         for model in MODELS:
             for source in LAYOUTS if action == "load" else (layout,):
@@ -175,6 +277,20 @@ def main(work_dir: Path, models: Path, runs: Path, action: str) -> None:
                     results[f"{model}-{named(source)}-{named(layout)}"] = "ok"
                 except Exception:
                     results[f"{model}-{named(source)}-{named(layout)}"] = traceback.format_exc()
+    return results
+
+
+def main(work_dir: Path, models: Path, runs: Path, action: str) -> None:
+    """Join, run every case of this world size, write what happened."""
+    torch.set_num_threads(1)
+    world = rendezvous.join(timeout_s=60)
+    results: dict[str, Any]
+    if action in ("save", "load"):
+        results = run_matrix(models, runs, action, world.world_size)
+    elif action == "fail":
+        results = {"said": failure_case(models, runs, Grid.build(tp=world.world_size, pp=1))}
+    else:
+        results = memory_case(runs, Grid.build(tp=world.world_size, pp=1), action)
     (work_dir / f"rank{world.rank}.json").write_text(json.dumps(results))
     rendezvous.leave()
 

@@ -52,3 +52,37 @@ def test_E7_saved_at_one_layout_loads_at_another(
 
     assert saved == ["ok"] * world_size(source)
     assert loaded == ["ok"] * world_size(target)
+
+
+def test_R10_what_fails_on_one_rank_fails_on_all_with_one_sentence(tmp_path: Path) -> None:
+    """
+    A wrong piece, a missing piece, a full disk, a flipped byte, each seen by one rank: both say it, nothing hangs.
+
+    Inverse: seen to hang until the collective's limit with errors raised where they occur instead of agreed on.
+    """
+    tiny_llama(tmp_path / "models/llama", layers=4, hidden=36, heads=9, groups=3, ffn=51, vocab=391, dtype="bfloat16")
+    ranks = run_ranks(SCRIPT, 2, tmp_path, tmp_path / "models", tmp_path / "runs", "fail")
+    assert ranks[0] == ranks[1]
+    said = ranks[0]["said"]
+
+    model = "model-00001-of-00002.safetensors tensor model.embed_tokens.weight"
+    assert said[0] == f"checkpoint_mismatch: rank 1: {model} is bfloat16. Given: float64."
+    assert said[1].startswith(f"checkpoint_coverage: each of the 14076 elements of {model} must be given exactly once")
+    assert said[2].startswith("checkpoint_disk_full: rank 1: there is no room left for the checkpoint: No space left")
+    assert said[3] == "ok"
+    damaged = "rank 1: step_00000002/model-00002-of-00002.safetensors does not fit its checksum"
+    assert said[4].startswith(f"checkpoint_corrupt: {damaged}")
+    assert said[5] == ".lock latest step_00000002"
+
+
+def test_E7_a_load_at_tp_2_holds_its_half_of_the_model(tmp_path: Path) -> None:
+    """
+    The peak of a rank's memory, weights and optimizer together, is under 0.6 of the model plus its largest tensor.
+
+    Inverse: seen to fail with whole tensors read and then cut.
+    """
+    for action in ("save-big", "load-big"):
+        ranks = run_ranks(SCRIPT, 2, tmp_path, tmp_path / "models", tmp_path / "runs", action)
+
+    for rank in ranks:
+        assert rank["grown"] < 0.6 * rank["whole"] + rank["largest"], rank

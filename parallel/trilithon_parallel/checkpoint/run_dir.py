@@ -28,6 +28,7 @@ LATEST_FILE = "latest"
 TEMPORARY = ".tmp-"
 
 _STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(re.escape(TEMPORARY) + r"(old-)?step_\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,11 @@ def remove(directory: Path) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what dead runs left unfinished; the caller holds the lock."""
-    for path in run_dir.glob(f"{TEMPORARY}*"):
-        if path.is_dir():
+    """Delete what dead runs left unfinished, and nothing else; the caller holds the lock."""
+    for path in run_dir.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
-        else:
-            path.unlink()
+    (run_dir / f"{TEMPORARY}{LATEST_FILE}").unlink(missing_ok=True)
 
 
 def lock(run_dir: Path) -> int:
