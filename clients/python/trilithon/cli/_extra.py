@@ -11,6 +11,7 @@ from trilithon.cli._parser import UsageError
 _NEEDS = {
     "serve": ("torch", "starlette", "uvicorn", "tokenizers", "safetensors", "jinja2", "prometheus_client"),
     "engine": ("torch", "tokenizers", "safetensors"),
+    "train": ("torch", "tokenizers", "safetensors", "matplotlib"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Pretraining: a configuration file to a run, on every rank."""

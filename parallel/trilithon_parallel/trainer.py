@@ -1,0 +1,260 @@
+"""
+The loop around training steps, shared by pretraining and every finetuning recipe: data in, steps, what is kept, told.
+
+A run is a function of its configuration and of how many samples it has consumed. So it can be stopped after any step
+and goes on from its newest checkpoint as if it had not been: weights, moments, loss scale and cursor are all there is.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import JsonValue
+
+from trilithon_parallel.checkpoint import Found, Progress, Saver, load
+from trilithon_parallel.config import ModelError
+from trilithon_parallel.data.ramp import BatchSchedule, LearningRate, Step
+from trilithon_parallel.health import Signals
+from trilithon_parallel.objective import Batch
+from trilithon_parallel.report import Reporter, StepMetrics
+from trilithon_parallel.step import TrainingModel
+from trilithon_parallel.watchdog import Watchdog
+
+
+class Stream(Protocol):
+    """Where batches come from; every rank has its own and is given its dp row's micro-batches."""
+
+    tokens_per_sample: int
+
+    def micro_batches(self, step: Step) -> Sequence[Batch]:
+        """The micro-batches of one step, in order."""
+        ...
+
+    def evaluation(self) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each batch that is held out; none where nothing is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how it goes: `train_samples` at least, batches and learning rates by consumed samples."""
+
+    train_samples: int
+    batches: BatchSchedule
+    learning_rate: LearningRate
+    checkpoint_every: int
+    """Steps between checkpoints; one is written at the end anyway."""
+    evaluate_every: int
+    """Steps between evaluations; 0 for none but the last."""
+    max_skipped: int
+    """Steps in a row whose gradients are not finite, after which the run gives up."""
+
+
+@dataclass
+class Costs:
+    """What utilisation is measured against: FLOPs of one sample, and the peak of one device (None: unknown)."""
+
+    flops_per_sample: float
+    recompute_flops_per_sample: float
+    peak_flops: float | None
+    predicted_bytes: int | None = None
+    bubble: float | None = None
+
+
+@dataclass
+class Cursor:
+    """How far a run has come."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Why and where a run ended: `is_complete` when all of its samples were consumed."""
+
+    cursor: Cursor
+    is_complete: bool
+    last_loss: float
+    validation_loss: float | None
+
+
+class Trainer:
+    """
+    One rank's side of a run. All ranks make one alike and call the same methods.
+
+    Args:
+        reporter: on rank 0, None elsewhere.
+        saver: None for a run that keeps nothing.
+    """
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        stream: Stream,
+        plan: Plan,
+        costs: Costs,
+        *,
+        reporter: Reporter | None,
+        saver: Saver | None,
+        signals: Signals,
+        watchdog: Watchdog | None,
+        cursor: Cursor | None = None,
+    ) -> None:
+        self.model, self.stream, self.plan, self.costs = model, stream, plan, costs
+        self.reporter, self._saver, self._signals, self._watchdog = reporter, saver, signals, watchdog
+        self.cursor = Cursor() if cursor is None else cursor
+        self._skipped_in_a_row = 0
+
+    def run(self) -> Ended:
+        """
+        Train until the plan is done, or until a signal asks for an orderly stop: then a checkpoint is written first.
+
+        Raises:
+            ModelError: `training_diverged`, too many steps in a row had gradients that are not finite.
+            CheckpointError: a checkpoint could not be written; what was written before stays.
+        """
+        loss, validation = math.nan, None
+        steps = self.plan.batches.steps(
+            self.plan.train_samples, consumed=self.cursor.consumed_samples, step=self.cursor.step
+        )
+        total = self.plan.batches.whole_run(self.plan.train_samples)[0]
+        for step in steps:
+            self._tell(step.step, "step")
+            began = time.monotonic()
+            rate = self.plan.learning_rate.at(step.consumed)
+            result = self.model.train_step(self.stream.micro_batches(step), learning_rate=rate, step=step.step)
+            step_s = time.monotonic() - began
+            loss = result.loss
+            self._count(result.is_skipped, loss)
+            self.cursor.step, self.cursor.consumed_samples = step.step + 1, step.consumed + step.batch_size
+            is_last, done = self.cursor.step == total, self.cursor.step
+            validation = None
+            if is_last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
+                validation = self.evaluate()
+            self._report(step, rate, step_s, loss, result.grad_norm, validation)
+            should_stop = self._signals.agreed(self.model.grid)
+            self._keep(is_due=is_last or should_stop or done % self.plan.checkpoint_every == 0)
+            if should_stop and not is_last:
+                self._finish()
+                return Ended(self.cursor, is_complete=False, last_loss=loss, validation_loss=validation)
+        self._finish()
+        return Ended(self.cursor, is_complete=True, last_loss=loss, validation_loss=validation)
+
+    def evaluate(self) -> float | None:
+        """Mean loss over the tokens that are held out; None where there are none."""
+        total, count = 0.0, 0
+        for batches in self.stream.evaluation():
+            self._tell(None, "evaluation")
+            loss, tokens = self.model.evaluate(batches)
+            total, count = total + loss * tokens, count + tokens
+        return total / count if count else None
+
+    def resume(self, found: Found) -> None:
+        """Go on from a checkpoint, of whatever layout: weights, moments, loss scale, cursor."""
+        optimizer, manifest = self.model.optimizer, found.manifest
+        load(
+            found.directory, list(optimizer.targets()), config=self.model.config, axis=self.model.grid.world,
+            verified=manifest,
+        )  # fmt: skip
+        state = manifest.state
+        optimizer.num_steps = int(_number(state["optimizer_steps"]))
+        if optimizer.loss_scale is not None and isinstance(state["loss_scale"], dict):
+            optimizer.loss_scale.load({name: _number(value) for name, value in state["loss_scale"].items()})
+        optimizer.publish()
+        self.model.weights_changed()
+        self.cursor = Cursor(manifest.step, manifest.consumed_samples, int(_number(state["skipped"])))
+
+    def _count(self, is_skipped: bool, loss: float) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        self.cursor.skipped += is_skipped
+        if self._skipped_in_a_row > self.plan.max_skipped:
+            raise ModelError(
+                f"training step {self.cursor.step + 1} and {self._skipped_in_a_row - 1} before it had gradients that "
+                f"are not finite. Given: loss {loss!r}; allowed in a row: {self.plan.max_skipped}.",
+                code="training_diverged",
+                hint="Resume from an earlier checkpoint with a lower learning rate, or look at these steps' data.",
+            )
+
+    def _keep(self, *, is_due: bool) -> None:
+        if self._saver is None:
+            return
+        if is_due:
+            self._tell(None, "checkpoint", timeout_s=600.0)
+            self._saver.start(list(self.model.optimizer.pieces()), self._progress())
+        else:
+            self._told(self._saver.poll())
+
+    def _finish(self) -> None:
+        if self._saver is not None:
+            self._tell(None, "checkpoint", timeout_s=3600.0)
+            self._told(self._saver.wait())
+
+    def _told(self, directory: Path | None) -> None:
+        if directory is not None and self.reporter is not None:
+            self.reporter.say(f"Checkpoint {directory.name} is complete.")
+
+    def _progress(self) -> Progress:
+        scale = self.model.optimizer.loss_scale
+        state: dict[str, JsonValue] = {
+            "optimizer_steps": self.model.optimizer.num_steps,
+            "skipped": self.cursor.skipped,
+            "loss_scale": None if scale is None else dict(scale.state()),
+        }
+        consumed = self.cursor.consumed_samples
+        return Progress(self.cursor.step, consumed, consumed * self.stream.tokens_per_sample, state)
+
+    def _report(
+        self, step: Step, rate: float, step_s: float, loss: float, grad_norm: float, validation: float | None
+    ) -> None:
+        if self.reporter is None:
+            return
+        scale = self.model.optimizer.loss_scale
+        metrics = StepMetrics.measured(
+            step=self.cursor.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=rate,
+            tokens=step.batch_size * self.stream.tokens_per_sample,
+            step_s=step_s,
+            model_flops=self.costs.flops_per_sample * step.batch_size,
+            recompute_flops=self.costs.recompute_flops_per_sample * step.batch_size,
+            num_devices=self.model.grid.world_size,
+            peak_flops=self.costs.peak_flops,
+            consumed_samples=self.cursor.consumed_samples,
+            skipped=self.cursor.skipped,
+            loss_scale=None if scale is None else scale.value,
+            peak_bytes=peak_bytes(self.model.grid.device),
+            predicted_bytes=self.costs.predicted_bytes,
+            bubble_planned=self.costs.bubble,
+            validation_loss=validation,
+        )
+        self.reporter.step(metrics)
+
+    def _tell(self, step: int | None, phase: str, timeout_s: float | None = None) -> None:
+        if self._watchdog is not None:
+            if step is not None:
+                self._watchdog.step(step)
+            self._watchdog.enter(phase, timeout_s=timeout_s)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had on its device: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _number(value: JsonValue) -> float:
+    assert isinstance(value, int | float)
+    return float(value)
