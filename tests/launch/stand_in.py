@@ -93,6 +93,14 @@ def talk() -> None:
     print("no end of line", end="")
 
 
+def train_in_two_jobs() -> None:
+    """Train until SIGTERM and write a checkpoint; the job that finds the checkpoint finishes the run."""
+    if (DIRECTORY / f"checkpoint{RANK}").exists():
+        note(f"done{RANK}", os.environ.get("COLOUR", ""))
+    else:
+        stop_in_order()
+
+
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] not in ("Z", "X")
@@ -105,7 +113,7 @@ MODES = {
     function.__name__: function
     for function in (
         sleep_for_ever, stop_in_order, ignore_signals, with_helper, fail_then_peers_complain, fail_once, invalid,
-        give_up_on_peer, talk,
+        give_up_on_peer, talk, train_in_two_jobs,
     )
 }  # fmt: skip
 MODES[MODE]()
