@@ -146,10 +146,14 @@ def test_digest_names_the_stream(write_tokens: Callable[..., Path], tmp_path: Pa
         {"split": (90, 10, 0)},
     ]
     digests = [open_data(prefix, **change).digest for change in changes]
-    digests += [open_data(prefix, prefix).digest, open_data(write_tokens("other", seed=9)).digest]
+    other = write_tokens("other", seed=9)
+    digests += [open_data(other).digest, open_data(prefix, other).digest, open_data(other, prefix).digest]
 
     assert open_data(prefix).digest == same.digest
-    assert len({same.digest, *digests}) == 8
+    assert len({same.digest, *digests}) == 9
+    sources = [Source(prefix, 2), Source(other, 2)]
+    even = TrainingData(sources, objective=CausalLM(), seq_len=16, seed=3, num_samples=60, vocab_size=100)
+    assert even.digest not in digests
 
 
 def test_streams_do_not_depend_on_the_process(write_tokens: Callable[..., Path]) -> None:

@@ -22,9 +22,14 @@ from trilithon_parallel.data.errors import DataError
     [((0.5, 0.3, 0.2), [0, 1, 2, 0, 1, 0, 2, 0, 1, 0]), ((0.2, 0.3, 0.5), [2, 1, 0, 2, 1, 2, 0, 2, 1, 2])],
 )
 def test_golden_orders(weights: tuple[float, ...], order: list[int]) -> None:
-    """Inverse seen: without `max(k, 1)`, or with ties to the last source, the orders differ."""
+    """Whole orders, weights of any scale. Inverse seen: without `max(k, 1)` the first sample comes from source 0."""
     assert blend(weights, 10).tolist() == order
     assert blend([100 * weight for weight in weights], 10).tolist() == order
+
+
+def test_ties_go_to_the_first() -> None:
+    """Equal sources take turns. Inverse seen: the last of equal errors."""
+    assert blend((1, 1, 1), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_mt_nlg_blend() -> None:

@@ -68,8 +68,7 @@ def test_E9_changing_dp_mid_run_leaves_the_stream_unchanged(data: TrainingData) 
     Steps hold the same tokens at dp 1, 2 and 4, at any micro-batch, and when they change on the way.
 
     Row 16 of what users of the neighbours hit (torchtitan#811, #816: a changed dp breaks the loader).
-    Inverse seen: micro-batches dealt rank by rank (`rank * batch_size / dp + ...`) keep the steps' samples, so that
-    only `test_a_step_takes_the_next_samples_once` turns red; without `* dp` in the micro-batch's begin both do.
+    Inverse seen: without `* dp` where a micro-batch begins, ranks take samples twice.
     """
     schedule = BatchSchedule.ramp(start=4, increment=4, samples=60, batch_size=16)
     one = _tokens_of_steps(data, schedule, lambda step: (1, 1), 180)

@@ -29,8 +29,8 @@ from trilithon_parallel.data.objectives import CausalLM
 PEER = Path(__file__).with_name("megatron_peer.py")
 FOLDER = os.environ.get("TRILITHON_MEGATRON", "")
 SEQ_LEN, SEED = 23, 1234
-COUNTS = (1, 40, 46, 55, 85, 200)
-"""An epoch has 45 or 46 samples: within it, a last epoch shuffled apart (46, 55, 200), one that is not (85)."""
+COUNTS = (1, 40, 46, 55, 83, 200)
+"""An epoch has 45 samples: within it, a last epoch shuffled apart (46, 55, 200), one that is not (83)."""
 
 DOCUMENTS = {vocab: [[[1, 2, 3], [4]], [[5, 6]], [[vocab - 1]]] for vocab in (100, 70_000)}
 BLENDS = {

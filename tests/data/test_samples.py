@@ -37,7 +37,7 @@ def test_samples_are_windows_of_the_stream(
     """
     Sample i is a window of stride + overlap tokens, every window is exactly one sample, and there are enough.
 
-    Inverse seen: `side="left"` in the search gives windows that begin a document late.
+    Inverse seen: `stop = min(length, missing)` cuts a window short that begins within a document.
     """
     table = np.array([*lengths, 5], np.int64)
     documents = range(len(table))
@@ -147,8 +147,8 @@ from trilithon_parallel.data.samples import Windows, cached_samples
 tokens = IndexedTokens(Path(sys.argv[1]))
 sys.stdin.readline()
 samples = cached_samples(Path(sys.argv[2]), tokens.index_digest, tokens.document_lengths(), range(tokens.num_documents),
-                         windows=Windows(16, 1), seed=7, num_samples=5000)
-print(int(samples.shuffle[:100].sum()), samples.pieces(4999))
+                         windows=Windows(16, 1), seed=7, num_samples=400_000)
+print(int(samples.shuffle[:100].sum()), samples.pieces(399_999))
 """
 
 
@@ -158,7 +158,7 @@ def test_racing_builders_leave_one_good_cache(write_tokens: Callable[..., Path],
 
     The index is needed on every node, and each may build it: row 14 of what users of the neighbours hit
     (Megatron-LM#907, #1355: built on one node only).
-    Inverse seen: writing in place instead of aside makes builders read half an array.
+    Inverse seen, in every second run: with the arrays written in place, one reads what another has only begun.
     """
     prefix, cache = write_tokens(num_documents=300), tmp_path / "cache"
     builders = [
