@@ -143,3 +143,13 @@ def test_R11_an_untied_masked_lm_is_refused(tmp_path: Path) -> None:
     """Its head would be another matrix than the one that we train."""
     with pytest.raises(ModelError, match=r"tie_word_embeddings is not supported\. Given: False\. Allowed: True"):
         load_config(tiny_bert(tmp_path / "model", mlm_head=True, config={"tie_word_embeddings": False}))
+
+
+def test_a_masked_lm_is_packed_like_any_encoder(tmp_path: Path, load_model: LoadModel) -> None:
+    """Packing for serving leaves hidden states, and the head beside them, as they are."""
+    model_dir = tiny_bert(tmp_path / "model", mlm_head=True)
+    packed = load_model(model_dir)
+    packed.prepare()
+
+    with torch.no_grad():
+        assert (ours(packed) - ours(load_model(model_dir))).abs().max() <= TOLERANCE

@@ -104,8 +104,8 @@ def test_E8_E10_ranks(world_size: int, case: str, outcomes: Callable[[int], list
     Each case holds on each rank; what a case checks is said in rank_cases.py.
 
     Inverse: leaving out the paper's f before the encoder's output is read, or before the bias of cross-attention, turns
-    `gradients-t5-tp2*` red; not summing the gradients of copies turns `gradients-*pp2` red; handing on the decoder's
-    stream alone turns `*-t5-*pp4` red.
+    `gradients-t5-tp2*` red; not summing the gradients of copies turns `gradients-*pp2` red; an encoder's output that is
+    handed on without a gradient turns four stages red.
     """
     reports = outcomes(world_size)
 

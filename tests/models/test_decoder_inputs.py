@@ -1,4 +1,4 @@
-"""Token types on decoders: an extra table that says nothing until it is trained, and goes in and out with the model."""
+"""Token types on decoders, an extra table that says nothing until it is trained; and positions of the caller's own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
@@ -81,3 +82,20 @@ def test_files_without_the_key_have_no_types(family: str, tmp_path: Path) -> Non
 
     assert config.token_types == 0
     assert "type_vocab_size" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_E10_positions_are_the_callers(family: str, tmp_path: Path, load_model: Callable[[Path], Any]) -> None:
+    """Positions that start anywhere, skip and start over are those of transformers. Inverse: counting them fails it."""
+    model_dir = DECODERS[family](tmp_path / "model")
+    positions_T = torch.cat((torch.arange(5, 15), torch.arange(0, 20, 2), torch.full((10,), 3)))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokens_T = torch.arange(30) * 7 % 250
+    with torch.no_grad():
+        # With a mask of its own, or it takes positions that start over for the start of another text.
+        expected_TV = model(tokens_T[None], position_ids=positions_T[None], attention_mask=torch.ones(1, 30)).logits[0]
+
+    error = (logits(load_model(model_dir), None, positions_T) - expected_TV).abs().max()
+
+    assert error <= 1e-4  # the bar
+    assert (logits(load_model(model_dir), None, torch.arange(30)) - expected_TV).abs().max() > 1e-2
