@@ -156,10 +156,21 @@ class Plan:
         if self.ranked:
             return self.ranked[0]
         raise ModelError(
-            f"no layout of {self.workload.gpus} {self.hardware.name} fits. {_closest(self.rejected)}",
+            f"no layout of {self.workload.gpus} {self.hardware.name} fits. {self._closest()}",
             code="plan_impossible",
             hint="Give more devices, another global batch, or fewer constraints.",
         )
+
+    def _closest(self) -> str:
+        """The rejection that misses memory by least, or any."""
+        if not self.rejected:
+            return f"No sizes that divide {self.workload.gpus} are left by the constraints."
+        sizes = [(one.memory.total, place) for place, one in enumerate(self.rejected) if one.memory is not None]
+        if sizes:
+            best = self.rejected[min(sizes)[1]]
+            return f"Nearest: tp {best.tp}, pp {best.pp} {best.reason}."
+        first = self.rejected[0]
+        return f"For example tp {first.tp}, pp {first.pp}: {first.reason}."
 
 
 def plan(workload: Workload, hardware: Hardware, constraints: Constraints | None = None) -> Plan:
@@ -336,12 +347,3 @@ def _too_big(layout: PlannedLayout, memory: Memory, hardware: Hardware) -> Rejec
         recompute=layout.recompute,
         memory=memory,
     )
-
-
-def _closest(rejected: tuple[Rejected, ...]) -> str:
-    """The rejection that misses memory by least, or any."""
-    with_memory = [one for one in rejected if one.memory is not None]
-    if with_memory:
-        best = min(with_memory, key=lambda one: one.memory.total if one.memory else 0.0)
-        return f"Nearest: tp {best.tp}, pp {best.pp} {best.reason}."
-    return f"For example tp {rejected[0].tp}, pp {rejected[0].pp}: {rejected[0].reason}." if rejected else ""
