@@ -44,8 +44,8 @@ def test_E7_saved_at_one_layout_loads_at_another(
     Seen elsewhere: conversion at tp=1 alone (Megatron-LM#966, #1708), optimizer state that does not reshard (#1517,
     #659), a tied head in two places (nanotron#221, #106), a padded vocabulary in the files (Megatron-LM#1754), fewer
     key/value groups than ranks (ms-swift#8219).
-    Inverse: seen to fail with q and k of GPT-2's fused matrix exchanged when saving, and with the runs of a block
-    written one element too far.
+    Inverse: seen to fail with rectangles written at their rank's own place instead of the global one, and with GPT-2's
+    matrices written untransposed.
     """
     saved = outcomes[f"save-{model}-{named(source)}-{named(source)}"]
     loaded = outcomes[f"load-{model}-{named(source)}-{named(target)}"]
@@ -58,7 +58,8 @@ def test_R10_what_fails_on_one_rank_fails_on_all_with_one_sentence(tmp_path: Pat
     """
     A wrong piece, a missing piece, a full disk, a flipped byte, each seen by one rank: both say it, nothing hangs.
 
-    Inverse: seen to hang until the collective's limit with errors raised where they occur instead of agreed on.
+    Inverse: seen to fail, the other rank in a collective without its peer, with errors raised where they occur instead
+    of agreed on.
     """
     tiny_llama(tmp_path / "models/llama", layers=4, hidden=36, heads=9, groups=3, ffn=51, vocab=391, dtype="bfloat16")
     ranks = run_ranks(SCRIPT, 2, tmp_path, tmp_path / "models", tmp_path / "runs", "fail")
@@ -79,7 +80,7 @@ def test_E7_a_load_at_tp_2_holds_its_half_of_the_model(tmp_path: Path) -> None:
     """
     The peak of a rank's memory, weights and optimizer together, is under 0.6 of the model plus its largest tensor.
 
-    Inverse: seen to fail with whole tensors read and then cut.
+    Inverse: seen to fail with whole tensors read, cut, and kept.
     """
     for action in ("save-big", "load-big"):
         ranks = run_ranks(SCRIPT, 2, tmp_path, tmp_path / "models", tmp_path / "runs", action)

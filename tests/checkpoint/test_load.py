@@ -22,8 +22,9 @@ from trilithon_parallel.checkpoint import CheckpointError, find_latest, load, re
 from trilithon_parallel.checkpoint.coverage import position_sums
 from trilithon_parallel.checkpoint.manifest import encode_manifest, file_entry
 from trilithon_parallel.checkpoint.piece import read_block, runs, write_block
-from trilithon_parallel.config import ModelConfig, load_config
+from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.grid import Grid
+from trilithon_parallel.weights.directory import WeightFiles
 
 GRID = Grid.single()
 
@@ -102,7 +103,7 @@ def test_R10_damage_to_any_file_is_named_and_the_previous_checkpoint_found(
     """
     One bit, one byte or one file less: the load says which file, and `find_latest` falls back and says why.
 
-    Inverse: seen to fail with checksums not compared, and (manifest.json) without the manifest's own checksum.
+    Inverse: seen to fail with checksums not compared.
     """
     damage(run_dir / "step_00000002" / file)
     with pytest.raises(CheckpointError) as caught:
@@ -115,6 +116,21 @@ def test_R10_damage_to_any_file_is_named_and_the_previous_checkpoint_found(
     assert found.directory == run_dir / "step_00000001"
     assert [item.reason.message for item in found.skipped] == [caught.value.message]
     load_all(found.directory, config)
+
+
+def test_R10_a_changed_number_in_the_manifest_is_found(run_dir: Path) -> None:
+    """
+    One digit of the samples consumed, everything else as it was: a resume would read the wrong data and not know.
+
+    Inverse: seen to fail without the manifest's own checksum.
+    """
+    path = run_dir / "step_00000002" / "manifest.json"
+    before = path.read_text()
+    path.write_text(before.replace('"consumed_samples": 16', '"consumed_samples": 17'))
+    with pytest.raises(CheckpointError, match="does not fit its own checksum") as caught:
+        read_manifest(path.parent)
+
+    assert caught.value.code == "checkpoint_corrupt"
 
 
 def test_a_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
@@ -237,6 +253,33 @@ def test_R11_a_manifest_of_a_newer_version_says_so(run_dir: Path) -> None:
         read_manifest(path.parent)
 
     assert caught.value.code == "checkpoint_unsupported"
+
+
+def test_tensors_of_any_strides_are_saved_and_filled(tmp_path: Path, config: ModelConfig) -> None:
+    """What lies transposed in memory comes out as it is named, and goes back in."""
+    given = state_pieces(config, GRID, virtual=1, dtype=torch.bfloat16, saving=True)
+    turned = [replace(piece, tensor=piece.tensor.t().contiguous().t()) for piece in given]
+    saver = make_saver(tmp_path / "run", config, GRID, dtype=torch.bfloat16)
+    saver.start(turned, progress(1))
+    directory = saver.wait()
+    saver.close()
+    assert directory is not None
+    targets = [replace(piece, tensor=torch.zeros_like(piece.tensor.t().contiguous()).t()) for piece in given]
+    load(directory, targets, config=config, axis=GRID.world)
+
+    assert wrong(targets, config) == []
+
+
+def test_the_optimizers_files_have_an_index_of_their_own(saved: Path, tmp_path: Path) -> None:
+    """The same reader opens both sets of a checkpoint; errors name the index that was looked for."""
+    with WeightFiles(saved / "step_00000001", stem="optim") as files:
+        names = set(files.tensors)
+    with WeightFiles(saved / "step_00000001") as files:
+        weights = set(files.tensors)
+    with pytest.raises(ModelError, match=r"neither optim\.safetensors nor optim\.safetensors\.index\.json is there"):
+        WeightFiles(tmp_path, stem="optim")
+
+    assert names == {f"{name}.{state}" for name in weights for state in ("master", "exp_avg", "exp_avg_sq")}
 
 
 @st.composite

@@ -130,7 +130,7 @@ def test_R10_retention_never_deletes_the_last_good_one(tmp_path: Path, config: M
     """
     Newer checkpoints whose bytes rotted push no good one out: resumed at 20, the save of 25 keeps itself and 20 or 25.
 
-    Inverse: seen to fail with retention counting from the highest step instead of from the one just verified.
+    Inverse: seen to fail with retention counting from the highest step and not sparing the one just verified.
     """
     run_dir = tmp_path / "run"
     saver = make_saver(run_dir, config, GRID, dtype=DTYPE, retention=Retention(2))
@@ -313,8 +313,8 @@ def test_R10_killed_at_any_write_the_last_good_checkpoint_survives(
     SIGKILL at every call that changes the disk: what `find_latest` returns is whole, `latest` names a whole one, and
     the next run tidies up and saves.
 
-    Inverse: seen to fail with the files made under the final name, and with the older checkpoint deleted before the
-    newer one was published.
+    Inverse: seen to fail with the older checkpoint deleted before the newer one was published, and with `latest`
+    replaced before the rename.
     """
     save(saver, config, 1)
     saver.close()
