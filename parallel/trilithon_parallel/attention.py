@@ -248,7 +248,7 @@ class PagedView:
     one shape (`ROW_TILE` rows, `KEY_TILE` keys), and what padding adds is exactly zero.
     """
 
-    dropout = None  # serving drops nothing
+    dropout: Dropout | None = None  # serving drops nothing
 
     def __init__(self, cache: PagedKVCache, batch: PagedBatch, *, batch_invariant: bool = False) -> None:
         self._cache, self._scale, self._is_invariant = cache, cache.head_dim**-0.5, batch_invariant

@@ -78,7 +78,7 @@ class Bucket:
 
 class Buckets:
     """
-    The buckets of all model chunks of this rank.
+    The buckets of all model chunks of this rank. Parameters are zero afterwards: fill them then.
 
     Args:
         chunks: each model chunk's stage with the grid as it sees it (`Grid.chunk`), in order. Only parameters that
@@ -141,9 +141,8 @@ class Buckets:
         return bucket
 
     def _adopt(self, slot: Slot, bucket: Bucket) -> None:
-        """Move a parameter and its gradient into the bucket."""
+        """Move a parameter, which is not filled yet, and its gradient into the bucket; padding stays zero for good."""
         parameter, span = slot.parameter, slice(slot.start, slot.stop)
-        bucket.data[span].copy_(parameter.detach().reshape(-1))
         parameter.data = bucket.data[span].view(parameter.shape)
         main_grad = bucket.grad[span].view(parameter.shape)
         parameter.main_grad = main_grad  # type: ignore[attr-defined]  # kernels that add weights' gradients look for it

@@ -66,6 +66,8 @@ class Costs:
     recompute_flops_per_sample: float
     peak_flops: float | None
     predicted_bytes: int | None = None
+    """Of the fullest rank, by the planner; what the process held before the model was built does not count."""
+    base_bytes: int = 0
     bubble: float | None = None
 
 
@@ -233,7 +235,7 @@ class Trainer:
             consumed_samples=self.cursor.consumed_samples,
             skipped=self.cursor.skipped,
             loss_scale=None if scale is None else scale.value,
-            peak_bytes=peak_bytes(self.model.grid.device),
+            peak_bytes=peak_bytes(self.model.grid.device) - self.costs.base_bytes,
             predicted_bytes=self.costs.predicted_bytes,
             bubble_planned=self.costs.bubble,
             validation_loss=validation,

@@ -41,7 +41,7 @@ from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.rendezvous import RendezvousError
 from trilithon_parallel.report import Reporter
 from trilithon_parallel.step import DropoutRates, TrainingModel
-from trilithon_parallel.trainer import Costs, Ended, Plan, Trainer
+from trilithon_parallel.trainer import Costs, Ended, Plan, Trainer, peak_bytes
 from trilithon_parallel.watchdog import Watchdog
 
 EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INVALID, EXIT_PEER_LOST = 0, 1, 2, 3, 6
@@ -110,6 +110,7 @@ def run_rank(settings: PretrainConfig, signals: Signals) -> Ended:
         agree(grid, _facts(settings, setup))
         train, held_out = open_data(settings, setup)
         agree(grid, {"data": train.digest, "held-out data": "" if held_out is None else held_out.digest})
+        base_bytes = peak_bytes(grid.device)
         model = _build(settings, setup, grid, dtype)
         stream = DataStream(
             train, held_out, grid, micro_batch=setup.layout.micro_batch_size, evaluation_samples=run.evaluate_samples
@@ -132,7 +133,7 @@ def run_rank(settings: PretrainConfig, signals: Signals) -> Ended:
         )
         stack.callback(saver.close)
         trainer = Trainer(
-            model, stream, _plan(settings, setup), _costs(settings, setup, peak), reporter=None, saver=saver,
+            model, stream, _plan(settings, setup), _costs(settings, setup, peak, base_bytes), reporter=None, saver=saver,
             signals=signals, watchdog=watchdog,
         )  # fmt: skip
         if found is None:
@@ -194,13 +195,14 @@ def _plan(settings: PretrainConfig, setup: Setup) -> Plan:
     )
 
 
-def _costs(settings: PretrainConfig, setup: Setup, peak: float) -> Costs:
+def _costs(settings: PretrainConfig, setup: Setup, peak: float, base_bytes: int) -> Costs:
     config, layout, seq_len = setup.config, setup.layout, settings.data.seq_len
     flops = model_flops(config, batch=1, seq_len=seq_len)
     recomputed = model_flops(config, batch=1, seq_len=seq_len, recompute=settings.layout.recompute)
     microbatches = layout.micro_batches(settings.training.global_batch_size)
     bubble = bubble_fraction(pp=layout.pp, microbatches=microbatches, virtual=layout.virtual) if layout.pp > 1 else None
-    return Costs(flops, recomputed - flops, peak, _predicted_bytes(settings, config, layout, microbatches), bubble)
+    predicted = _predicted_bytes(settings, config, layout, microbatches)
+    return Costs(flops, recomputed - flops, peak, predicted, base_bytes, bubble)
 
 
 def _predicted_bytes(settings: PretrainConfig, config: ModelConfig, layout: Layout, microbatches: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from trilithon.cli import _extra
 from trilithon.cli._output import EXIT_INVALID_DATA, EXIT_OK, EXIT_USAGE, explain
@@ -25,30 +26,37 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end of the plan, or say why not."""
-    settings_of = _extra.load("trilithon_parallel.pretrain.config", verb="pretrain", extra="train")
-    setup_of = _extra.load("trilithon_parallel.pretrain.setup", verb="pretrain", extra="train")
-    errors = (setup_of.ModelError, _extra.load("trilithon_parallel.data.errors", verb="pretrain", extra="train").DataError)
+    config, setup_of, errors = (
+        _extra.load(f"trilithon_parallel.{name}", verb="pretrain", extra="train")
+        for name in ("pretrain.config", "pretrain.setup", "data.errors")
+    )
     try:
-        settings = settings_of.load_pretrain_config(args.config)
+        settings = config.load_pretrain_config(args.config)
         setup = setup_of.prepare(settings)
         if args.check:
             train, held_out = setup_of.open_data(settings, setup)
-            print(f"{args.config} is good: {setup.layout.world_size} ranks, {train.num_samples} samples to learn from, "
-                  f"{0 if held_out is None else held_out.num_samples} held out.")  # fmt: skip
+            num_held_out = 0 if held_out is None else held_out.num_samples
+            print(
+                f"{args.config} is good: {setup.layout.world_size} ranks, {train.num_samples} samples to learn from, "
+                f"{num_held_out} held out."
+            )
             return EXIT_OK
-    except errors as error:
+    except (config.ModelError, errors.DataError) as error:
         code = EXIT_USAGE if getattr(error, "code", "") in _USAGE_CODES else EXIT_INVALID_DATA
         return explain(error, code, as_json=False)
-    if args.launch == "local" and setup.layout.world_size == 1:
-        code: int = _extra.load("trilithon_parallel.pretrain.run", verb="pretrain", extra="train").main(args.config)
-        return code
+    return _local(args.config, settings, num_ranks=setup.layout.world_size)
+
+
+def _local(path: Path, settings: Any, *, num_ranks: int) -> int:
+    """One rank in this process, with its live display; several as processes that are watched as one."""
+    if num_ranks == 1:
+        return int(_extra.load("trilithon_parallel.pretrain.run", verb="pretrain", extra="train").main(path))
     launch = _extra.load("trilithon_parallel.launch.local", verb="pretrain", extra="train")
-    command = [sys.executable, "-m", "trilithon_parallel.pretrain", str(args.config)]
     code = launch.local(
-        command,
-        nproc=setup.layout.world_size,
+        [sys.executable, "-m", "trilithon_parallel.pretrain", str(path)],
+        nproc=num_ranks,
         run_dir=settings.run.directory,
         max_restarts=settings.run.max_restarts,
         num_threads=settings.run.num_threads,
     )
-    return code
+    return int(code)
