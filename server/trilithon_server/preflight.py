@@ -56,6 +56,11 @@ def check_model(engine: EngineConfig) -> bool:
         check_layout(model, tp=engine.tp, pp=engine.pp)
     except ModelError as error:
         raise ModelRefused(f"engine {engine.name}: {error}") from None
+    if model.is_seq2seq:
+        raise ModelRefused(
+            f"engine {engine.name} model must be a decoder or an encoder. Given: {model.architecture}. "
+            "It can be pretrained and exported, not served."
+        )
     if engine.max_context is not None and engine.max_context > model.max_context:
         raise ModelRefused(
             f"engine {engine.name} max_context must be at most the model's window of {model.max_context} tokens. "

@@ -22,7 +22,8 @@ from trilithon.cli._main import VERBS
 from trilithon.cli._output import exit_code
 from trilithon.cli._parser import Parser
 
-PARSED_ONLY = ("serve", "pull")  # they start processes or reach the network; their own tests run them
+# They start processes, reach the network or need files; their own tests run them.
+PARSED_ONLY = ("serve", "pull", "data", "pretrain", "plan")
 
 
 def _parser(verb: str) -> Parser:

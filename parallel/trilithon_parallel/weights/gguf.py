@@ -101,6 +101,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     if (experts := file.metadata.get("llama.expert_count", 0)) != 0:
         raise read.unsupported("llama.expert_count", experts, "0 (mixtures of experts are not supported)")
     hidden, heads = read.size("llama.embedding_length"), read.size("llama.attention.head_count")
+    if heads > hidden:
+        raise read.unsupported("llama.attention.head_count", heads, f"at most the hidden size, {hidden}")
     head_dim = read.size("llama.attention.key_length", hidden // heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if read.size(key, head_dim) != head_dim:
