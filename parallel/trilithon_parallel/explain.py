@@ -56,7 +56,7 @@ def explain(plan: Plan) -> list[str]:
     limit = plan.hardware.memory_bytes
     lines = [
         f"Best of {len(plan.ranked)} layouts that fit ({len(plan.rejected)} rejected): {describe(best.layout)}.",
-        f"A step takes {seconds(best.time.total)} at {best.flops_per_s / 1e12:.4g} TFLOP/s a device "
+        f"A step takes {seconds(best.time.total)} at {_rate(best.flops_per_s)} a device "
         f"({best.mfu:.1%} MFU), {best.tokens_per_s:,.0f} tokens/s{_whole_run(plan, best)}.",
         f"Its time: {_shares(best)}.",
         f"Its memory: {best.memory.total / 1e9:.3g} of {limit / 1e9:.3g} GB on the {best.memory.stage} stage: "
@@ -100,13 +100,20 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
+def _rate(flops_per_s: float) -> str:
+    return f"{flops_per_s / 1e12:.4g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
+
+
 def _signed(value: float) -> str:
     return ("-" if value < 0 else "+") + seconds(abs(value))
 
 
 def _whole_run(plan: Plan, best: Candidate) -> str:
     tokens = plan.workload.tokens
-    return f"; {tokens / 1e9:,.4g}B tokens take {best.days(plan.workload):.3g} days" if tokens else ""
+    if not tokens:
+        return ""
+    count = f"{tokens / 1e12:.4g}T" if tokens >= 1e12 else f"{tokens / 1e9:.4g}B"
+    return f"; {count} tokens take {best.days(plan.workload):.3g} days"
 
 
 def _shares(candidate: Candidate) -> str:

@@ -236,7 +236,7 @@ def measure_this_machine(num_ranks: int = 1, *, seconds: float = 0.3) -> Hardwar
     threads = max(1, cores // num_ranks)
     share = min(1.0, cores / (num_ranks * threads))
     return Hardware(
-        name=f"this machine ({cores} cores, {num_ranks} ranks of {threads} threads)",
+        name=f"this machine ({cores} cores, {threads} for a rank)",
         peak_flops=share * measure_products(threads, seconds=seconds),
         memory_bytes=_memory_bytes() / num_ranks,
         memory_bandwidth=measure_memory(min(cores, threads * num_ranks), seconds=seconds) / num_ranks,

@@ -23,10 +23,16 @@ _NARROW = llama(layers=6, hidden=128, heads=4, groups=4, ffn=384, vocab=1024, co
 
 
 def measure_step(
-    config: ModelConfig, layout: PlannedLayout, numerics: Numerics, *, seq_len: int, global_batch: int, repeats: int = 2
+    config: ModelConfig,
+    layout: PlannedLayout,
+    numerics: Numerics,
+    *,
+    seq_len: int,
+    global_batch: int,
+    seconds: float = 3.0,
 ) -> MeasuredStep:
     """
-    The fastest of `repeats` training steps on random tokens, after one to warm up; this process' threads.
+    The fastest of the training steps on random tokens that `seconds` have room for, two at least, after one to warm up.
 
     Raises:
         ModelError: `layout_invalid`, the layout has more than one rank; `model_unsupported`, not a decoder, or numerics
@@ -76,31 +82,32 @@ def measure_step(
         lengths=[seq_len] * layout.micro_batch,
     )
     batches = [batch] * layout.microbatches(global_batch)
-    best_s = math.inf
-    for step in range(repeats + 1):
-        start_s = time.perf_counter()
+    model.train_step(batches, learning_rate=1e-4, step=0)
+    best_s, step, end_s = math.inf, 0, time.perf_counter() + seconds
+    while step < 2 or time.perf_counter() < end_s:
+        step, start_s = step + 1, time.perf_counter()
         model.train_step(batches, learning_rate=1e-4, step=step)
-        if step:
-            best_s = min(best_s, time.perf_counter() - start_s)
+        best_s = min(best_s, time.perf_counter() - start_s)
     return MeasuredStep(config, layout, numerics, seq_len, global_batch, best_s)
 
 
-def calibrate_this_machine() -> Hardware:
+def calibrate_this_machine(num_ranks: int = 1) -> Hardware:
     """
-    This machine as one device with all of its cores: measured peak and memory, scaled to what two small steps reached.
+    This machine as `num_ranks` devices: measured peak and memory, scaled to what two small steps of one rank reached.
 
-    Takes a few seconds. One number is fitted, the mean share of the roofline that the steps reached: on a busy machine
-    two would fit its noise.
+    Takes about ten seconds. One number is fitted, the mean share of the roofline that the steps reached: on a busy
+    machine two would fit its noise.
     """
-    hardware, numerics = measure_this_machine(), Numerics(dtype="float32")
+    alone, numerics = measure_this_machine(seconds=1.0), Numerics(dtype="float32")
     layout = PlannedLayout(tp=1, pp=1, dp=1, micro_batch=4)
     shares = []
     for config in (_WIDE, _NARROW):
-        step = measure_step(config, layout, numerics, seq_len=128, global_batch=4, repeats=3)
-        shares.append(predicted_s(step, hardware) / step.seconds)
+        step = measure_step(config, layout, numerics, seq_len=128, global_batch=4)
+        shares.append(predicted_s(step, alone) / step.seconds)
     share = math.sqrt(math.prod(shares))
     # The share of peaks that were measured as well can come out above 1: then the peaks were low.
     lift = max(1.0, share)
+    hardware = alone if num_ranks == 1 else measure_this_machine(num_ranks, seconds=1.0)
     return replace(
         hardware,
         peak_flops=lift * hardware.peak_flops,

@@ -149,14 +149,17 @@ def _row(plan: Plan, candidate: Candidate) -> tuple[object, ...]:
         layout.micro_batch,
         layout.virtual,
         layout.recompute,
-        float(f"{candidate.time.total:.4g}"),
-        round(candidate.flops_per_s / 1e12, 1),
+        _digits(candidate.time.total, 4),
+        _digits(candidate.flops_per_s / 1e12),
         round(100 * candidate.mfu, 1),
         round(100 * candidate.bubble, 1),
-        round(candidate.memory.total / 1e9, 1),
-        *(float(f"{size / 1e9:.3g}") for size in (sent.tensor, sent.pipeline, sent.data)),
-        float(f"{candidate.days(plan.workload):.3g}"),
+        *(_digits(size / 1e9) for size in (candidate.memory.total, sent.tensor, sent.pipeline, sent.data)),
+        _digits(candidate.days(plan.workload)),
     )
+
+
+def _digits(value: float, count: int = 3) -> float:
+    return float(f"{value:.{count}g}")
 
 
 def _rejected_row(one: Rejected) -> tuple[object, ...]:

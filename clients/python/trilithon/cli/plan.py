@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         _plan_output.print_list(as_json=as_json)
         return EXIT_OK
     try:
-        plan = search(_workload(args), _hardware(args), _constraints(args))
+        workload = _workload(args)
+        plan = search(workload, _hardware(args.hardware, workload.gpus), _constraints(args))
         measured_s = _measure(plan) if args.measure else None
         written = [_plan_output.write(plan, Path(args.write))] if args.write else []
         if args.picture_dir:
@@ -119,13 +120,12 @@ def _recipe(name: str) -> Recipe:
     return Recipe(Path(name).name, config, min(config.max_context, 2048), 512, 0.0, source=name, numerics=Numerics())
 
 
-def _hardware(args: argparse.Namespace) -> Hardware:
-    if args.hardware == "here":
-        here: Hardware = _extra.load(
-            "trilithon_parallel.measured", verb="plan", extra="engine"
-        ).calibrate_this_machine()
-        return here
-    return find_hardware(args.hardware)
+def _hardware(spec: str, num_ranks: int) -> Hardware:
+    if spec != "here":
+        return find_hardware(spec)
+    measured = _extra.load("trilithon_parallel.measured", verb="plan", extra="engine")
+    here: Hardware = measured.calibrate_this_machine(num_ranks)
+    return here
 
 
 def _constraints(args: argparse.Namespace) -> Constraints:
