@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoint.checkpoint_cases import make_saver, progress, state_pieces, wrong
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llama
 
@@ -289,6 +289,7 @@ def blocks(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[slice, ...]]:
     return shape, tuple(slice(start, stop) for start, stop in bounds)
 
 
+@settings(deadline=None)
 @given(blocks())
 def test_runs_are_the_positions_of_a_block(block: tuple[tuple[int, ...], tuple[slice, ...]]) -> None:
     """The runs, spelled out, are the block's positions in order; their sums are those of the closed form."""
@@ -301,6 +302,7 @@ def test_runs_are_the_positions_of_a_block(block: tuple[tuple[int, ...], tuple[s
     assert position_sums(shape, slices) == (len(expected), int(expected.sum()), int((expected**2).sum()))
 
 
+@settings(deadline=None)
 @given(blocks())
 def test_what_is_written_is_read_back_and_nothing_else_touched(
     tmp_path_factory: pytest.TempPathFactory, block: tuple[tuple[int, ...], tuple[slice, ...]]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,17 @@ def test_R11_a_state_that_json_does_not_give_back_is_refused(
         saver.start(pieces(config), Progress(1, 1, 1, state))
 
     assert caught.value.code == "checkpoint_state"
+
+
+def test_R11_a_model_that_config_json_cannot_describe_is_refused(config: ModelConfig, tmp_path: Path) -> None:
+    """What would be another model when it is read back is named at the first save, not when the run resumes."""
+    odd = replace(config, activation="gelu_tanh")
+    saver = make_saver(tmp_path / "run", odd, GRID, dtype=DTYPE)
+    with pytest.raises(CheckpointError, match=r"activation must be 'gelu_tanh' for this run\. Given: 'silu'") as caught:
+        saver.start(state_pieces(odd, GRID, virtual=1, dtype=DTYPE, saving=True), progress(1))
+    saver.close()
+
+    assert caught.value.code == "checkpoint_mismatch"
 
 
 def in_child(run: Callable[[], None]) -> int:

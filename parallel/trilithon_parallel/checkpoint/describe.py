@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import ModelConfig, load_config
 from trilithon_parallel.weights.export import SIDE_FILES, hub_config
+
+# Serving's words for the same weights: a run may be resumed whatever they say.
+_FREE_FIELDS = ("dtype", "bos_id", "eos_ids", "pad_id", "decoder_start_id", "pooling", "normalize")
 
 
 def model_files(config: ModelConfig, *, dtype: torch.dtype, side_files_from: Path | None) -> dict[str, bytes]:
@@ -47,3 +52,22 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 def encoded(document: Mapping[str, Any]) -> bytes:
     """A JSON file's bytes."""
     return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def check_config(directory: Path, config: ModelConfig) -> None:
+    """
+    Compare the model that a directory's `config.json` describes to the run's.
+
+    Raises:
+        CheckpointError: `checkpoint_mismatch`, naming the first field that differs.
+    """
+    saved = load_config(directory)
+    for field in fields(ModelConfig):
+        theirs, ours = getattr(saved, field.name), getattr(config, field.name)
+        if theirs != ours and field.name not in _FREE_FIELDS:
+            raise CheckpointError(
+                f"{directory.name}/config.json is of another model: {field.name} must be {ours!r} for this run. "
+                f"Given: {theirs!r}.",
+                code="checkpoint_mismatch",
+                hint="Resume with the model's own configuration, or begin a new run from the weights.",
+            )

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
-from trilithon_parallel.checkpoint.errors import CheckpointError, agree, together
+from trilithon_parallel.checkpoint.describe import check_config
+from trilithon_parallel.checkpoint.errors import agree, together
 from trilithon_parallel.checkpoint.manifest import Manifest, verify
 from trilithon_parallel.checkpoint.piece import Piece, read_block
 from trilithon_parallel.checkpoint.table import Stored, read_table
-from trilithon_parallel.config import ModelConfig, load_config
+from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis
-
-# Serving's words for the same weights: a run may be resumed whatever they say.
-_FREE_FIELDS = ("dtype", "bos_id", "eos_ids", "pad_id", "pooling", "normalize")
 
 
 def load(
@@ -47,7 +44,7 @@ def load(
     tensors: dict[str, Stored] = {}
     error: BaseException | None = None
     try:
-        _check_config(directory, config)
+        check_config(directory, config)
         tensors.update(read_table(directory, config))
         check_pieces(targets, tensors)
     except (ValueError, OSError) as caught:
@@ -56,19 +53,6 @@ def load(
     check_coverage(targets, tensors, axis=axis, exactly_once=False)
     together(lambda: _fill(directory, targets, tensors), axis, label="checkpoint.load")
     return manifest
-
-
-def _check_config(directory: Path, config: ModelConfig) -> None:
-    saved = load_config(directory)
-    for field in fields(ModelConfig):
-        theirs, ours = getattr(saved, field.name), getattr(config, field.name)
-        if theirs != ours and field.name not in _FREE_FIELDS:
-            raise CheckpointError(
-                f"{directory.name}/config.json is of another model: {field.name} must be {ours!r} for this run. "
-                f"Given: {theirs!r}.",
-                code="checkpoint_mismatch",
-                hint="Resume with the model's own configuration, or begin a new run from the weights.",
-            )
 
 
 def _fill(directory: Path, targets: Sequence[Piece], tensors: dict[str, Stored]) -> None:

@@ -26,7 +26,7 @@ import torch
 from pydantic import JsonValue
 
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
-from trilithon_parallel.checkpoint.describe import encoded, model_files, write_files
+from trilithon_parallel.checkpoint.describe import check_config, encoded, model_files, write_files
 from trilithon_parallel.checkpoint.errors import CheckpointError, Task, agree, all_done
 from trilithon_parallel.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -177,7 +177,7 @@ class Saver:
             if self._leads:
                 small = self._prepare(temporary)
             host = [Piece(piece.name, piece.slices, _to_host(piece.tensor)) for piece in pieces]
-        except (OSError, RuntimeError) as caught:  # RuntimeError: torch has no memory for the copy
+        except (OSError, ValueError, RuntimeError) as caught:  # RuntimeError: torch has no memory for the copy
             error = caught
         try:
             agree(error, world, label="checkpoint.start")
@@ -250,6 +250,7 @@ class Saver:
         for index, weight_map in self._table.indexes.items():
             small[index] = encoded({"metadata": {"total_size": self._table.num_bytes[index]}, "weight_map": weight_map})
         write_files(temporary, small)
+        check_config(temporary, self._config)  # what config.json cannot say is found now, not when the run resumes
         for file, header in self._table.headers.items():
             _preallocate(temporary / file, header, self._table.sizes[file])
         return {name: file_entry(temporary / name) for name in small}
