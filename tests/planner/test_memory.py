@@ -28,8 +28,9 @@ from trilithon_parallel.planner import Constraints, Workload, plan
 from trilithon_parallel.presets import RECIPES, gpt
 
 SEQ_LEN = 2048
-# How far predicted and measured bytes may lie apart: norms' statistics, ids and the loss' own numbers are not modelled.
-TOLERANCE = 0.10
+# How far predicted and measured bytes may lie apart: norms' statistics, ids and the loss' own numbers are not modelled;
+# with dropout this core's masks of the residual stream are wider than the byte that is counted.
+TOLERANCE, DROPOUT_TOLERANCE = 0.03, 0.10
 A100 = PRESETS["a100-80gb"]
 
 
@@ -199,4 +200,5 @@ def test_predicted_bytes_are_the_stored_ones(case: str, measured: dict[str, list
 
     assert len(pairs) == (1 if "-1x1-" in case else 2)
     for stored, predicted in pairs:
-        assert predicted == pytest.approx(stored, rel=TOLERANCE)
+        tolerance = DROPOUT_TOLERANCE if case.endswith("dropout") else TOLERANCE
+        assert predicted == pytest.approx(stored, rel=tolerance)

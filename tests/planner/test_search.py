@@ -67,7 +67,11 @@ def test_table2_through_the_planner(parameters_b: float, batch: int, gpus: int, 
 
 
 def test_best_layout_of_a_trillion_parameters(trillion: Plan) -> None:
-    """1008B held to the paper's means: tp 8, pp 64 wins; pp 32 is rejected for memory."""
+    """
+    1008B held to the paper's means: tp 8, pp 64 wins; pp 32 is rejected for memory.
+
+    Inverse: twice the memory of a card lets another layout win.
+    """
     best = trillion.best.layout
 
     assert (best.tp, best.pp, best.dp, best.micro_batch) == (8, 64, 6, 1)
