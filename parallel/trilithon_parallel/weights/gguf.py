@@ -196,6 +196,14 @@ def _write_weights(
         values = file.dequantise(names[spec.name])
         for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f".self_attn.{part}." in spec.name:
+                rows = config[heads] * config["head_dim"]
+                if len(values) != rows or config["head_dim"] % 2:
+                    raise ModelError(
+                        f"{file.path.name} tensor {names[spec.name]} must have {config[heads]} heads of "
+                        f"{config['head_dim']} rows, an even number. Given: {len(values)} rows.",
+                        code="gguf_invalid",
+                        hint="The file is broken: download it again.",
+                    )
                 values = unpermute_rope(values, config[heads])
         tensor = torch.from_numpy(values)
         if not torch.isfinite(tensor).all():
