@@ -1,7 +1,5 @@
 """
-What a cluster is, to the planner: rates, sizes and links as data. Presets, calibration files, and this machine.
-
-No torch but inside the functions that measure.
+What a cluster is, to the planner: rates, sizes and links as data, preset or read from a file. No torch.
 
 All bandwidths are bytes per second of one device in one direction; rates are of dense products at the training dtype.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -177,80 +174,3 @@ def _number(value: object, name: str, where: str) -> float | int:
     if math.isnan(number) or (name == "devices_per_node" and not number.is_integer()):
         raise HardwareError(f"{where} {name} must be a number. Given: {value!r}.")
     return int(number) if name == "devices_per_node" else number
-
-
-def measure_products(threads: int, *, size: int = 1024, seconds: float = 0.3) -> float:
-    """
-    FLOP/s of fp32 products of `size` x `size` on this machine's CPU with so many threads: the best of many.
-
-    The number of threads of this process is as before afterwards. Needs torch.
-    """
-    import time
-
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b = torch.ones(size, size), torch.ones(size, size)
-        out = torch.empty(size, size)
-        best_s, end_s = math.inf, time.monotonic() + seconds
-        while best_s == math.inf or time.monotonic() < end_s:
-            start_s = time.perf_counter()
-            torch.mm(a, b, out=out)
-            best_s = min(best_s, time.perf_counter() - start_s)
-    finally:
-        torch.set_num_threads(before)
-    return 2.0 * size**3 / best_s
-
-
-def measure_memory(threads: int, *, megabytes: int = 64, seconds: float = 0.3) -> float:
-    """Bytes/s of `c = a + b` over arrays far larger than the caches (three transfers an element). Needs torch."""
-    import time
-
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a, b, c = (torch.ones(megabytes * 2**18) for _ in range(3))
-        best_s, end_s = math.inf, time.monotonic() + seconds
-        while best_s == math.inf or time.monotonic() < end_s:
-            start_s = time.perf_counter()
-            torch.add(a, b, out=c)
-            best_s = min(best_s, time.perf_counter() - start_s)
-    finally:
-        torch.set_num_threads(before)
-    return 3.0 * 4 * a.numel() / best_s
-
-
-def measure_this_machine(num_ranks: int = 1, *, seconds: float = 0.3) -> Hardware:
-    """
-    This machine as `num_ranks` devices that share its cores and memory: measured products and memory, about a second.
-
-    A rank has cores / num_ranks threads (at least one), 1 / num_ranks of memory and of its bandwidth. Links are copies
-    through memory by gloo, whose speed at two ranks was measured once; no scaling should be read off them. Products
-    reach their measured rate, and both efficiencies can be fitted to measured steps (`timing.fit_efficiencies`).
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // num_ranks)
-    share = min(1.0, cores / (num_ranks * threads))
-    return Hardware(
-        name=f"this machine ({cores} cores, {threads} for a rank)",
-        peak_flops=share * measure_products(threads, seconds=seconds),
-        memory_bytes=_memory_bytes() / num_ranks,
-        memory_bandwidth=measure_memory(min(cores, threads * num_ranks), seconds=seconds) / num_ranks,
-        devices_per_node=max(1, num_ranks),
-        intra_node_bandwidth=2e9,
-        inter_node_bandwidth=2e9,
-        intra_node_latency_s=150e-6,
-        inter_node_latency_s=150e-6,
-        product_efficiency=1.0,
-        memory_efficiency=1.0,
-        link_efficiency=1.0,
-        half_tokens=16,
-    )
-
-
-def _memory_bytes() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

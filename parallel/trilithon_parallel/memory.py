@@ -182,7 +182,7 @@ def rank_layers(num_layers: int, *, pp: int, virtual: int, pp_rank: int) -> int:
     Layers of one pipeline rank, over its chunks: stage k = chunk * pp + rank, the longer stages first.
 
     >>> [rank_layers(10, pp=4, virtual=2, pp_rank=rank) for rank in range(4)]
-    [4, 2, 2, 2]
+    [3, 3, 2, 2]
     """
     base, extra = divmod(num_layers, pp * virtual)
     return base * virtual + len(range(pp_rank, extra, pp))

@@ -11,8 +11,8 @@ import pytest
 from trilithon_parallel.calibration import find_hardware
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.costs import PlannedLayout
-from trilithon_parallel.hardware import PRESETS, HardwareError, hardware_from, measure_this_machine
-from trilithon_parallel.measured import measure_step
+from trilithon_parallel.hardware import PRESETS, HardwareError, hardware_from
+from trilithon_parallel.measured import measure_step, measure_this_machine
 from trilithon_parallel.memory import PAPER_NUMERICS, Numerics
 from trilithon_parallel.presets import RECIPES, llama
 from trilithon_parallel.timing import predicted_s
