@@ -114,7 +114,7 @@ def test_E10_transformers_computes_the_same_on_a_checkpoint(model: str, made: di
     The checkpoint's directory, opened by transformers, gives bitwise the outputs of the model it was begun from.
 
     Seen elsewhere: rotary pairs permuted on the way (torchtitan#1291). Inverse: seen to fail with GPT-2's parts written
-    in another order.
+    in another order, and with the rows of q written pair by pair.
     """
     transformers = pytest.importorskip("transformers")
     tokens = torch.arange(3, 40)[None]

@@ -91,7 +91,6 @@ class _Save:
     temporary: Path
     directory: Path
     progress: Progress
-    pieces: Sequence[Piece]
     phase: Literal["write", "sum", "publish"]
     task: Task
     small: dict[str, FileEntry]
@@ -185,7 +184,7 @@ class Saver:
             self._discard(temporary)
             raise
         task = Task(lambda: self._write(temporary, host))
-        self._save = _Save(temporary, directory, progress, host, "write", task, small, {})
+        self._save = _Save(temporary, directory, progress, "write", task, small, {})
 
     def poll(self) -> Path | None:
         """
@@ -207,7 +206,7 @@ class Saver:
             self._discard(save.temporary)
             raise
         if save.phase == "write":
-            save.pieces, save.phase = (), "sum"
+            save.phase = "sum"
             save.task = Task(lambda: self._sum(save))
         elif save.phase == "sum":
             sums = self._gather_sums(save)
@@ -255,11 +254,12 @@ class Saver:
             _preallocate(temporary / file, header, self._table.sizes[file])
         return {name: file_entry(temporary / name) for name in small}
 
-    def _write(self, temporary: Path, pieces: Sequence[Piece]) -> None:
-        """In a thread, on every rank: each of this rank's pieces to its place."""
+    def _write(self, temporary: Path, pieces: list[Piece]) -> None:
+        """In a thread, on every rank: each of this rank's pieces to its place; its memory is given back at once."""
         with contextlib.ExitStack() as opened:
             fds: dict[str, int] = {}
-            for piece in pieces:
+            while pieces:
+                piece = pieces.pop()
                 stored = self._table.tensors[piece.name]
                 if stored.file not in fds:
                     fds[stored.file] = os.open(temporary / stored.file, os.O_WRONLY | os.O_CLOEXEC)
