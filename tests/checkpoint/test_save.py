@@ -68,7 +68,7 @@ def test_a_checkpoint_says_everything_about_itself(saver: Saver, config: ModelCo
     """
     The manifest holds the run's facts, its progress and every file with size and checksum.
 
-    The cursor is what was consumed, nothing of a layout (seen elsewhere: a change of dp breaks the loader, torchtitan#811).
+    The cursor is what was consumed, nothing of a layout (seen elsewhere: another dp breaks the data, torchtitan#811).
     """
     saver.start(pieces(config), Progress(4, 32, 2048, {"rng": [1, 2], "loss_scale": 1.5}))
     directory = saver.wait()
