@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Dropout:
         )
         if self.grid.sequence_parallel:
             keep = keep.chunk(self.grid.tp.size)[self.grid.tp.rank]
-        return x_TH * (keep.to(device=x_TH.device, dtype=x_TH.dtype) / (1.0 - self.hidden_rate))
+        return _drop(x_TH, keep, self.hidden_rate)
 
     def attention(self, weights_ASS: Tensor, *, sample: int, layer: int) -> Tensor:
         """Drop weights [A, S, S] of the sample at index `sample` of this micro-batch; A is this rank's share."""
@@ -63,9 +64,29 @@ class Dropout:
                 for head in range(self.grid.tp.rank * heads, (self.grid.tp.rank + 1) * heads)
             ]
         )
-        return weights_ASS * (keep.to(device=weights_ASS.device, dtype=weights_ASS.dtype) / (1.0 - self.attention_rate))
+        return _drop(weights_ASS, keep, self.attention_rate)
 
     def _keep(self, shape: tuple[int, ...], rate: float, sample: int, layer: int, site: str) -> Tensor:
         key = f"{self.seed}/{self.step}/{sample}/{self.first_layer + layer}/{site}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= rate
+
+
+def _drop(x: Tensor, keep: Tensor, rate: float) -> Tensor:
+    result: Tensor = _Drop.apply(x, keep.to(x.device), 1.0 / (1.0 - rate))  # type: ignore[no-untyped-call]  # torch's is
+    return result
+
+
+class _Drop(torch.autograd.Function):
+    """x * mask * scale; of it all, a byte an element is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.where(keep, x * scale, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, grad * ctx.scale, 0.0), None, None

@@ -94,6 +94,10 @@ class Optimizer:
         for master in self.masters:
             self._adamw.state[master]["step"].fill_(value)
 
+    def states(self) -> list[dict[str, Tensor]]:
+        """The moments of each bucket's share."""
+        return [{name: self._adamw.state[master][name] for name in STATES} for master in self.masters]
+
     def step(self, learning_rate: float) -> Outcome:
         """Reduce the gradients of a whole batch, and move the parameters unless a gradient is not finite."""
         self.buckets.reduce()
@@ -164,7 +168,7 @@ class Optimizer:
         tensors = {"": bucket.data[bucket.share]}
         if bucket.data.dtype != master.dtype:
             tensors[".master"] = master.detach()
-        tensors |= {f".{name}": self._adamw.state[master][name] for name in STATES}
+        tensors |= {f".{name}": tensor for name, tensor in self.states()[index].items()}
         place = self._place(slot)
         first, last = max(slot.start, bucket.share.start), min(slot.stop, bucket.share.stop)
         for local in rectangles(slot.parameter.shape, first - slot.start, last - slot.start):
