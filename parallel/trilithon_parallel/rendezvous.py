@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 
 class RendezvousError(RuntimeError):
@@ -58,7 +58,11 @@ def join(*, device: str | torch.device = "cpu", timeout_s: float = 120.0) -> Wor
     timeout = timedelta(seconds=timeout_s)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+            if _keeps_old_keys():
+                kept = _agent_store(timeout)
+                dist.init_process_group(backend, store=kept, rank=rank, world_size=world_size, timeout=timeout)
+            else:
+                dist.init_process_group(backend, init_method="env://", timeout=timeout)
         else:
             host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _env_int("MASTER_PORT", 0)
             with _loopback_interface(host):
@@ -104,6 +108,24 @@ def _store(host: str, port: int, rank: int, world_size: int, timeout: timedelta)
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
+
+
+def _keeps_old_keys() -> bool:
+    """
+    Whether the store is that of a torchrun of one host, which outlives the attempts.
+
+    Ranks that start again would read the addresses that ranks before them wrote, and wait for those in vain
+    (pytorch#135712). With several hosts the attempts' numbers differ between agents, so there the launch must ask for
+    a new store each time: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as our own launches do.
+    """
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _env_int("GROUP_WORLD_SIZE", 1) == 1
+
+
+def _agent_store(timeout: timedelta) -> PrefixStore:
+    """torchrun's store, as this attempt's own."""
+    host, port, world_size = os.environ["MASTER_ADDR"], _env_int("MASTER_PORT", 0), _env_int("WORLD_SIZE", 1)
+    attempt = _env_int("TORCHELASTIC_RESTART_COUNT", 0)
+    return PrefixStore(f"attempt{attempt}", TCPStore(host, port, world_size, is_master=False, timeout=timeout))
 
 
 @contextmanager

@@ -144,6 +144,8 @@ def manifest(job: KubernetesJob) -> str:
 def _container(job: KubernetesJob) -> dict[str, Any]:
     resources = {"cpu": job.cpu, "memory": job.memory}
     resources |= {"nvidia.com/gpu": str(job.gpus_per_node)} if job.gpus_per_node else {}
+    # A new store for each attempt: an old one holds the addresses of ranks that are gone (pytorch#135712).
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **job.environment}
     first = f"{job.name}-{_JOB}-0-0.{job.name}"  # pod 0's host name in the headless service, which is called as the set
     return {
         "name": _CONTAINER,
@@ -159,7 +161,7 @@ def _container(job: KubernetesJob) -> dict[str, Any]:
             f"--shutdown-timeout={job.grace_s}",
             *map(_literal, job.command),
         ],
-        "env": [{"name": name, "value": _literal(value)} for name, value in job.environment.items()],
+        "env": [{"name": name, "value": _literal(value)} for name, value in environment.items()],
         "ports": [{"name": "rendezvous", "containerPort": _PORT, "protocol": "TCP"}],
         "resources": {"limits": resources, "requests": dict(resources)},
         "securityContext": {"allowPrivilegeEscalation": False},

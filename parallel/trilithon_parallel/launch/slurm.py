@@ -29,6 +29,8 @@ set -euo pipefail
 {setup}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
+# A new store for each attempt: an old one holds the addresses of ranks that are gone (pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # TERM comes before the time limit: write a checkpoint and queue again. INT is a person's: write one and end.
 asked=
