@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trilithon_parallel.buckets import Bucket, Buckets, Slot, rectangles
 from trilithon_parallel.checkpoint.piece import Piece

@@ -95,8 +95,10 @@ class Trainer:
     One rank's side of a run. All ranks make one alike and call the same methods.
 
     Args:
-        reporter: on rank 0, None elsewhere.
         saver: None for a run that keeps nothing.
+    Attributes:
+        reporter: set it on rank 0 before `run`.
+        cursor: how far the run has come; `resume` sets it.
     """
 
     def __init__(
@@ -106,15 +108,14 @@ class Trainer:
         plan: Plan,
         costs: Costs,
         *,
-        reporter: Reporter | None,
         saver: Saver | None,
         signals: Signals,
         watchdog: Watchdog | None,
-        cursor: Cursor | None = None,
     ) -> None:
         self.model, self.stream, self.plan, self.costs = model, stream, plan, costs
-        self.reporter, self._saver, self._signals, self._watchdog = reporter, saver, signals, watchdog
-        self.cursor = Cursor() if cursor is None else cursor
+        self._saver, self._signals, self._watchdog = saver, signals, watchdog
+        self.reporter: Reporter | None = None
+        self.cursor = Cursor()
         self._skipped_in_a_row = 0
 
     def run(self) -> Ended:

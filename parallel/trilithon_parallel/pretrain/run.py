@@ -132,10 +132,8 @@ def run_rank(settings: PretrainConfig, signals: Signals) -> Ended:
             side_files_from=settings.data.tokenizer,
         )
         stack.callback(saver.close)
-        trainer = Trainer(
-            model, stream, _plan(settings, setup), _costs(settings, setup, peak, base_bytes), reporter=None, saver=saver,
-            signals=signals, watchdog=watchdog,
-        )  # fmt: skip
+        costs = _costs(settings, setup, peak, base_bytes)
+        trainer = Trainer(model, stream, _plan(settings, setup), costs, saver=saver, signals=signals, watchdog=watchdog)
         if found is None:
             _fill(settings, setup, model, grid)
         else:
