@@ -186,6 +186,46 @@ class RunSection(_Section):
     """How often lost ranks are started again, from the newest checkpoint (local launch)."""
 
 
+class SlurmSection(_Section):
+    """What Slurm is told with `--launch slurm`; see `launch.slurm.SlurmJob`."""
+
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    time_limit: str
+    cpus_per_node: Positive | None = None
+    partition: str | None = None
+    account: str | None = None
+    requeue: bool = True
+    setup: list[str] = []
+    directives: list[str] = []
+    environment: dict[str, str] = {}
+    python: str = "python"
+
+
+class KubernetesSection(_Section):
+    """What Kubernetes is told with `--launch kubernetes`; see `launch.kubernetes.KubernetesJob`."""
+
+    image: str
+    claim: str
+    """PersistentVolumeClaim that pods mount at /run/trilithon: configuration, data and run directory lie there."""
+    config: str = "/run/trilithon/config.yaml"
+    """Where pods find the run's YAML file."""
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    cpu: str = "8"
+    memory: str = "32Gi"
+    namespace: str | None = None
+    environment: dict[str, str] = {}
+    node_selector: dict[str, str] = {}
+
+
+class LaunchSection(_Section):
+    """Clusters that the run may be launched on."""
+
+    slurm: SlurmSection | None = None
+    kubernetes: KubernetesSection | None = None
+
+
 class PretrainConfig(_Section):
     """The whole document."""
 
@@ -194,6 +234,7 @@ class PretrainConfig(_Section):
     layout: LayoutSection = LayoutSection()
     training: TrainingSection
     run: RunSection
+    launch: LaunchSection = LaunchSection()
 
 
 def load_pretrain_config(path: Path) -> PretrainConfig:

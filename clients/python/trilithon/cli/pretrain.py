@@ -21,7 +21,13 @@ def add_arguments(parser: Parser) -> None:
         "--launch", choices=("local", "slurm", "kubernetes"), default="local", help="where to run it [local]"
     )
     parser.add_argument("--check", action="store_true", help="check file, model, layout and data, and train nothing")
-    parser.add_examples("trilithon pretrain config.yaml", "trilithon pretrain config.yaml --check")
+    parser.add_argument("--print", action="store_true", help="with slurm: print the script instead of submitting it")
+    parser.add_examples(
+        "trilithon pretrain config.yaml",
+        "trilithon pretrain config.yaml --check",
+        "trilithon pretrain config.yaml --launch slurm",
+        "trilithon pretrain config.yaml --launch kubernetes | kubectl apply -f -",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +50,19 @@ def run(args: argparse.Namespace) -> int:
     except (config.ModelError, errors.DataError) as error:
         code = EXIT_USAGE if getattr(error, "code", "") in _USAGE_CODES else EXIT_INVALID_DATA
         return explain(error, code, as_json=False)
-    return _local(args.config, settings, num_ranks=setup.layout.world_size)
+    if args.launch == "local":
+        return _local(args.config, settings, num_ranks=setup.layout.world_size)
+    launch = _extra.load("trilithon_parallel.pretrain.clusters", verb="pretrain", extra="train")
+    try:
+        if args.launch == "kubernetes":
+            print(launch.kubernetes_manifest(settings, num_ranks=setup.layout.world_size), end="")
+        elif args.print:
+            print(launch.slurm_script(args.config, settings, num_ranks=setup.layout.world_size), end="")
+        else:
+            print(f"job {launch.submit(args.config, settings, num_ranks=setup.layout.world_size)} is submitted")
+    except (launch.LaunchError, config.ModelError) as error:
+        return explain(error, EXIT_USAGE, as_json=False)
+    return EXIT_OK
 
 
 def _local(path: Path, settings: Any, *, num_ranks: int) -> int:
