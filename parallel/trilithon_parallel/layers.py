@@ -140,7 +140,7 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = empty_parameter(hidden, dtype=dtype, device=device)
-        self._eps = torch.tensor(eps, dtype=torch.float32, device=device)
+        self._eps = torch.tensor(eps, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]. Three small operators for the scale: on CPUs torch's own `rms_norm` takes twice as long."""
@@ -152,7 +152,6 @@ class RMSNorm(nn.Module):
 
 def _rms_scale(x_TH: Tensor, eps: Tensor) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), [T, 1]."""
-    eps = eps if x_TH.dtype != torch.float64 else eps.double()
     norm_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True, dtype=eps.dtype)
     return torch.rsqrt(torch.addcmul(eps, norm_T1, norm_T1, value=1.0 / x_TH.shape[-1]))
 

@@ -113,8 +113,10 @@ def learn(
         # Few tokens are masked: the head sees those alone. (Under sequence parallelism ranks hold different tokens.)
         counts_T = weights_T > 0
         hidden_TH, targets_T, weights_T = hidden_TH[counts_T], targets_T[counts_T], weights_T[counts_T]
+    # In fp64: 1 / N in fp32 would be off in all of the step's loss and gradients alike.
+    scaled_T = weights_T.double() * scale
     total, _ = cross_entropy(
-        stage.local_logits(hidden_TH), targets_T, weights_T * scale, tp=grid.tp, real_columns=stage.real_columns
+        stage.local_logits(hidden_TH), targets_T, scaled_T, tp=grid.tp, real_columns=stage.real_columns
     )
     return total
 
