@@ -105,18 +105,21 @@ class Buckets:
         self._of_chunk: list[list[Bucket]] = []
         for stage, place in chunks:
             groups: dict[Kind, list[tuple[str, nn.Parameter]]] = {}
-            parameters = [(name, p) for name, p in stage.named_parameters() if p.requires_grad]
-            for name, parameter in reversed(parameters):  # the order in which the backward pass reaches them
+            # In the order in which the backward pass reaches them.
+            parameters = [(name, p) for name, p in stage.named_parameters() if p.requires_grad][::-1]
+            for name, parameter in parameters:
                 groups.setdefault(_kind(name, parameter, config, place, tied), []).append((name, parameter))
-            made = [
-                self._make(kind, held, config)
-                for kind, members in groups.items()
-                for held in _fill(members, bucket_elements)
-            ]
+            runs = [(kind, held) for kind, members in groups.items() for held in _fill(members, bucket_elements)]
+            place_of = {name: index for index, (name, _) in enumerate(parameters)}
+            runs.sort(key=lambda run: place_of[run[1][-1][0]])  # by their ends, so none waits for one that ends later
+            made = [self._make(kind, held, config) for kind, held in runs]
             self._of_chunk.append(made)
             self.buckets += made
         # Those that need no other sum first. The last chunk's backward pass ends first.
         self._early = [bucket for made in reversed(self._of_chunk) for bucket in made if bucket.kind.sum_over == "none"]
+        self._late = [bucket for bucket in self.buckets if bucket.kind.sum_over != "none"]
+        # In the order of their names, no two stages that hold several tensors in common wait for each other crosswise.
+        self._late.sort(key=lambda bucket: (bucket.kind.sum_over in tied, bucket.kind.sum_over))
 
     def _make(self, kind: Kind, held: Sequence[tuple[str, nn.Parameter]], config: ModelConfig) -> Bucket:
         first = held[0][1]
@@ -187,10 +190,9 @@ class Buckets:
 
     def reduce(self) -> None:
         """End of the backward pass: sum what ranks hold copies of, then over dp; wait until all of it is there."""
-        for bucket in self.buckets:
-            if bucket.kind.sum_over != "none":
-                all_reduce_(bucket.grad, self._axes[bucket.kind.sum_over], label=f"gradients.{bucket.kind.sum_over}")
-        for bucket in self.buckets:
+        for bucket in self._late:
+            all_reduce_(bucket.grad, self._axes[bucket.kind.sum_over], label=f"gradients.{bucket.kind.sum_over}")
+        for bucket in (*self._early, *self._late):
             if bucket.pending is None:
                 self._start(bucket)
         for bucket in self.buckets:
