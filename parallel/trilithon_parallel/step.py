@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trilithon_parallel import pipeline
 from trilithon_parallel.backend import Backend, Forgetful
-from trilithon_parallel.buckets import Buckets
+from trilithon_parallel.buckets import BUCKET_ELEMENTS, Buckets
 from trilithon_parallel.collectives import all_reduce
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
@@ -78,6 +78,8 @@ class TrainingModel:
     This rank's chunks of a model with their optimizer. Parameters are uninitialised until `init.initialise`, a model
     directory or a checkpoint fills them and `weights_changed` is called.
 
+    Args:
+        bucket_elements: gradients that are summed over dp together, and parameters that are gathered together.
     Raises:
         ModelError: `layout_invalid`, the layout does not fit the model.
     """
@@ -94,6 +96,7 @@ class TrainingModel:
         recompute: Recompute | None = None,
         dropout: DropoutRates | None = None,
         seed: int = 0,
+        bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         self.config, self.grid, self.layout, self.dtype, self.seed = config, grid, layout, dtype, seed
         self.dropout = dropout if dropout is not None and (dropout.hidden or dropout.attention) else None
@@ -114,6 +117,7 @@ class TrainingModel:
             grid,
             virtual=layout.virtual,
             distributed=layout.distributed_optimizer,
+            bucket_elements=bucket_elements,
         )
         scale = LossScale() if dtype == torch.float16 else None
         self.optimizer = Optimizer(self.buckets, config, optimizer, loss_scale=scale)
