@@ -45,7 +45,8 @@ def family_run(folder: Path, family: str, layout: dict[str, Any]) -> Run:
     (folder / "tokens.json").unlink(missing_ok=True)
     write_tokens(folder / "tokens", vocab=199 if family != "gpt2" else 384)
     if family != "gpt2":
-        run.settings["training"]["learning_rate"] = {"peak": 3e-3, "warmup": 0.1}
+        # Few tokens of a sample count, so it takes more samples.
+        run.settings["training"] |= {"steps": 50, "learning_rate": {"peak": 5e-3, "warmup": 0.1}}
     for section, values in FAMILIES[family][2].items():
         run.settings[section] |= values
     return run.change("run", evaluate_every=0)
@@ -59,10 +60,10 @@ def test_E8_each_family_trains_at_any_layout_and_loads_in_transformers(family: s
     one.finish()
     two = family_run(tmp_path / "two", family, layout)
     two.finish(ranks=2)
-    directory = two.directory / "step_00000012"
+    directory = max(two.directory.glob("step_*"))
     _, report = kind.from_pretrained(directory, output_loading_info=True)
 
-    assert sum(one.losses()[-3:]) / 3 < one.losses()[0] - 0.05
+    assert sum(one.losses()[-3:]) / 3 < one.losses()[0] - 0.2
     assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
