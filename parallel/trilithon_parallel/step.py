@@ -53,8 +53,8 @@ class StepResult:
 class ModelChunk:
     """One chunk of the model on this rank, as the pipeline executor sees it."""
 
-    def __init__(self, stage: nn.Module, grid: Grid, config: ModelConfig) -> None:
-        self.stage, self.grid, self.config = stage, grid, config
+    def __init__(self, stage: nn.Module, grid: Grid, config: ModelConfig, backend: Backend) -> None:
+        self.stage, self.grid, self.config, self.backend = stage, grid, config, backend
         self.batches: Sequence[Batch] = ()
         self.scale = 1.0
         self.dropout: tuple[DropoutRates, int, int] | None = None
@@ -66,7 +66,8 @@ class ModelChunk:
         if self.dropout is not None:
             rates, seed, step = self.dropout
             dropout = dropout_of(batch, self.grid, self.config, rates.hidden, rates.attention, seed=seed, step=step)
-        return learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
+        with self.backend.autocast():
+            return learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
 
     def boundary_shape(self, microbatch: int) -> tuple[int, ...]:
         """[T, H], or [T / tp, H] under sequence parallelism."""
@@ -110,7 +111,7 @@ class TrainingModel:
                 if recompute is not None and isinstance(module, Trunk | Stack):
                     module.recompute = recompute
             self._derived += backend.train(stage)
-            self.chunks.append(ModelChunk(stage, place, config))
+            self.chunks.append(ModelChunk(stage, place, config, backend))
         self.buckets = Buckets(
             [(chunk.stage, chunk.grid) for chunk in self.chunks],
             config,

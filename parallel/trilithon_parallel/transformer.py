@@ -121,8 +121,9 @@ class Attention(nn.Module):
             qk_TAC, v_TGC = qkv_TAC[:, : -self.groups], qkv_TAC[:, -self.groups :]
         else:
             x_TH = self.backend.enter_columns(x_TH, self.grid)
+            # A backend's products may gather their input themselves: they say how many tokens there are.
             parts = (part(x_TH) for part in (self.q_proj, self.k_proj, self.v_proj))
-            q_TAC, k_TGC, v_TGC = (part.view(x_TH.shape[0], -1, self.head_dim) for part in parts)
+            q_TAC, k_TGC, v_TGC = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
             qk_TAC = torch.cat((q_TAC, k_TGC), 1)
         if rope is not None:
             qk_TAC = rotate(qk_TAC, rope)

@@ -7,12 +7,14 @@ Models ask a backend for layers and never learn which one they have; parameter n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.fp8 import Fp8Recipe
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import Product
 
@@ -57,8 +59,13 @@ class Backend(Protocol):
         """
         Let a stage's products train with serving's numbers, where this backend has numbers of its own.
 
-        What is returned must `forget()` whenever the weights have changed.
+        What is returned must `forget()` whenever the weights have changed. Every rank calls it for each of its stages
+        in order, before their parameters get a `main_grad`.
         """
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """What surrounds one micro-batch's forward pass through one stage: lower precision, where it was chosen."""
         ...
 
     def pack_columns(self, parts: Sequence[nn.Module]) -> Product | None:
@@ -74,12 +81,21 @@ class Backend(Protocol):
         ...
 
 
-def select(name: BackendName, *, batch_invariant: bool = False, device: str | torch.device = "cpu") -> Backend:
+def select(
+    name: BackendName,
+    *,
+    batch_invariant: bool = False,
+    device: str | torch.device = "cpu",
+    fp8: Fp8Recipe | None = None,
+) -> Backend:
     """
     The backend of that name; "auto" takes Transformer Engine where it imports and the device is CUDA, else torch.
 
+    Args:
+        fp8: train with 8-bit products scaled in that way (Transformer Engine alone has them): by the largest values of
+            past steps ("delayed"), of the tensor itself ("current"), or of blocks of 32 elements ("mxfp8").
     Raises:
-        ModelError: `backend_unavailable`, "te" was asked for and cannot be used; the message keeps the reason.
+        ModelError: `backend_unavailable`, "te" or `fp8` was asked for and cannot be used; the message keeps the reason.
     """
     from trilithon_parallel.backend import te_ops, torch_ops
 
@@ -87,9 +103,22 @@ def select(name: BackendName, *, batch_invariant: bool = False, device: str | to
         raise ModelError(
             f"backend is unknown. Given: {name!r}.", code="backend_unavailable", hint="Allowed: torch, te, auto."
         )
-    if name == "torch" or (name == "auto" and (torch.device(device).type != "cuda" or te_ops.unavailable_reason())):
+    if name == "torch":
+        reason = "backend torch has no 8-bit products"
+    elif name == "auto" and torch.device(device).type != "cuda":
+        reason = "the device is not CUDA"
+    else:
+        reason = te_ops.unavailable_reason()
+    if fp8 is not None:
+        reason = reason or te_ops.fp8_unavailable_reason(fp8)
+        if reason:
+            raise ModelError(
+                f"fp8 {fp8} is not available on backend {name}: {reason}.",
+                code="backend_unavailable",
+                hint="It takes trilithon[gpu] and a CUDA device with such products; leave fp8 out elsewhere.",
+            )
+    if name == "torch" or (name == "auto" and reason):
         return torch_ops.TorchBackend(batch_invariant=batch_invariant)
-    reason = te_ops.unavailable_reason()
     if reason:
         raise ModelError(
             f"backend 'te' is not available: {reason}.",
@@ -102,4 +131,4 @@ def select(name: BackendName, *, batch_invariant: bool = False, device: str | to
             code="backend_unavailable",
             hint="Use backend torch with batch_invariant, or turn batch_invariant off.",
         )
-    return te_ops.TransformerEngineBackend()
+    return te_ops.TransformerEngineBackend(fp8=fp8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -183,6 +184,10 @@ class TorchBackend:
                 part.product = TrainingProduct(part.weight, bias, terms=terms, wide=is_wide)
                 products.append(part.product)
         return products
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Nothing: products run in the parameters' own precision."""
+        return nullcontext()
 
     def pack_columns(self, parts: Sequence[nn.Module]) -> Product:
         """One product of the joined weights, packed where the CPU can; the parts' parameters are released."""

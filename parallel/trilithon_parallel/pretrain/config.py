@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from trilithon_parallel.config import ModelError
+from trilithon_parallel.fp8 import Fp8Recipe
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -148,6 +149,9 @@ class TrainingSection(_Section):
     weight_decay: Rate = 0.1
     clip_norm: Annotated[Rate, Field(gt=0)] | None = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    fp8: Fp8Recipe | None = None
+    """Multiply in 8 bits, on GPUs that can: scaled by past steps ("delayed"), by the tensor itself ("current"), or in
+    blocks of 32 elements ("mxfp8")."""
     dropout: Share = 0.0
     attention_dropout: Share = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

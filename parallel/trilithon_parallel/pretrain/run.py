@@ -155,7 +155,7 @@ def _build(settings: PretrainConfig, setup: Setup, grid: Grid, dtype: torch.dtyp
         setup.config,
         grid,
         setup.layout,
-        select(settings.run.backend, device=settings.run.device),
+        select(settings.run.backend, device=settings.run.device, fp8=training.fp8),
         dtype=dtype,
         optimizer=AdamWSettings(
             training.beta1, training.beta2, training.eps, training.weight_decay, training.clip_norm

@@ -11,6 +11,7 @@ from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.data.batches import Source, TrainingData
 from trilithon_parallel.data.objectives import CausalLM, MaskedLM, Objective, SpanCorruption
 from trilithon_parallel.data.ramp import BatchSchedule, LearningRate
+from trilithon_parallel.fp8 import check_fp8
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.presets import find_recipe
 from trilithon_parallel.pretrain.config import DataSection, PretrainConfig, SourceSection
@@ -61,6 +62,12 @@ def prepare(settings: PretrainConfig) -> Setup:
             hint="Shorten the sequences, or give the model more positions.",
         )
     training = settings.training
+    if training.fp8 is not None:
+        check_fp8(
+            config, training.fp8, tp=layout.tp, sequence_parallel=layout.sequence_parallel,
+            tokens_per_micro_batch=settings.data.seq_len * layout.micro_batch_size, dtype=training.dtype,
+            recompute=sizes.recompute,
+        )  # fmt: skip
     if config.is_seq2seq and (training.dropout or training.attention_dropout):
         raise ModelError(
             f"training dropout must be 0 for {config.architecture}. "
