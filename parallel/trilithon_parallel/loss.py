@@ -71,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_TV, sums_T, weights_T, local_T, is_mine_T = ctx.saved_tensors
-        scale_T = (weights_T * d_total).to(torch.float64)
+        scale_T = weights_T.double() * d_total
         shrink_T = (scale_T / sums_T).to(grad_TV.dtype)
         for rows in _blocks(grad_TV):
             grad_TV[rows].mul_(shrink_T[rows].unsqueeze(1))
