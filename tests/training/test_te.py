@@ -13,11 +13,14 @@ import te_stub
 import torch
 from ranks import LIMIT_S, run_ranks
 from te_runs import GPT2, LLAMA, assert_near, train
+from training_runs import make_run
 
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.fp8 import Fp8Recipe, check_fp8
 from trilithon_parallel.layout import Layout
+from trilithon_parallel.pretrain.config import load_pretrain_config
+from trilithon_parallel.pretrain.setup import prepare
 
 RECIPES: dict[Fp8Recipe, tuple[str, dict[str, Any]]] = {
     "delayed": (
@@ -199,3 +202,16 @@ def test_R11_fp8_that_cannot_be_is_refused_at_the_start(changes: dict[str, Any],
     with pytest.raises(ModelError, match=words) as caught:
         check(**changes)
     assert caught.value.code == "layout_invalid"
+
+
+@pytest.mark.parametrize(
+    ("fp8", "words"),
+    [
+        ("current", r"multiples of 16\. Given: ffn_size of a rank 100\. .* needs dtype bfloat16\. Given: float32\."),
+        ("fp4", r"training\.fp8: .*'delayed', 'current' or 'mxfp8'\. Given: 'fp4'"),
+    ],
+)
+def test_R11_a_file_that_asks_for_it_is_checked(fp8: str, words: str, tmp_path: Path) -> None:
+    """Before any rank starts, in the words of the file."""
+    with pytest.raises(ModelError, match=words):
+        prepare(load_pretrain_config(make_run(tmp_path).change("training", fp8=fp8).config))
