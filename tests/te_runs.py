@@ -58,11 +58,17 @@ class Trained:
         return {slot.name: slot.parameter.main_grad if gradients else slot.parameter.detach() for slot in slots}  # type: ignore[attr-defined]  # the buckets make it
 
 
-def batches(step: int, device: torch.device, *, vocab: int = LLAMA.vocab_size) -> list[Batch]:
-    """The micro-batches of a step: sequences that count upwards, so that they can be learned."""
+def batches(step: int, device: torch.device, *, noise: float = 0.0, vocab: int = LLAMA.vocab_size) -> list[Batch]:
+    """
+    The micro-batches of a step: sequences that count upwards, so that they can be learned.
+
+    `noise`: share of tokens that are random instead, below which no loss can fall.
+    """
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(vocab, (SAMPLES, 1), generator=generator)
-    tokens = ((starts + torch.arange(LENGTH + 1)) % vocab).to(device)
+    tokens = (starts + torch.arange(LENGTH + 1)) % vocab
+    is_noise = torch.rand(tokens.shape, generator=generator) < noise
+    tokens = torch.where(is_noise, torch.randint(vocab, tokens.shape, generator=generator), tokens).to(device)
     ones_T, positions_T = torch.ones(LENGTH, device=device), torch.arange(LENGTH, device=device)
     return [
         Batch(
@@ -87,6 +93,7 @@ def train(
     grid: Grid | None = None,
     steps: int = 3,
     learning_rate: float = 1e-2,
+    noise: float = 0.0,
 ) -> Trained:
     """A few steps from the same weights on the same data, whatever computes them."""
     grid = grid or Grid.single()
@@ -97,7 +104,8 @@ def train(
     model.optimizer.adopt_weights()
     model.weights_changed()
     results = [
-        model.train_step(batches(step, grid.device), learning_rate=learning_rate, step=step) for step in range(steps)
+        model.train_step(batches(step, grid.device, noise=noise), learning_rate=learning_rate, step=step)
+        for step in range(steps)
     ]
     return Trained(model, [result.loss for result in results], [result.grad_norm for result in results])
 

@@ -6,10 +6,10 @@ Training on a CUDA device: torch against the CPU, Transformer Engine against tor
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import te_runs
@@ -46,10 +46,9 @@ def engine() -> None:
         pytest.skip(te_ops.unavailable_reason())
 
 
-def train_on_gpu(name: BackendName, *, config: ModelConfig = LLAMA, steps: int = 3, lr: float = 1e-2) -> Trained:
+def train_on_gpu(name: BackendName, *, fp8: Fp8Recipe | None = None, **options: Any) -> Trained:
     """bf16 on one device."""
-    backend = select(name, device="cuda")
-    return train(backend, config=config, dtype=torch.bfloat16, grid=Grid.single("cuda"), steps=steps, learning_rate=lr)
+    return train(select(name, device="cuda", fp8=fp8), dtype=torch.bfloat16, grid=Grid.single("cuda"), **options)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -82,18 +81,20 @@ def test_transformer_engine_equals_torch_in_bf16(config: ModelConfig) -> None:
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("recipe", ["delayed", "current", "mxfp8"])
 def test_losses_in_8_bits_follow_those_in_bf16(recipe: Fp8Recipe) -> None:
-    """Over 200 steps no window of 20 differs by more than 2 % of the starting loss."""
+    """
+    Over 200 steps the mean losses of every 20 are within 2 % of each other.
+
+    A third of the tokens is random: the loss ends well above 0, where 2 % of it would be noise.
+    """
     if reason := te_ops.fp8_unavailable_reason(recipe):
         pytest.skip(reason)
-    eight = train(
-        select("te", device="cuda", fp8=recipe), dtype=torch.bfloat16, grid=Grid.single("cuda"), steps=FP8_STEPS,
-        learning_rate=1e-3,
-    )  # fmt: skip
-    sixteen = train_on_gpu("te", steps=FP8_STEPS, lr=1e-3)
+    eight, sixteen = (
+        train_on_gpu("te", fp8=fp8, steps=FP8_STEPS, learning_rate=1e-3, noise=1 / 3) for fp8 in (recipe, None)
+    )
     means = [torch.tensor(trained.losses).view(-1, 20).mean(1) for trained in (eight, sixteen)]
 
-    assert (means[0] - means[1]).abs().max() <= FP8_TOLERANCE * sixteen.losses[0]
-    assert sixteen.losses[-1] < sixteen.losses[0] / 2
+    torch.testing.assert_close(means[0], means[1], rtol=FP8_TOLERANCE, atol=0.0)
+    assert means[1][-1] < 0.9 * means[1][0]
 
 
 @pytest.mark.usefixtures("engine")
@@ -121,7 +122,7 @@ def test_ranks_train_over_nccl(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"NCCL takes a device a rank; {torch.cuda.device_count()} of 2 are here")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", te_runs.__file__]
-    done = subprocess.run([*command, str(tmp_path), "cuda"], env=os.environ.copy(), timeout=300, check=False)
+    done = subprocess.run([*command, str(tmp_path), "cuda"], timeout=300, check=False)
 
     assert done.returncode == 0
     for rank in range(2):
