@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import rank_runner
 import torch
 from step_cases import LLAMA, MODELS, batches_of
 from torch import Tensor
 
 from trilithon_parallel.backend import select
-from trilithon_parallel.config import ModelError
+from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
@@ -23,8 +24,7 @@ from trilithon_parallel.step import TrainingModel
 LARGE = replace(LLAMA, vocab_size=1024, hidden_size=96, num_heads=6, ffn_size=256)
 
 
-def _build(layout: Layout, dtype: torch.dtype, config_name: str = "mqa", size: str = "tiny") -> TrainingModel:
-    config = MODELS[config_name] if size == "tiny" else LARGE
+def _build(layout: Layout, dtype: torch.dtype, config: ModelConfig = MODELS["mqa"]) -> TrainingModel:
     grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp)
     model = TrainingModel(config, grid, layout, select("torch"), dtype=dtype, optimizer=AdamWSettings(eps=1e-4))
     for chunk in model.chunks:
@@ -43,7 +43,7 @@ def bytes_per_parameter() -> dict[str, float]:
     found = {}
     for is_distributed in (False, True):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            model = _build(Layout(dp=2, distributed_optimizer=is_distributed), dtype, size="large")
+            model = _build(Layout(dp=2, distributed_optimizer=is_distributed), dtype, LARGE)
             model.train_step(_batches(model, 0), learning_rate=1e-3, step=0)
             tensors: list[Tensor] = []
             for bucket, master, states in zip(
@@ -58,32 +58,34 @@ def bytes_per_parameter() -> dict[str, float]:
     return found
 
 
+def _step(model: TrainingModel, number: int, *, is_poisoned: bool) -> None:
+    """One step that must move everything, or must be skipped and move nothing."""
+    before = [bucket.data.clone() for bucket in model.buckets.buckets]
+    before += [x.clone() for states in model.optimizer.states() for x in states.values()]
+    num_steps = model.optimizer.num_steps
+    result = model.train_step(_batches(model, number), learning_rate=1e-3, step=number)
+    assert result.is_skipped == is_poisoned, result
+    assert model.optimizer.num_steps == num_steps + (not is_poisoned)
+    after = [bucket.data for bucket in model.buckets.buckets]
+    after += [x for states in model.optimizer.states() for x in states.values()]
+    same = [torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+    assert all(same) if is_poisoned else not any(same), number
+
+
 def overflow() -> None:
     """fp16: one rank's infinite gradient skips the step on every rank; the scale follows and nothing else moves."""
     for layout in (Layout(dp=2), Layout(dp=2, distributed_optimizer=False), Layout(tp=2), Layout(pp=2)):
         model = _build(layout, torch.float16)
         model.optimizer.loss_scale = LossScale(value=1024.0, interval=3)
-        poison = [0.0]
-        if model.grid.rank == 1:
-            target = next(p for name, p in model.chunks[0].stage.named_parameters() if name.endswith("q_proj.weight"))
-            target.register_hook(lambda grad: grad * torch.inf if poison[0] else None)
-
-        def step(number: int, *, is_poisoned: bool, model: TrainingModel = model, poison: list[float] = poison) -> None:
-            poison[0] = float(is_poisoned)
-            before = [bucket.data.clone() for bucket in model.buckets.buckets]
-            moments = [x.clone() for states in model.optimizer.states() for x in states.values()]
-            steps = model.optimizer.num_steps
-            result = model.train_step(_batches(model, number), learning_rate=1e-3, step=number)
-            assert result.is_skipped == is_poisoned, (layout, number, result)
-            assert model.optimizer.num_steps == steps + (not is_poisoned)
-            same = [torch.equal(x, bucket.data) for x, bucket in zip(before, model.buckets.buckets, strict=True)]
-            states = [x for states in model.optimizer.states() for x in states.values()]
-            same += [torch.equal(x, y) for x, y in zip(moments, states, strict=True)]
-            assert all(same) if is_poisoned else not any(same), (layout, number)
-
+        target = next(p for name, p in model.chunks[0].stage.named_parameters() if name.endswith("q_proj.weight"))
         scales = []
         for number, is_poisoned in enumerate((False, True, True, True, False, False, False)):
-            step(number, is_poisoned=is_poisoned)
+            hook = None
+            if is_poisoned and model.grid.rank == 1:
+                hook = target.register_hook(lambda grad: grad * torch.inf)
+            _step(model, number, is_poisoned=is_poisoned)
+            if hook is not None:
+                hook.remove()
             scales.append(model.optimizer.loss_scale.value)
         assert scales == [1024.0, 1024.0, 512.0, 256.0, 256.0, 256.0, 512.0], layout
 
@@ -94,17 +96,11 @@ def empty() -> None:
         model = _build(layout, torch.float32)
         before = [bucket.data.clone() for bucket in model.buckets.buckets]
         batches = [replace(batch, weights_T=torch.zeros_like(batch.weights_T)) for batch in _batches(model, 0)]
-        for attempt in (
-            lambda model=model, batches=batches: model.train_step(batches, learning_rate=1e-3, step=0),
-            lambda model=model, batches=batches: model.evaluate(batches),
-        ):
-            try:
-                attempt()
-            except ModelError as error:
-                assert error.code == "batch_empty"
-                assert "Given: 0" in str(error)
-            else:
-                raise AssertionError("taken")
+        with pytest.raises(ModelError, match="Given: 0") as error:
+            model.train_step(batches, learning_rate=1e-3, step=0)
+        assert error.value.code == "batch_empty"
+        with pytest.raises(ModelError, match="Given: 0"):
+            model.evaluate(batches)
         assert all(torch.equal(x, bucket.data) for x, bucket in zip(before, model.buckets.buckets, strict=True))
         assert not model.train_step(_batches(model, 1), learning_rate=1e-3, step=1).is_skipped
 
