@@ -9,13 +9,17 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything els
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 from trilithon.errors import SERVER_ERRORS
+from trilithon_parallel.pretrain.config import PretrainConfig
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineClient
@@ -105,7 +109,34 @@ def metrics() -> str:
     return table(("name", "type", "meaning"), rows)
 
 
+def pretrain() -> str:
+    """Every field of a pretraining configuration."""
+    return table(("field", "default", "meaning"), _fields(PretrainConfig, ""))
+
+
+def _fields(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
+    for name, field in section.model_fields.items():
+        if prefix == "launch.":
+            continue  # its sections repeat launch.slurm and launch.kubernetes, which docs/launch.md tells of
+        inner = next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
+        if inner is not None:
+            mark = ".N." if "list" in str(field.annotation) else "."
+            yield from _fields(inner, f"{prefix}{name}{mark}")
+            continue
+        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+        yield f"`{prefix}{name}`", default, (field.description or "").strip()
+
+
+def _kinds(annotation: object) -> Iterable[type]:
+    """The classes inside an annotation."""
+    if isinstance(annotation, type):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "pretrain": pretrain,
     "parameters": parameters,
     "unsupported": unsupported,
     "settings": settings,
