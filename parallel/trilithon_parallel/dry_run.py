@@ -40,7 +40,7 @@ from trilithon_parallel.memory import (
 )
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.placement import global_shapes, local_slice, source_name, stage_layers, stage_names
-from trilithon_parallel.schedule import Send, schedule, with_messages
+from trilithon_parallel.schedule import ScheduleError, Send, schedule, with_messages
 from trilithon_parallel.simulate import check_messages, simulate
 
 if TYPE_CHECKING:
@@ -117,9 +117,8 @@ def dry_run(
     Build and check a layout without any of its ranks. A trillion parameters over 3072 ranks take seconds.
 
     Raises:
-        ModelError: `layout_invalid`, model, batch and layout don't fit; `dry_run_failed`, a stage is not what the
-            placement table or the memory model says.
-        ScheduleError: the schedule's table cannot run.
+        ModelError: `layout_invalid`, model, batch and layout don't fit, or the schedule cannot run; `dry_run_failed`, a
+            stage is not what the placement table or the memory model says.
     """
     layout.check(config, tokens_per_micro_batch=seq_len * layout.micro_batch_size)
     micro_batches = layout.micro_batches(global_batch_size)
@@ -127,10 +126,13 @@ def dry_run(
         layout.tp, layout.pp, layout.dp, layout.micro_batch_size, layout.virtual, recompute, layout.sequence_parallel,
         layout.distributed_optimizer, layout.schedule,
     )  # fmt: skip
-    table = schedule(layout.schedule, layout.pp, layout.virtual, micro_batches)
-    timeline = simulate(table)
-    steps = with_messages(table)
-    check_messages(steps)
+    try:
+        table = schedule(layout.schedule, layout.pp, layout.virtual, micro_batches)
+        timeline = simulate(table)
+        steps = with_messages(table)
+        check_messages(steps)
+    except ScheduleError as error:
+        raise ModelError(error.message, code="layout_invalid", hint=error.hint) from None
     stages = layout.pp * layout.virtual
     layers = [len(held) for held in stage_layers(config.num_layers, stages, layout.layer_counts)]
     parameters = _count_parameters(config, layout)

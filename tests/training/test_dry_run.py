@@ -162,11 +162,13 @@ def test_a_stage_that_is_not_as_placed_is_named() -> None:
 
 
 def test_R11_a_layout_that_does_not_fit_is_refused() -> None:
-    """As before a real run: batch, heads, layers."""
+    """As before a real run: batch, heads; and a schedule that cannot be."""
     with pytest.raises(ModelError, match="global_batch_size must be a multiple of"):
         run(dp=3)
     with pytest.raises(ModelError, match="layout tp must be from 1 to"):
         run(tp=8)
+    with pytest.raises(ModelError, match=r"interleaved needs 2 or more chunks per rank\. Given: virtual = 1"):
+        run(pp=2, schedule="interleaved")
 
 
 def test_a_configuration_file_has_a_dry_run(tmp_path: Path) -> None:
