@@ -19,6 +19,7 @@ from trilithon_parallel.layout import Layout
 from trilithon_parallel.objective import Batch, Seq2SeqBatch
 from trilithon_parallel.optimizer import STATES, AdamWSettings
 from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.step import StepResult, TrainingModel
 
 T5 = ModelConfig(
@@ -213,12 +214,13 @@ def ties() -> None:
 
 
 def seq2seq() -> None:
-    """An encoder-decoder over four stages, and over tp with cut tokens, learns what one process learns."""
+    """An encoder-decoder over four stages, and over tp with cut tokens, learns what one process learns; recomputed."""
     expected_model = build(T5, Layout(), Grid.single(), dtype=torch.float64)
     expected = run(expected_model, 0, STEPS)
     whole = whole_state(expected_model)
     for layout in (Layout(pp=4), Layout(tp=2, pp=2, sequence_parallel=True), Layout(pp=2, dp=2, schedule="gpipe")):
-        model = build(T5, layout, Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp), dtype=torch.float64)
+        grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp)
+        model = build(T5, layout, grid, dtype=torch.float64, recompute=Recompute("full", every=2))
         results = run(model, 0, STEPS)
         for mine, theirs in zip(results, expected, strict=True):
             assert abs(mine.loss - theirs.loss) < 1e-12 * theirs.loss, layout

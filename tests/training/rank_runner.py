@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ def run(cases: Mapping[int, Sequence[Callable[[], Any]]]) -> None:
     """
     Run the functions for this number of ranks, one after another, on all ranks alike.
 
+    A rank on which one fails ends there, so that its peers, who wait for it, fail too and at once.
+
     Writes {name: {"value": ...} or {"error": traceback}} to `rank<N>.json` in the directory of the first argument.
     """
     torch.set_num_threads(1)
@@ -30,4 +33,6 @@ def run(cases: Mapping[int, Sequence[Callable[[], Any]]]) -> None:
         except Exception:
             results[case.__name__] = {"error": traceback.format_exc()}
         (work_dir / f"rank{world.rank}.json").write_text(json.dumps(results))
+        if "error" in results[case.__name__]:
+            os._exit(1)
     rendezvous.leave()
