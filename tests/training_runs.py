@@ -69,16 +69,15 @@ class Run:
         """The weight file of the last step."""
         return next((self.directory / f"step_{STEPS:08d}").glob("model-*.safetensors")).read_bytes()
 
-    def start(self, *, ranks: int = 1, environment: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
-        """Start the ranks as plain processes, one thread each."""
+    def start(self, *, ranks: int = 1, configs: dict[int, Path] | None = None) -> list[subprocess.Popen[str]]:
+        """Start the ranks as plain processes, one thread each; `configs` gives a rank another file."""
         port = free_port()
         return [
             subprocess.Popen(
-                [sys.executable, "-m", "trilithon_parallel.pretrain", str(self.config)],
+                [sys.executable, "-m", "trilithon_parallel.pretrain", str((configs or {}).get(rank, self.config))],
                 env=os.environ
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                | (environment or {}),
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -70,6 +70,8 @@ class Layout:
                 "virtual", "1 without a pipeline and the interleaved schedule", self.virtual,
                 "1, or pp above 1 and schedule interleaved",
             )  # fmt: skip
+        if self.virtual == 1 and self.schedule == "interleaved":
+            raise _invalid("virtual", "at least 2 with the interleaved schedule", 1, "2 and up, or schedule 1f1b")
         if stages > config.num_layers:
             most = config.num_layers // self.pp
             raise _invalid("virtual", f"at most layers / pp = {most}", self.virtual, f"1 to {most}")

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.config} is good: {setup.layout.world_size} ranks, {train.num_samples} samples to learn from, "
                 f"{num_held_out} held out."
             )
+            dry_run = _extra.load("trilithon_parallel.dry_run", verb="pretrain", extra="train")
+            print(dry_run.of_run(settings, setup).text())
             return EXIT_OK
     except (config.ModelError, errors.DataError) as error:
         code = EXIT_USAGE if getattr(error, "code", "") in _USAGE_CODES else EXIT_INVALID_DATA
