@@ -20,8 +20,10 @@ import torch
 from pydantic import JsonValue
 
 from trilithon_parallel.checkpoint import Found, Progress, Saver, load
+from trilithon_parallel.collectives import observing
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.data.ramp import BatchSchedule, LearningRate, Step
+from trilithon_parallel.grid import Axis
 from trilithon_parallel.health import Signals
 from trilithon_parallel.objective import Batch
 from trilithon_parallel.report import Reporter, StepMetrics
@@ -80,6 +82,29 @@ class Cursor:
     skipped: int = 0
 
 
+class PipelineWaits:
+    """Seconds that this rank has waited for neighbours in the pipeline, its idle time: observes the collectives."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began: float | None = None
+
+    def begin(self, op: str, label: str, axis: Axis) -> None:
+        """A wait begins; those along the pipeline count."""
+        self._began = time.monotonic() if axis.name.startswith("pp") else None
+
+    def end(self) -> None:
+        """The wait is over."""
+        if self._began is not None:
+            self.seconds += time.monotonic() - self._began
+            self._began = None
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
 @dataclass(frozen=True)
 class Ended:
     """Why and where a run ended: `is_complete` when all of its samples were consumed."""
@@ -117,6 +142,7 @@ class Trainer:
         self.reporter: Reporter | None = None
         self.cursor = Cursor()
         self._skipped_in_a_row = 0
+        self._waits = PipelineWaits()
 
     def run(self) -> Ended:
         """
@@ -126,6 +152,10 @@ class Trainer:
             ModelError: `training_diverged`, too many steps in a row had gradients that are not finite.
             CheckpointError: a checkpoint could not be written; what was written before stays.
         """
+        with observing(self._waits):
+            return self._run()
+
+    def _run(self) -> Ended:
         loss, validation = math.nan, None
         steps = self.plan.batches.steps(
             self.plan.train_samples, consumed=self.cursor.consumed_samples, step=self.cursor.step
@@ -133,10 +163,11 @@ class Trainer:
         total = self.plan.batches.whole_run(self.plan.train_samples)[0]
         for step in steps:
             self._tell(step.step, "step")
+            self._waits.take()
             began = time.monotonic()
             rate = self.plan.learning_rate.at(step.consumed)
             result = self.model.train_step(self.stream.micro_batches(step), learning_rate=rate, step=step.step)
-            step_s = time.monotonic() - began
+            step_s, idle_s = time.monotonic() - began, self._waits.take()
             loss = result.loss
             self._count(result.is_skipped, loss)
             self.cursor.step, self.cursor.consumed_samples = step.step + 1, step.consumed + step.batch_size
@@ -144,7 +175,7 @@ class Trainer:
             validation = None
             if is_last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
                 validation = self.evaluate()
-            self._report(step, rate, step_s, loss, result.grad_norm, validation)
+            self._report(step, rate, step_s, idle_s, loss, result.grad_norm, validation)
             should_stop = self._signals.agreed(self.model.grid)
             self._keep(is_due=is_last or should_stop or done % self.plan.checkpoint_every == 0)
             if should_stop and not is_last:
@@ -217,7 +248,14 @@ class Trainer:
         return Progress(self.cursor.step, consumed, consumed * self.stream.tokens_per_sample, state)
 
     def _report(
-        self, step: Step, rate: float, step_s: float, loss: float, grad_norm: float, validation: float | None
+        self,
+        step: Step,
+        rate: float,
+        step_s: float,
+        idle_s: float,
+        loss: float,
+        grad_norm: float,
+        validation: float | None,
     ) -> None:
         if self.reporter is None:
             return
@@ -239,6 +277,7 @@ class Trainer:
             peak_bytes=peak_bytes(self.model.grid.device) - self.costs.base_bytes,
             predicted_bytes=self.costs.predicted_bytes,
             bubble_planned=self.costs.bubble,
+            bubble_measured=None if self.costs.bubble is None else idle_s / (step_s - idle_s),
             validation_loss=validation,
         )
         self.reporter.step(metrics)

@@ -47,7 +47,7 @@ Rate = Annotated[float, BeforeValidator(_decimal), Field(ge=0.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(_Section):
@@ -74,7 +74,9 @@ class SourceSection(_Section):
     """One token file of a blend."""
 
     prefix: Path
+    """Path without `.bin` and `.idx`."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples, of any scale."""
 
 
 class DataSection(_Section):
@@ -83,7 +85,9 @@ class DataSection(_Section):
     tokenizer: Path
     """Directory of the tokenizer that the token files were made with; checkpoints carry it along."""
     seq_len: Positive
+    """Tokens of a sample."""
     train: Annotated[list[SourceSection], Field(min_length=1)]
+    """Token files to learn from."""
     valid: list[SourceSection] = []
     """Token files that are held out whole; without any, the second share of `split` is."""
     split: Annotated[list[float], Field(min_length=3, max_length=3)] = [1.0, 0.0, 0.0]
@@ -91,8 +95,11 @@ class DataSection(_Section):
     objective: Literal["causal", "masked", "spans"] | None = None
     """Next token, masked tokens (BERT), corrupted spans (T5). What the architecture is for, if not given."""
     reset_positions: bool = False
+    """Count positions from 0 again in every document of a sample."""
     reset_attention: bool = False
+    """A document does not attend to those before it."""
     mask_document_ends: bool = False
+    """The last token of a document predicts nothing."""
     sentence_pairs: bool = False
     """For masked tokens: cut each sample in two segments with token types 0 and 1."""
 
@@ -101,27 +108,42 @@ class LayoutSection(_Section):
     """How the run is laid out over ranks; see `layout.Layout` and `recompute.Recompute`."""
 
     tp: Positive = 1
+    """Tensor-parallel ranks."""
     pp: Positive = 1
+    """Pipeline stages."""
     dp: Positive = 1
+    """Replicas, each with its share of every batch."""
     virtual: Positive = 1
+    """Model chunks of each pipeline rank; above 1 with the interleaved schedule."""
     micro_batch_size: Positive = 1
+    """Samples that go through a stage together."""
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """Order of forward and backward passes."""
     sequence_parallel: bool = False
+    """Cut norms, dropout and the residual stream over tp, by tokens."""
     distributed_optimizer: bool = True
+    """Cut fp32 masters and moments over dp (ZeRO-1)."""
     layer_counts: list[Positive] | None = None
+    """Layers of each of the pp * virtual stages; as even as possible, if not given."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it."""
     recompute_every: Positive = 1
+    """With full: layers from one kept input to the next."""
     recompute_first: Positive | None = None
+    """With full: only so many layers of each stage."""
 
 
 class LearningRateSection(_Section):
     """The learning rate by consumed samples; shares are of the whole run."""
 
     peak: Annotated[Rate, Field(gt=0)]
+    """The largest rate."""
     floor: Rate | None = None
     """A tenth of the peak, if not given."""
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How it falls after the warm-up."""
     warmup: Share = 0.02
+    """Share over which it rises from 0."""
     cooldown: Share = 0.2
     """Share over which `wsd` falls."""
 
@@ -130,31 +152,49 @@ class RampSection(_Section):
     """Grow the batch from `start` by `increment` over the first `samples` samples."""
 
     start: Positive
+    """First batch, in samples."""
     increment: Positive
+    """By which it grows."""
     samples: Count
+    """Over which it grows."""
 
 
 class TrainingSection(_Section):
     """How it is learned: exactly one of `samples`, `tokens`, `steps` says how long."""
 
     global_batch_size: Positive
+    """Samples of a step, over all ranks."""
     samples: Count | None = None
+    """How long: samples,"""
     tokens: Count | None = None
+    """or tokens,"""
     steps: Count | None = None
+    """or optimizer steps."""
     batch_ramp: RampSection | None = None
+    """A batch that grows at first."""
     learning_rate: LearningRateSection
+    """Peak, warm-up and decay."""
     beta1: Share = 0.9
+    """AdamW: decay of the mean of gradients."""
     beta2: Share = 0.95
+    """AdamW: decay of the mean of their squares."""
     eps: Annotated[Rate, Field(gt=0)] = 1e-8
+    """AdamW: added to the root."""
     weight_decay: Rate = 0.1
+    """AdamW: of matrices and tables; norms and biases never decay."""
     clip_norm: Annotated[Rate, Field(gt=0)] | None = 1.0
+    """Largest global norm of a gradient; null for none."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the parameters; gradients, masters and moments are fp32."""
     fp8: Fp8Recipe | None = None
     """Multiply in 8 bits, on GPUs that can: scaled by past steps ("delayed"), by the tensor itself ("current"), or in
     blocks of 32 elements ("mxfp8")."""
     dropout: Share = 0.0
+    """Share of the residual inputs that is dropped."""
     attention_dropout: Share = 0.0
+    """Share of the attention weights that is dropped."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights, order of data, masks and dropout."""
     max_skipped: Annotated[int, Field(ge=0)] = 20
     """Steps in a row whose gradients are not finite, after which the run gives up."""
 
@@ -172,20 +212,29 @@ class RunSection(_Section):
     """Where the run keeps what it makes, and how it behaves."""
 
     directory: Path
+    """Checkpoints, metrics, curves; a run that is started again goes on from what is there."""
     checkpoint_every: Positive = 1000
+    """Steps between checkpoints."""
     keep_last: Positive = 2
+    """Newest checkpoints that stay."""
     keep_every: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints of every so many steps stay too; 0 for none."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; 0 for the last step alone."""
     evaluate_samples: Positive = 256
     """Held-out samples that an evaluation uses at most."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """What ranks compute on."""
     backend: Literal["torch", "te", "auto"] = "auto"
+    """torch, Transformer Engine, or whichever is there."""
     num_threads: Positive | None = None
     """Of each rank; the host's cores shared out, if not given."""
     deterministic: bool = False
     """Refuse operations whose bits depend on timing (GPUs); on CPUs there are none."""
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds without progress that are a hang."""
     first_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """The same until the second step."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often lost ranks are started again, from the newest checkpoint (local launch)."""
 
