@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := smollm2-135m-instruct
 
-.PHONY: help install run test test-slow test-gpu lint format bench proto docs clean
+.PHONY: help install run test test-slow test-gpu lint format bench bench-training proto docs clean
 
 help:
 	@echo "make install    the environment for serving, in $(VENV)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make lint       ruff, mypy, import-linter, generated files up to date"
 	@echo "make bench      the serving benchmark against transformers, in one run"
+	@echo "make bench-training  the training step against plain torch, and the pipeline against its formula"
 	@echo "make proto      regenerate the protobuf code;  make docs  regenerate the reference tables"
 
 $(VENV)/bin/python:
@@ -63,6 +64,10 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py
+
+bench-training: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/pipeline.py
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything els
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -30,6 +31,7 @@ from trilithon_server.validation import Bounds
 
 DOCS = Path(__file__).resolve().parent
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_THREAD = re.compile(r"[A-Za-z][\w.-]*#\d+")
 _IN_WORDS: Mapping[str, str] = {
     "vocab_size": "the vocabulary size",
     "max_output": "the room in the context",
@@ -135,7 +137,20 @@ def _kinds(annotation: object) -> Iterable[type]:
         yield from _kinds(inner)
 
 
+def threads() -> str:
+    """Public threads of other projects, each with the tests whose docstrings name it."""
+    found: dict[str, list[str]] = {}
+    tests = DOCS.parent / "tests"
+    for path in sorted(tests.rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                for thread in sorted(set(_THREAD.findall(ast.get_docstring(node) or ""))):
+                    found.setdefault(thread, []).append(f"`{path.relative_to(tests)}` `{node.name}`")
+    return table(("thread", "held by"), ((thread, ", ".join(held)) for thread, held in sorted(found.items())))
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
+    "threads": threads,
     "pretrain": pretrain,
     "parameters": parameters,
     "unsupported": unsupported,

@@ -85,6 +85,8 @@ def test_E10_transformer_engine_models_load_the_same_files(family: str, tmp_path
     """
     Same keys and shapes as the torch backend's, no extra state, each loads the other's; logits agree.
 
+    Files with it can be read nowhere else: TE#199, TE#1623.
+
     Inverse: without `_Stateless` the state dict holds `_extra_state` keys and this fails.
     """
     model_dir = MODELS[family](tmp_path / "model")

@@ -52,6 +52,8 @@ def test_E9_a_killed_run_goes_on_bit_for_bit(oracle: Run, tmp_path: Path, kills:
     """
     SIGKILL at random steps, during saves too: the resumed run's losses and final weights are the undisturbed run's.
 
+    Two runs have the same bits at all, and a resume loses none: Megatron-LM#2369, Megatron-LM#1298, torchtitan#1136.
+
     Inverse seen red: leave the number of optimizer steps out of the checkpoint.
     """
     run = make_run(tmp_path, dropout=0.1, attention_dropout=0.1)
@@ -108,7 +110,11 @@ def test_R1_torchrun_starts_a_lost_rank_again_and_the_run_goes_on(tmp_path: Path
 
 
 def test_R2_a_stopped_rank_is_named_and_the_run_ends(tmp_path: Path) -> None:
-    """SIGSTOP a rank: the other one writes what it waited for, names the rank, and exits with 6."""
+    """
+    SIGSTOP a rank: the other one writes what it waited for, names the rank, and exits with 6.
+
+    Elsewhere it is a watchdog's stack trace after ten minutes: Megatron-LM#1207, ms-swift#6312.
+    """
     run = make_run(tmp_path, layout={"tp": 2}).change("run", timeout_s=4.0, first_timeout_s=60.0)
     processes = run.start(ranks=2)
     try:
@@ -143,7 +149,11 @@ def test_R11_ranks_that_disagree_stop_at_once(tmp_path: Path) -> None:
     ids=str,
 )
 def test_E7_a_run_goes_on_at_another_layout(before: dict[str, Any], after: dict[str, Any], tmp_path: Path) -> None:
-    """Half of the steps at one layout, half at another: losses stay within 1e-5 of a run that never moved."""
+    """
+    Half of the steps at one layout, half at another: losses stay within 1e-5 of a run that never moved.
+
+    Optimizer state that does not follow is Megatron-LM#1517 and Megatron-LM#7162.
+    """
 
     def ranks(layout: dict[str, Any]) -> int:
         return max([1, *(size for size in layout.values() if size == 2)])
