@@ -19,12 +19,18 @@ def test_E8_cross_entropy_equals_torch(size: int, on_ranks: OnRanks) -> None:
     Sum, log-probabilities and gradient of a vocabulary of 50257 in padded cuts: 1e-12 in fp64, 1e-5 in fp32.
 
     Columns that are padding are NaN in the test: they reach nothing and get no gradient.
+
+    Inverse check: not setting the gradient of padding columns to zero fails here.
     """
     on_ranks("loss_cases.py", size, "cross_entropies")
 
 
 def test_E8_pairs_have_each_others_gradients(on_ranks: OnRanks) -> None:
-    """f and g, and the gathers and reduce-scatters of sequence parallelism, pass torch's gradcheck at two ranks."""
+    """
+    f and g, and the gathers and reduce-scatters of sequence parallelism, pass torch's gradcheck at two ranks.
+
+    Inverse check: all-reducing in g's backward instead of f's fails here.
+    """
     on_ranks("loss_cases.py", 2, "gradients")
 
 

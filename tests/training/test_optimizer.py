@@ -39,23 +39,40 @@ def test_E7_ranks_give_every_element_once(on_ranks: OnRanks) -> None:
 
 
 def test_E7_resumed_at_another_layout(on_ranks: OnRanks) -> None:
-    """What one layout's ranks gave another layout's take: the next step is the same, and padding is zero throughout."""
+    """
+    What one layout's ranks gave another layout's take: the next step is the same, and padding is zero throughout.
+
+    Inverse checks: buckets that start as anything but zero, so that a resumed rank's padding is not; gradients of
+    key/value copies summed twice.
+    """
     for padding in on_ranks("optimizer_cases.py", 4, "resume"):
         assert min(padding) > 0
 
 
 def test_tied_copies_stay_equal(on_ranks: OnRanks) -> None:
-    """Copies of the embedding, and of T5's tables, on several stages have the same bits after 20 steps."""
+    """
+    Copies of the embedding, and of T5's tables, on several stages have the same bits after 20 steps.
+
+    Inverse check: not summing their gradients over the stages fails here.
+    """
     on_ranks("optimizer_cases.py", 4, "ties")
 
 
 def test_E8_encoder_decoder_equals_one_process(on_ranks: OnRanks) -> None:
-    """T5, whose stages share three tensors in different orders: losses, norms, weights and moments of three steps."""
+    """
+    T5, whose stages share three tensors in different orders: losses, norms, weights and moments of three steps.
+
+    Inverse check: summing shared tensors in each stage's own order, ranks wait for each other without an end.
+    """
     on_ranks("optimizer_cases.py", 4, "seq2seq")
 
 
 def test_sums_start_while_the_backward_pass_runs(on_ranks: OnRanks) -> None:
-    """Sums over dp start before the last tensor-parallel sum of the last backward, in one order on all ranks."""
+    """
+    Sums over dp start before the last tensor-parallel sum of the last backward, in one order on all ranks.
+
+    Inverse check: buckets in the order of their kinds, where all norms come first, start none before the end.
+    """
     reports = on_ranks("optimizer_cases.py", 4, "order")
 
     for calls in reports:

@@ -58,7 +58,11 @@ def _dropout(grid: Grid, **changes: int) -> Dropout:
 
 
 def test_masks_are_parts_of_one_process_masks() -> None:
-    """At tp 2 and 4 a rank drops what one process drops of its heads and tokens, with cut tokens and without."""
+    """
+    At tp 2 and 4 a rank drops what one process drops of its heads and tokens, with cut tokens and without.
+
+    Inverse check: giving every rank the first rank's tokens of a mask fails here.
+    """
     x_TH, weights_ASS = torch.ones(8, 6), torch.ones(4, 5, 5)
     alone = _dropout(Grid.single())
     hidden = alone.hidden(x_TH, layer=1, site="mlp")
