@@ -27,7 +27,10 @@ def add_arguments(parser: Parser) -> None:
     megatron.add_argument("out", type=Path, help="the directory to write; must not exist")
     megatron.add_argument("--config", type=Path, required=True, help="a directory with the model's config.json")
     megatron.add_argument("--dtype", choices=_DTYPES, help="of the weights written [the checkpoint's]")
-    parser.add_examples("trilithon checkpoint verify runs/first/step_00000100")
+    verify.add_examples("trilithon checkpoint verify run/step_00000100")
+    export.add_examples("trilithon checkpoint export run/step_00000100 model --dtype bfloat16")
+    megatron.add_examples("trilithon checkpoint import-megatron iter_0001000 model --config config")
+    parser.add_examples("trilithon checkpoint verify run/step_00000100")
 
 
 def run(args: argparse.Namespace) -> int:

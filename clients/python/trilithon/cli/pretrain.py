@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
         "trilithon pretrain config.yaml",
         "trilithon pretrain config.yaml --check",
         "trilithon pretrain config.yaml --launch slurm",
-        "trilithon pretrain config.yaml --launch kubernetes | kubectl apply -f -",
+        "trilithon pretrain config.yaml --launch kubernetes",
     )
 
 
