@@ -34,7 +34,11 @@ def test_rectangles_are_the_elements_in_order(shape: list[int], data: st.DataObj
 
 
 def test_E7_ranks_give_every_element_once(on_ranks: OnRanks) -> None:
-    """Weights, masters and moments of all ranks tile every tensor: with padding, tied heads, replicas, ZeRO or not."""
+    """
+    Weights, masters and moments of all ranks tile every tensor: with padding, tied heads, replicas, ZeRO or not.
+
+    Inverse check: letting every dp rank give what all of them hold fails here.
+    """
     on_ranks("optimizer_cases.py", 4, "coverage")
 
 

@@ -15,7 +15,11 @@ pytestmark = pytest.mark.timeout(LIMIT_S + 60)
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_volume(size: int, on_ranks: OnRanks) -> None:
-    """A layer sends 8 b s h (t - 1) / t elements a micro-batch, with sequence parallelism too; more if recomputed."""
+    """
+    A layer sends 8 b s h (t - 1) / t elements a micro-batch, with sequence parallelism too; more if recomputed.
+
+    Inverse check: one more all-reduce in the row-parallel product fails here.
+    """
     for report in on_ranks("volume_cases.py", size, "tensor_parallel"):
         for result in report:
             assert result["measured"] == result["model"], result["case"]
