@@ -149,15 +149,8 @@ class Optimizer:
         for bucket, slot in self.buckets.slots():
             yield from self._pieces_of(bucket, slot)
 
-    def weight_targets(self) -> Iterator[Piece]:
-        """The weights alone, whole: for a start from a model directory; call `adopt_weights` when they are there."""
-        for _, slot in self.buckets.slots():
-            place = self._place(slot)
-            corner = tuple(slice(0, size) for size in place.source_shape)
-            yield Piece(slot.owner, place.slices, slot.parameter.detach()[corner])
-
     def adopt_weights(self) -> None:
-        """Take the parameters as they are for the masters."""
+        """Take the parameters as they are for the masters, after an initialiser has filled them."""
         for master, bucket in zip(self.masters, self.buckets.buckets, strict=True):
             if bucket.data.dtype != master.dtype:
                 master.data.copy_(bucket.data[bucket.share])

@@ -161,7 +161,8 @@ def plain() -> Plain:
     initialise(ours.chunks[0].stage, config=config, grid=grid, seed=3, sigma=0.1)
     weights = {
         piece.name: piece.tensor.clone()  # without the rows that pad the vocabulary
-        for piece in ours.optimizer.weight_targets()
+        for piece in ours.optimizer.targets()
+        if ".exp_avg" not in piece.name
     }
     model = Plain(config).double()
     model.load_state_dict(weights)

@@ -176,11 +176,12 @@ def check(case: Case) -> None:
         assert tokens == tokens_1
         assert abs(loss - loss_1) <= tolerance * abs(loss_1), (loss, loss_1)
         assert abs(norm - norm_1) <= 10 * tolerance * norm_1, (norm, norm_1)
-    whole = {piece.name: piece.tensor for piece in reference.optimizer.weight_targets()}
-    for piece in model.optimizer.weight_targets():
+    # One process keeps every tensor whole; of its dp share's rectangles each rank compares the weights.
+    whole = {piece.name: piece.tensor for piece in reference.optimizer.targets()}
+    for piece in model.optimizer.targets():
+        if ".exp_avg" in piece.name:
+            continue
         theirs = whole[piece.name][piece.slices]
-        if not theirs.numel():
-            continue  # the rank holds padding alone
         worst = (piece.tensor - theirs).abs().max().item()
         assert worst <= tolerance * max(1.0, theirs.abs().max().item()), (piece.name, piece.slices, worst)
 

@@ -1,7 +1,7 @@
 """
 The file that `trilithon pretrain` reads: one YAML document, every field checked, unknown ones refused.
 
-    model:     {preset: llama-30m}                    or config: or weights: DIRECTORY
+    model:     {preset: llama_30m}                    or config: or weights: DIRECTORY
     data:      {tokenizer: vocabulary, seq_len: 512, train: [{prefix: corpus}]}
     layout:    {tp: 2, pp: 2}
     training:  {tokens: 2e7, global_batch_size: 16, learning_rate: {peak: 1e-3}}
