@@ -15,10 +15,12 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_configs import LLAMA
 from torch import Tensor
 
 from trilithon_parallel import rendezvous
@@ -52,24 +54,8 @@ LAYOUTS: tuple[Layout, ...] = (
     (1, 2, 1, 2),
 )
 MODELS = {"llama": torch.bfloat16, "gpt2": torch.float32}
-BIG = ModelConfig(
-    family="llama",
-    architecture="LlamaForCausalLM",
-    vocab_size=8000,
-    hidden_size=512,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    ffn_size=1408,
-    max_context=512,
-    norm="rms",
-    norm_eps=1e-5,
-    norm_order="pre",
-    activation="silu",
-    gated_mlp=True,
-    position="rope",
-    tied_embeddings=True,
+BIG = replace(
+    LLAMA, vocab_size=8000, hidden_size=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_size=1408, max_context=512
 )
 FACTS = RunFacts(seed=7, data_hash="d" * 64)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_configs import GPT2, LLAMA
 
 from trilithon_parallel.checkpoint.plan import Layout, Move, holdings, plan
 from trilithon_parallel.config import ModelConfig
@@ -19,10 +22,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     """Small models of both kinds whose sizes ranks need not divide."""
     groups = draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
-    is_gpt = draw(st.booleans())
-    return ModelConfig(
-        family="gpt2" if is_gpt else "llama",
-        architecture="GPT2LMHeadModel" if is_gpt else "LlamaForCausalLM",
+    return replace(
+        draw(st.sampled_from([LLAMA, GPT2])),
         vocab_size=draw(st.integers(1, 12)),
         hidden_size=4,
         num_layers=draw(st.integers(4, 6)),
@@ -31,15 +32,6 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         head_dim=2,
         ffn_size=draw(st.integers(1, 9)),
         max_context=5,
-        norm="layer" if is_gpt else "rms",
-        norm_eps=1e-5,
-        norm_order="pre",
-        activation="gelu" if is_gpt else "silu",
-        gated_mlp=not is_gpt,
-        position="learned" if is_gpt else "rope",
-        qkv_bias=is_gpt,
-        out_bias=is_gpt,
-        mlp_bias=is_gpt,
         tied_embeddings=draw(st.booleans()),
     )
 
@@ -118,21 +110,7 @@ def test_replicas_take_turns() -> None:
 
 
 def _config() -> ModelConfig:
-    return ModelConfig(
-        family="llama",
-        architecture="LlamaForCausalLM",
-        vocab_size=7,
-        hidden_size=4,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=2,
-        ffn_size=5,
-        max_context=8,
-        norm="rms",
-        norm_eps=1e-5,
-        norm_order="pre",
-        activation="silu",
-        gated_mlp=True,
-        position="rope",
-    )
+    return replace(
+        LLAMA, vocab_size=7, hidden_size=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2, ffn_size=5,
+        max_context=8, tied_embeddings=False,
+    )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import tiny_configs
 import torch
 
 from trilithon_parallel import init
@@ -18,53 +19,37 @@ from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.placement import global_shapes, local_slice, source_name
 from trilithon_parallel.weights.export import full_state
 
-LLAMA = ModelConfig(
-    family="llama",
-    architecture="LlamaForCausalLM",
-    vocab_size=391,
+LLAMA = replace(tiny_configs.LLAMA, hidden_size=24, num_layers=8, head_dim=4, ffn_size=50, max_context=16)
+GPT2 = replace(
+    tiny_configs.GPT2,
     hidden_size=24,
     num_layers=8,
-    num_heads=9,
-    num_kv_heads=3,
+    num_heads=6,
+    num_kv_heads=6,
     head_dim=4,
     ffn_size=50,
     max_context=16,
-    norm="rms",
-    norm_eps=1e-5,
-    norm_order="pre",
-    activation="silu",
-    gated_mlp=True,
-    position="rope",
-    tied_embeddings=True,
 )
-GPT2 = replace(
-    LLAMA,
-    family="gpt2",
-    architecture="GPT2LMHeadModel",
+BERT = replace(
+    tiny_configs.BERT,
+    hidden_size=24,
+    num_layers=8,
     num_heads=6,
     num_kv_heads=6,
-    norm="layer",
-    activation="gelu_tanh",
-    gated_mlp=False,
-    position="learned",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
+    head_dim=4,
+    ffn_size=50,
+    max_context=16,
 )
-BERT = replace(GPT2, family="bert", architecture="BertModel", norm_order="post", token_types=2, tied_embeddings=False)
 T5 = replace(
-    LLAMA,
-    family="t5",
-    architecture="T5ForConditionalGeneration",
-    num_encoder_layers=3,
+    tiny_configs.T5,
+    hidden_size=24,
+    num_layers=8,
     num_heads=6,
     num_kv_heads=6,
-    activation="relu",
-    gated_mlp=False,
-    position="relative",
-    relative_buckets=8,
-    relative_max_distance=20,
-    scale_logits=True,
+    head_dim=4,
+    ffn_size=50,
+    max_context=16,
+    num_encoder_layers=3,
 )
 FAMILIES = {
     "llama": LLAMA,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import tiny_configs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,28 +29,20 @@ from trilithon_parallel.placement import (
     stage_names,
 )
 
-T5 = ModelConfig(
-    family="t5",
-    architecture="T5ForConditionalGeneration",
+T5 = replace(
+    tiny_configs.T5,
     vocab_size=32128,
     hidden_size=512,
     num_layers=12,
-    num_encoder_layers=6,
     num_heads=8,
     num_kv_heads=8,
     head_dim=64,
     ffn_size=2048,
     max_context=512,
-    norm="rms",
-    norm_eps=1e-6,
-    norm_order="pre",
-    activation="relu",
-    gated_mlp=False,
-    position="relative",
+    norm_eps=1e-06,
+    num_encoder_layers=6,
     relative_buckets=32,
     relative_max_distance=128,
-    tied_embeddings=True,
-    scale_logits=True,
 )
 T5_1_1 = replace(T5, gated_mlp=True, activation="gelu_tanh", tied_embeddings=False, scale_logits=False)
 MASKED_LM = replace(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from ranks import LIMIT_S, run_ranks
+from ranks import LIMIT_S, load_script, run_ranks
 from tiny import tiny_bert, tiny_t5
 
 from trilithon_parallel.config import load_config
@@ -24,16 +22,7 @@ from trilithon_parallel.weights.loader import load_state
 SCRIPT = Path(__file__).with_name("rank_cases.py")
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_rank_cases", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = _script()
+CASES = load_script(SCRIPT)
 
 
 def _expected(model_dir: Path) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 import pytest
+import tiny_configs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,42 +29,19 @@ from trilithon_parallel.placement import (
     sum_terms,
 )
 
-SMOLLM2 = ModelConfig(
-    family="llama",
-    architecture="LlamaForCausalLM",
-    vocab_size=49152,
-    hidden_size=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    ffn_size=1536,
-    max_context=8192,
-    norm="rms",
-    norm_eps=1e-5,
-    norm_order="pre",
-    activation="silu",
-    gated_mlp=True,
-    position="rope",
-    tied_embeddings=True,
+SMOLLM2 = replace(
+    tiny_configs.LLAMA, vocab_size=49152, hidden_size=576, num_layers=30, head_dim=64, ffn_size=1536, max_context=8192
 )
 GPT2 = replace(
-    SMOLLM2,
-    family="gpt2",
+    tiny_configs.GPT2,
     vocab_size=50257,
     hidden_size=768,
     num_layers=12,
     num_heads=12,
     num_kv_heads=12,
+    head_dim=64,
     ffn_size=3072,
     max_context=1024,
-    norm="layer",
-    activation="gelu_tanh",
-    gated_mlp=False,
-    position="learned",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
 )
 BERT = replace(GPT2, family="bert", vocab_size=30522, norm_order="post", token_types=2, tied_embeddings=False)
 

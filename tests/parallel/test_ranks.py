@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from ranks import LIMIT_S, run_ranks
+from ranks import LIMIT_S, load_script, run_ranks
 from tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rank_cases", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = _script()
+CASES = load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import LIMIT_S, run_ranks
+from ranks import LIMIT_S, load_script, run_ranks
 
 from trilithon_parallel.grid import Axis
 from trilithon_parallel.p2p import split
@@ -20,16 +18,7 @@ from trilithon_parallel.p2p import split
 SCRIPT = Path(__file__).with_name("pipeline_cases.py")
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pipeline_cases", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = _script().CASES
+CASES = load_script(SCRIPT).CASES
 
 
 @pytest.fixture(scope="module")

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from ranks import LIMIT_S, run_ranks
+from ranks import LIMIT_S, load_script, run_ranks
 
 SCRIPT = Path(__file__).with_name("step_cases.py")
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step_cases", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_cases"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-CASES = _script().CASES
+CASES = load_script(SCRIPT).CASES
 
 
 @pytest.fixture(scope="module")
