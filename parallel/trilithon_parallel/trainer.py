@@ -26,6 +26,7 @@ from trilithon_parallel.data.ramp import BatchSchedule, LearningRate, Step
 from trilithon_parallel.grid import Axis
 from trilithon_parallel.health import Signals
 from trilithon_parallel.objective import Batch
+from trilithon_parallel.precision import MIN_SCALE
 from trilithon_parallel.report import Reporter, StepMetrics
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.watchdog import Watchdog
@@ -209,7 +210,10 @@ class Trainer:
         self.cursor = Cursor(manifest.step, manifest.consumed_samples, int(_number(state["skipped"])))
 
     def _count(self, is_skipped: bool, loss: float) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        scale = self.model.optimizer.loss_scale
+        # While a loss scale still falls, overflows are how it finds its place.
+        counts = is_skipped and (scale is None or scale.value <= MIN_SCALE)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if counts else 0
         self.cursor.skipped += is_skipped
         if self._skipped_in_a_row > self.plan.max_skipped:
             raise ModelError(

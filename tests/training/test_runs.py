@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from ranks import free_port
-from training_runs import BATCH, LIMIT_S, SEQ_LEN, STEPS, Run, kill, make_run
+from training_runs import BATCH, LIMIT_S, LONG, SEQ_LEN, STEPS, Run, kill, make_run
 
 from trilithon_parallel.backend import native, select
 from trilithon_parallel.config import load_config
@@ -71,9 +71,9 @@ def test_E9_a_killed_run_goes_on_bit_for_bit(oracle: Run, tmp_path: Path, kills:
 
 def test_E9_ranks_of_a_layout_go_on_bit_for_bit(tmp_path: Path) -> None:
     """The same at tp 2, where a rank is killed alone: the other one gives up with exit code 6."""
-    undisturbed = make_run(tmp_path / "a", layout={"tp": 2, "sequence_parallel": True})
+    undisturbed = make_run(tmp_path / "a", layout={"tp": 2, "sequence_parallel": True}, steps=LONG)
     undisturbed.finish(ranks=2)
-    run = make_run(tmp_path / "b", layout={"tp": 2, "sequence_parallel": True})
+    run = make_run(tmp_path / "b", layout={"tp": 2, "sequence_parallel": True}, steps=LONG)
     processes = run.start(ranks=2)
     run.wait_for_step(7, processes)
     processes[1].kill()
@@ -88,9 +88,9 @@ def test_E9_ranks_of_a_layout_go_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_R1_torchrun_starts_a_lost_rank_again_and_the_run_goes_on(tmp_path: Path) -> None:
     """Elastic restart: a rank is killed, torchrun restarts all of them, and the losses are those of a calm run."""
-    calm = make_run(tmp_path / "calm", layout={"dp": 2})
+    calm = make_run(tmp_path / "calm", layout={"dp": 2}, steps=LONG)
     calm.finish(ranks=2)
-    run = make_run(tmp_path / "lost", layout={"dp": 2})
+    run = make_run(tmp_path / "lost", layout={"dp": 2}, steps=LONG)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
     command += ["--master-port", str(free_port()), "-m", "trilithon_parallel.pretrain", str(run.config)]
     process = subprocess.Popen(
@@ -115,7 +115,7 @@ def test_R2_a_stopped_rank_is_named_and_the_run_ends(tmp_path: Path) -> None:
 
     Elsewhere it is a watchdog's stack trace after ten minutes: Megatron-LM#1207, ms-swift#6312.
     """
-    run = make_run(tmp_path, layout={"tp": 2}).change("run", timeout_s=4.0, first_timeout_s=60.0)
+    run = make_run(tmp_path, layout={"tp": 2}, steps=LONG).change("run", timeout_s=4.0, first_timeout_s=60.0)
     processes = run.start(ranks=2)
     try:
         run.wait_for_step(4, processes)  # not in a checkpoint, which may take longer
@@ -158,9 +158,9 @@ def test_E7_a_run_goes_on_at_another_layout(before: dict[str, Any], after: dict[
     def ranks(layout: dict[str, Any]) -> int:
         return max([1, *(size for size in layout.values() if size == 2)])
 
-    expected = make_run(tmp_path / "expected")
+    expected = make_run(tmp_path / "expected", steps=LONG // 2)
     expected.finish()
-    run = make_run(tmp_path / "moved", layout=before)
+    run = make_run(tmp_path / "moved", layout=before, steps=LONG // 2)
     processes = run.start(ranks=ranks(before))
     run.wait_for_step(7, processes)
     for process in processes:
@@ -177,7 +177,7 @@ def test_E7_a_run_goes_on_at_another_layout(before: dict[str, Any], after: dict[
 
 def test_a_signal_ends_a_run_in_good_order(tmp_path: Path) -> None:
     """SIGTERM: the step is finished, a checkpoint written, the exit code says so; started again, nothing is lost."""
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, steps=LONG)
     processes = run.start()
     run.wait_for_step(2, processes)
     processes[0].terminate()
@@ -189,7 +189,7 @@ def test_a_signal_ends_a_run_in_good_order(tmp_path: Path) -> None:
     assert code == 128 + signal.SIGTERM
     assert (run.directory / "latest").read_text().strip().startswith("step_")
     assert f"Resuming after step {done}" in output
-    assert len(run.metrics()) == STEPS
+    assert len(run.metrics()) == LONG
 
 
 def test_E4_training_and_serving_give_the_same_log_probabilities(oracle: Run) -> None:

@@ -68,12 +68,12 @@ def prepare(settings: PretrainConfig) -> Setup:
             tokens_per_micro_batch=settings.data.seq_len * layout.micro_batch_size, dtype=training.dtype,
             recompute=sizes.recompute,
         )  # fmt: skip
-    if config.is_seq2seq and (training.dropout or training.attention_dropout):
+    if config.is_seq2seq and (training.dropout or training.attention_dropout or sizes.recompute == "selective"):
         raise ModelError(
-            f"training dropout must be 0 for {config.architecture}. "
-            f"Given: {training.dropout} and {training.attention_dropout}.",
+            f"{config.architecture} must be trained without dropout and without selective recomputation. Given: dropout "
+            f"{training.dropout}, attention_dropout {training.attention_dropout}, recompute {sizes.recompute}.",
             code="config_invalid",
-            hint="The second version of T5 is pretrained without dropout too.",
+            hint="Version 1.1 of T5 is pretrained without dropout too; recompute may be none or full.",
         )
     batches = _batches(settings)
     batches.check_layout(dp=layout.dp, micro_batch=layout.micro_batch_size)
