@@ -70,8 +70,9 @@ def prepare(settings: PretrainConfig) -> Setup:
         )  # fmt: skip
     if config.is_seq2seq and (training.dropout or training.attention_dropout or sizes.recompute == "selective"):
         raise ModelError(
-            f"{config.architecture} must be trained without dropout and without selective recomputation. Given: dropout "
-            f"{training.dropout}, attention_dropout {training.attention_dropout}, recompute {sizes.recompute}.",
+            f"{config.architecture} must be trained without dropout and without selective recomputation. Given: "
+            f"dropout {training.dropout}, attention_dropout {training.attention_dropout}, recompute "
+            f"{sizes.recompute}.",
             code="config_invalid",
             hint="Version 1.1 of T5 is pretrained without dropout too; recompute may be none or full.",
         )
