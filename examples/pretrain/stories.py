@@ -18,7 +18,7 @@ HEROES = [
     ("Ben", "he", "his", "boy"), ("Lily", "she", "her", "girl"), ("Max", "he", "his", "boy"),
     ("Rosa", "she", "her", "girl"), ("Sam", "he", "his", "boy"),
 ]  # fmt: skip
-PLACES = ["a small village", "a house by the sea", "a tower on a hill", "a cottage in the forest", "a town by the river"]
+PLACES = ["a small village", "a house by the sea", "a tower on a hill", "a cottage in the forest", "a town by a river"]
 THINGS = ["red ball", "silver key", "blue kite", "wooden boat", "warm scarf", "golden ring", "little drum", "old book"]
 ANIMALS = ["fox", "owl", "rabbit", "bear", "mouse", "hedgehog", "duck", "cat"]
 TRAITS = ["kind", "brave", "curious", "quiet", "cheerful", "clever"]
