@@ -44,7 +44,7 @@ from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.step import TrainingModel
 
 CONFIG = llama(layers=6, hidden=384, heads=6, groups=6, ffn=1024, vocab=8192, context=1024)
-SEQ_LEN, SAMPLES, MICRO_BATCH, SEED = 512, 8, 4, 1
+SEQ_LEN, SAMPLES, MICRO_BATCH, SEED = 512, 16, 4, 1
 SETTINGS = AdamWSettings(weight_decay=0.1, clip_norm=1.0)
 RATE = 1e-3
 

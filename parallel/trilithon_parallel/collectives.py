@@ -8,7 +8,7 @@ The autograd pairs f and g of Megatron-LM (arXiv 1909.08053, section 3) stand at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,14 +142,9 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int, label: str) -> Tensor:
         return x
     if x.shape[dim] % axis.size:
         raise ValueError(f"reduce_scatter {label!r}: dim {dim} of {tuple(x.shape)} must be a multiple of {axis.size}.")
-    source = torch.stack(x.chunk(axis.size, dim=dim)).contiguous()
-    result = torch.empty_like(source[0])
-    with _guard("reduce_scatter", label, axis, x):
-        if hasattr(dist, "reduce_scatter_single"):
-            dist.reduce_scatter_single(result.view(-1), source.view(-1), group=axis.group)
-        else:
-            dist.reduce_scatter_tensor(result.view(-1), source.view(-1), group=axis.group)
-    return result
+    source = torch.stack(x.chunk(axis.size, dim=dim))
+    share = start_reduce_scatter(source.view(-1), axis, label=label).wait()
+    return share.view(source.shape[1:])
 
 
 def start_all_reduce_(x: Tensor, axis: Axis, *, label: str) -> Pending:
@@ -161,9 +156,18 @@ def start_all_reduce_(x: Tensor, axis: Axis, *, label: str) -> Pending:
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis, *, label: str) -> Pending:
-    """Begin a sum of flat tensors of which each rank gets its equal share, in rank order; `wait()` returns that."""
+    """
+    Begin a sum of flat tensors of which each rank gets its equal share, in rank order; `wait()` returns that.
+
+    On CPUs shares are exchanged and added in rank order: gloo's own reduce-scatter sends everything to everyone.
+    """
     if axis.is_trivial:
         return Pending(None, label, axis, x)
+    if x.device.type == "cpu":
+        shares = torch.empty_like(x)
+        with _guard("reduce_scatter", label, axis, x):
+            work = dist.all_to_all_single(shares, x, group=axis.group, async_op=True)
+        return Pending(work, label, axis, shares, finish=lambda shares: shares.view(axis.size, -1).sum(0))
     share = x.new_empty(x.numel() // axis.size)
     with _guard("reduce_scatter", label, axis, x):
         start = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -200,17 +204,23 @@ def barrier(axis: Axis, *, label: str, timeout_s: float | None = None) -> None:
 
 
 class Pending:
-    """A send or receive under way. `wait()` ends it; the tensor must stay alive and untouched until then."""
+    """
+    Communication under way. `wait()` ends it; the tensor must stay alive and untouched until then.
 
-    def __init__(self, work: Any, label: str, axis: Axis, tensor: Tensor) -> None:
-        self._work, self._label, self._axis, self.tensor = work, label, axis, tensor
+    `finish` makes of the tensor what `wait()` returns, when all of it is there.
+    """
+
+    def __init__(
+        self, work: Any, label: str, axis: Axis, tensor: Tensor, *, finish: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._work, self._label, self._axis, self.tensor, self._finish = work, label, axis, tensor, finish
 
     def wait(self, timeout_s: float | None = None) -> Tensor:
         """Block until done, at most `timeout_s` (the group's own limit by default), and return the tensor."""
         if self._work is not None:
             with _waiting("wait for", self._label, self._axis):
                 self._work.wait() if timeout_s is None else self._work.wait(timedelta(seconds=timeout_s))
-        return self.tensor
+        return self.tensor if self._finish is None else self._finish(self.tensor)
 
 
 def isend(x: Tensor, axis: Axis, *, dst: int, label: str, tag: int = 0) -> Pending:
