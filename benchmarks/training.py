@@ -237,28 +237,29 @@ def rank_main(part: str, out: Path, rounds: int) -> None:
     """One rank of a part; rank 0 writes what was measured."""
     torch.set_num_threads(1)
     world = rendezvous.join(timeout_s=120)
-    grid = Grid.build(tp=1, pp=1, dp=world.world_size)
+    result = _measured(part, Grid.build(tp=1, pp=1, dp=world.world_size), rounds)
+    if world.rank == 0:
+        out.write_text(json.dumps(result))
+    rendezvous.leave()
+
+
+def _measured(part: str, grid: Grid, rounds: int) -> dict[str, object]:
+    """What a part measures on this rank."""
     dtype = torch.bfloat16 if part == "optimizer" else torch.float32
-    model = our_model(Layout(dp=world.world_size, micro_batch_size=MICRO_BATCH), grid, dtype=dtype)
-    result: dict[str, object]
+    model = our_model(Layout(dp=grid.dp.size, micro_batch_size=MICRO_BATCH), grid, dtype=dtype)
     if part == "optimizer":
         buckets, masters = model.buckets.buckets, model.optimizer.masters
         held = sum(b.data.nbytes + b.grad.nbytes for b in buckets)
         held += sum(m.nbytes for m, b in zip(masters, buckets, strict=True) if m.dtype != b.data.dtype)
-        held += sum(t.nbytes for state in model.optimizer.states() for t in state.values() if t.numel() > 1)
-        count = sum(parameter.numel() for parameter in model.chunks[0].stage.parameters())
-        result = {"bytes_per_parameter": held / count}
-    else:
-        our_step(model, 0)
-        seconds = []
-        for number in range(1, rounds + 1):
-            began = time.perf_counter()
-            our_step(model, number)
-            seconds.append(time.perf_counter() - began)
-        result = {"seconds": seconds}
-    if world.rank == 0:
-        out.write_text(json.dumps(result))
-    rendezvous.leave()
+        held += sum(t.nbytes for state in model.optimizer.states() for t in state.values())
+        return {"bytes_per_parameter": held / sum(p.numel() for p in model.chunks[0].stage.parameters())}
+    our_step(model, 0)
+    seconds = []
+    for number in range(1, rounds + 1):
+        began = time.perf_counter()
+        our_step(model, number)
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds}
 
 
 def start(part: str, ranks: int, rounds: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ Under a real torchrun (`TORCHELASTIC_RUN_ID` is set) the store is torchrun's, an
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -76,8 +77,14 @@ def join(*, device: str | torch.device = "cpu", timeout_s: float = 120.0) -> Wor
 
 
 def leave() -> None:
-    """Close the process group, if there is one. Never raises: it runs on the way out."""
+    """
+    Close the process group, if there is one. Never raises: it runs on the way out.
+
+    A group's threads end with the last reference to it, and must end before the interpreter does (else it aborts). So
+    what holds a grid should be gone by now; models, which are full of cycles, are collected here.
+    """
     if dist.is_initialized():
+        gc.collect()
         try:
             dist.destroy_process_group()
         except RuntimeError as error:  # a peer went first; nothing is left to close in order
