@@ -17,6 +17,7 @@ from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.schedule import group_size
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved"]
@@ -171,18 +172,6 @@ def bubble_fraction(*, pp: int, microbatches: int, virtual: int = 1) -> float:
     return (pp - 1) / (virtual * microbatches)
 
 
-def interleave_group(pp: int, microbatches: int) -> int:
-    """
-    Micro-batches that the interleaved schedule runs per chunk in turn: the least g >= p that leaves no short group.
-
-    >>> [interleave_group(p, m) for p, m in ((4, 8), (4, 5), (4, 9), (8, 17), (4, 3))]
-    [4, 5, 5, 9, 3]
-    """
-    if microbatches <= pp:
-        return microbatches
-    return next(g for g in range(pp, microbatches + 1) if microbatches % g == 0 or microbatches % g >= pp)
-
-
 def in_flight(schedule: Schedule, *, pp: int, pp_rank: int, microbatches: int, virtual: int = 1) -> float:
     """
     Micro-batches whose activations a stage keeps at its fullest, counted over all of its layers.
@@ -194,7 +183,7 @@ def in_flight(schedule: Schedule, *, pp: int, pp_rank: int, microbatches: int, v
         return microbatches
     if virtual == 1:
         return min(microbatches, pp - pp_rank)
-    group = interleave_group(pp, microbatches)
+    group = group_size(pp, microbatches)
     return min(microbatches * virtual, 2 * (pp - pp_rank - 1) + (virtual - 1) * group + 1) / virtual
 
 

@@ -21,7 +21,6 @@ from trilithon_parallel.costs import (
     data_elements,
     formula_parameters,
     in_flight,
-    interleave_group,
     model_flops,
     num_iterations,
     num_microbatches,
@@ -30,7 +29,6 @@ from trilithon_parallel.costs import (
     tensor_elements,
 )
 from trilithon_parallel.presets import GPT3_175B, RECIPES, gpt, llama
-from trilithon_parallel.schedule import group_size
 
 SEQ_LEN = 2048
 BERT = replace(
@@ -237,12 +235,6 @@ def test_flops_are_linear_in_the_batch(batch: int, factor: int, kind: str) -> No
     )
 
     assert many == pytest.approx(factor * one, rel=1e-12)
-
-
-@given(pp=st.integers(1, 16), microbatches=st.integers(1, 64))
-def test_groups_are_those_of_the_schedule(pp: int, microbatches: int) -> None:
-    """The interleaved schedule's group size is the same number here and in the op tables."""
-    assert interleave_group(pp, microbatches) == group_size(pp, microbatches)
 
 
 def test_micro_batches_in_flight() -> None:
