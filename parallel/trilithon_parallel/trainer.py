@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,9 @@ from trilithon_parallel.precision import MIN_SCALE
 from trilithon_parallel.report import Reporter, StepMetrics
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.watchdog import Watchdog
+
+
+_STATUS = Path("/proc/self/status")
 
 
 class Stream(Protocol):
@@ -297,8 +299,11 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory that this process has had on its device: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if _STATUS.exists():  # getrusage's figure is that of a larger parent, where this process was forked from one
+        return next(
+            int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _number(value: JsonValue) -> float:

@@ -104,7 +104,7 @@ def test_other_seed_on_one_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFi
         "Start every rank with the same command, code, packages and data."
     )
     assert codes == [3, 3, 3]
-    assert capfd.readouterr().out.splitlines() == [line] * 3
+    assert capfd.readouterr().out.replace("\n", "") == line * 3  # ranks may write between a line and its end
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
