@@ -30,7 +30,6 @@ from trilithon_parallel.report import Reporter, StepMetrics
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.watchdog import Watchdog
 
-
 _STATUS = Path("/proc/self/status")
 
 
