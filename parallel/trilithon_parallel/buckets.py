@@ -42,7 +42,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in its bucket: `size` elements from `start`. `owner` is its name in checkpoints."""
+    """A parameter's place in its bucket: its elements from `start` on. `owner` is its name in checkpoints."""
 
     name: str
     owner: str

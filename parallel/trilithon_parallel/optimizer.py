@@ -53,7 +53,8 @@ class Optimizer:
     The optimizer of one rank.
 
     Args:
-        buckets: of the rank's model chunks, parameters filled.
+        buckets: of the rank's model chunks. Fill their parameters afterwards: an initialiser and `adopt_weights`, or
+            `targets` and `publish`.
         loss_scale: what losses were multiplied by, adjusted here; None where nothing is scaled.
     """
 
