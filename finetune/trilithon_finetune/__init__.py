@@ -1,1 +1,1 @@
-"""Adaptation of served models. Nothing is implemented yet in this version."""
+"""Adaptation: durable finetuning jobs on the parallel core, whose results are verified and served when they end."""
