@@ -1,0 +1,178 @@
+"""
+What a recipe is: everything that makes a task, while one loop trains them all. No torch.
+
+A recipe turns rows of a data file into samples, says what is wrong with a row, and what the numbers of a validation
+mean. The loop knows samples alone: tokens, targets, and which head they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import JsonValue
+
+from trilithon_finetune.config import Section
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.text.template import ChatTemplate
+
+IGNORE = -1
+"""The target of a token that does not count."""
+
+Head = Literal["vocabulary", "tokens", "sequence", "span", "preference"]
+"""What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare."""
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """
+    One thing that is wrong with a data file.
+
+    Attributes:
+        code: `E-DATA-012`.
+        file: its name as the user gave it.
+        line: from 1; 0 where the whole file is meant.
+        path: within the row, `messages[2].role`; empty for the row.
+        message: rule, value given, what is allowed.
+        hint: what to do; empty where the message says it.
+    """
+
+    code: str
+    severity: Severity
+    file: str
+    line: int
+    path: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """
+    One sequence to learn from.
+
+    Attributes:
+        tokens: of the sequence, specials included.
+        targets: one a token: what the model should say there (the next token of a text, the label of a token), or
+            `IGNORE`. Empty where the sample is learned as a whole (`sequence`, `span`).
+        types: token types; empty for zeros.
+        columns: further integers, the same names in every sample of a task: `label` (sequence), `start` and `end`
+            (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open).
+        row: line of the data file, from 1.
+        part: counts the samples of a row: windows, or chosen (0) and rejected (1).
+    """
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
+    columns: Mapping[str, int] = field(default_factory=dict)
+    row: int = 0
+    part: int = 0
+
+    @property
+    def num_supervised(self) -> int:
+        """What the sample adds to the loss's denominator."""
+        return sum(target != IGNORE for target in self.targets) if self.targets else 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """
+    What rows are encoded with.
+
+    Attributes:
+        max_tokens: of a sample.
+        labels: of the task's head, in the order of their ids; empty where it has none or they are not known yet.
+        options: the recipe's own, checked.
+        train_on: of a chat: which turns are supervised.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    model: ModelConfig
+    max_tokens: int
+    labels: tuple[str, ...]
+    options: Section
+    train_on: Literal["assistant", "all"] = "assistant"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A recipe's published choices for what a configuration leaves open. Learning rates are for `full` and `lora`."""
+
+    lr_full: float
+    lr_lora: float = 2e-4
+    head_lr_factor: float = 1.0
+    """How much faster a new head learns."""
+    epochs: int = 3
+    batch_size: int = 16
+    max_tokens: int = 512
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Output:
+    """
+    What the model said of one validation sample.
+
+    Attributes:
+        sample: the sample.
+        values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; vocabulary and preference: [1], the
+            summed log-probability of the supervised tokens.
+    """
+
+    sample: Sample
+    values: npt.NDArray[np.float32]
+
+
+class Recipe(Protocol):
+    """One task. Instances have no state."""
+
+    task: str
+    head: Head
+    formats: tuple[str, ...]
+    """Names of the row formats that it takes, as reports show them."""
+    defaults: Defaults
+    Options: type[Section]
+    """Its own options, `JobConfig.options`; every field has a default."""
+    best_metric: tuple[str, Literal["max", "min"]]
+    """Which number of a validation says what is best."""
+
+    def detect(self, row: Mapping[str, Any]) -> str | None:
+        """The format of a row by its keys; None where it is none of `formats`."""
+        ...
+
+    def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | None:
+        """Rows of a file that is not JSON lines (SQuAD JSON, CoNLL tsv); None where it is JSON lines."""
+        ...
+
+    def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
+        """What is wrong with a row, whatever the model."""
+        ...
+
+    def labels(self, rows: Sequence[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
+        """The head's labels, from the training rows, in an order that does not depend on theirs; empty for none."""
+        ...
+
+    def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
+        """The samples of a sound row, or why it cannot be encoded (too long, nothing supervised ...)."""
+        ...
+
+    def metrics(
+        self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
+    ) -> Mapping[str, float]:
+        """Numbers of a validation by name; `rows` by line. Empty where the loss says it all."""
+        ...
+
+    def task_file(self, context: Context) -> dict[str, JsonValue]:
+        """What the server must know to serve the task: written as `task.json` beside the model."""
+        ...
