@@ -49,7 +49,7 @@ class StepMetrics:
         loss_scale: of fp16 training.
         peak_bytes, predicted_bytes: memory of this device, as measured and as planned.
         bubble_planned, bubble_measured: idle share of ideal time in the pipeline.
-        validation_loss: where this step was followed by an evaluation.
+        validation_loss: where this step was followed by an evaluation; `validation`: what else that measured, by name.
     """
 
     step: int
@@ -70,6 +70,7 @@ class StepMetrics:
     bubble_planned: float | None = None
     bubble_measured: float | None = None
     validation_loss: float | None = None
+    validation: dict[str, float] | None = None
 
     @classmethod
     def measured(
@@ -105,8 +106,7 @@ class StepMetrics:
     def to_json(self) -> str:
         """One line of strict JSON: what is not finite becomes null, what is None is left out."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        strict = {name: value if math.isfinite(value) else None for name, value in given.items()}
-        return json.dumps(strict, allow_nan=False)
+        return json.dumps(_strict(given), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> StepMetrics:
@@ -116,6 +116,8 @@ class StepMetrics:
             raise ValueError(f"a line of metrics must be an object. Given: {line[:80]!r}.")
         given = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         known: dict[str, Any] = {name: math.nan if value is None else value for name, value in given.items()}
+        if isinstance(found := known.get("validation"), Mapping):
+            known["validation"] = {name: math.nan if value is None else value for name, value in found.items()}
         try:
             return cls(**{"mfu": None, **known})
         except TypeError as error:
@@ -220,14 +222,20 @@ class Reporter:
         self._display.step(metrics, self._eta.seconds(metrics.step))
         if self._board is not None:
             for name, value in asdict(metrics).items():
-                if name != "step" and value is not None:
+                if name not in ("step", "validation") and value is not None:
                     self._board.add_scalar(f"train/{name}", value, metrics.step)
+            for name, value in (metrics.validation or {}).items():
+                self._board.add_scalar(f"validation/{name}", value, metrics.step)
         if metrics.step % self._draw_every == 0:
             self.draw()
 
-    def say(self, text: str) -> None:
-        """A line of its own: a checkpoint was written, a step was skipped."""
-        self._display.say(text)
+    def say(self, line: str) -> None:
+        """A line of its own, between the steps."""
+        self._display.say(line)
+
+    def saved(self, directory: Path) -> None:
+        """A checkpoint is complete."""
+        self._display.say(f"Checkpoint {directory.name} is complete.")
 
     def draw(self) -> None:
         """Draw the loss of this run so far into `loss.svg` and `loss.png`."""
@@ -236,6 +244,14 @@ class Reporter:
 
             for suffix in ("svg", "png"):
                 draw_curves({self._run_dir.name: self._run_dir}, self._run_dir / f"loss.{suffix}")
+
+
+def _strict(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same numbers, those that are not finite as None; JSON has no others."""
+    return {
+        name: _strict(value) if isinstance(value, Mapping) else value if math.isfinite(value) else None
+        for name, value in values.items()
+    }
 
 
 def _open_board(directory: Path, resume_step: int) -> SummaryWriter | None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import JsonValue
@@ -21,12 +21,12 @@ from pydantic import JsonValue
 from trilithon_parallel.checkpoint import Found, Progress, Saver, load
 from trilithon_parallel.collectives import observing
 from trilithon_parallel.config import ModelError
-from trilithon_parallel.data.ramp import BatchSchedule, LearningRate, Step
+from trilithon_parallel.data.ramp import LearningRate, Step
 from trilithon_parallel.grid import Axis
 from trilithon_parallel.health import Signals
 from trilithon_parallel.objective import Batch
 from trilithon_parallel.precision import MIN_SCALE
-from trilithon_parallel.report import Reporter, StepMetrics
+from trilithon_parallel.report import StepMetrics
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.watchdog import Watchdog
 
@@ -36,10 +36,12 @@ _STATUS = Path("/proc/self/status")
 class Stream(Protocol):
     """Where batches come from; every rank has its own and is given its dp row's micro-batches."""
 
-    tokens_per_sample: int
-
     def micro_batches(self, step: Step) -> Sequence[Batch]:
         """The micro-batches of one step, in order."""
+        ...
+
+    def tokens(self, step: Step) -> int:
+        """Tokens of one step over all ranks, supervised or not."""
         ...
 
     def evaluation(self) -> Iterator[Sequence[Batch]]:
@@ -47,12 +49,91 @@ class Stream(Protocol):
         ...
 
 
+class Schedule(Protocol):
+    """How the samples of a run are divided into steps; `BatchSchedule` is one."""
+
+    def steps(self, train_samples: int, *, consumed: int = 0, step: int = 0) -> Iterator[Step]:
+        """The steps of a run from a cursor on."""
+        ...
+
+    def whole_run(self, train_samples: int) -> tuple[int, int]:
+        """Steps of a run, and the samples it consumes."""
+        ...
+
+
+class Listener(Protocol):
+    """Who is told how a run goes; rank 0 has one. `report.Reporter` writes and shows it."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Something that a person should know."""
+        ...
+
+    def saved(self, directory: Path) -> None:
+        """A checkpoint is complete."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the held-out data say: the mean loss over what counts, and whatever else was measured, by name."""
+
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Measures the model on held-out data; every rank calls it and finds the same."""
+
+    def __call__(self, model: TrainingModel) -> Evaluation | None:
+        """The evaluation; None where nothing is held out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """
+    What makes one evaluation better than another: `valid_loss` or the name of one of its metrics.
+
+    `patience`: the run ends when so many evaluations in a row were no better than the best; None for never.
+    """
+
+    metric: str = "valid_loss"
+    direction: Literal["min", "max"] = "min"
+    patience: int | None = None
+
+    def value(self, evaluation: Evaluation) -> float:
+        """
+        The number of an evaluation that counts.
+
+        Raises:
+            ModelError: `metric_unknown`.
+        """
+        values = {"valid_loss": evaluation.loss, **evaluation.metrics}
+        if self.metric not in values:
+            raise ModelError(
+                f"metric {self.metric!r} is none of this task's.",
+                code="metric_unknown",
+                hint=f"Allowed: {', '.join(values)}.",
+            )
+        return values[self.metric]
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than the best so far; NaN never is."""
+        if best is None:
+            return not math.isnan(value)
+        return value < best if self.direction == "min" else value > best
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long a run is and how it goes: `train_samples` at least, batches and learning rates by consumed samples."""
 
     train_samples: int
-    batches: BatchSchedule
+    batches: Schedule
     learning_rate: LearningRate
     checkpoint_every: int
     """Steps between checkpoints; one is written at the end anyway."""
@@ -60,14 +141,16 @@ class Plan:
     """Steps between evaluations; 0 for none but the last."""
     max_skipped: int
     """Steps in a row whose gradients are not finite, after which the run gives up."""
+    goal: Goal | None = None
+    """Each evaluation that is the best so far is kept as a checkpoint; None where evaluations are only told."""
 
 
 @dataclass
 class Costs:
-    """What utilisation is measured against: FLOPs of one sample, and the peak of one device (None: unknown)."""
+    """What utilisation is measured against: FLOPs of one token, and the peak of one device (None: unknown)."""
 
-    flops_per_sample: float
-    recompute_flops_per_sample: float
+    flops_per_token: float
+    recompute_flops_per_token: float
     peak_flops: float | None
     predicted_bytes: int | None = None
     """Of the fullest rank, by the planner; what the process held before the model was built does not count."""
@@ -77,11 +160,15 @@ class Costs:
 
 @dataclass
 class Cursor:
-    """How far a run has come."""
+    """How far a run has come, and its best evaluation: at which step, and how many in a row have not been better."""
 
     step: int = 0
     consumed_samples: int = 0
     skipped: int = 0
+    consumed_tokens: int = 0
+    best: float | None = None
+    best_step: int = 0
+    not_better: int = 0
 
 
 class PipelineWaits:
@@ -109,12 +196,16 @@ class PipelineWaits:
 
 @dataclass(frozen=True)
 class Ended:
-    """Why and where a run ended: `is_complete` when all of its samples were consumed."""
+    """
+    Why and where a run ended: `is_complete` when all of its samples were consumed or it stopped by its goal.
+
+    `last_loss` is NaN where no step was left to do; `validation` that of the last step.
+    """
 
     cursor: Cursor
     is_complete: bool
     last_loss: float
-    validation_loss: float | None
+    validation: Evaluation | None
 
 
 class Trainer:
@@ -123,6 +214,7 @@ class Trainer:
 
     Args:
         saver: None for a run that keeps nothing.
+        evaluator: measures the model where the plan says so; None for the mean loss over the stream's held-out batches.
     Attributes:
         reporter: set it on rank 0 before `run`.
         cursor: how far the run has come; `resume` sets it.
@@ -138,10 +230,12 @@ class Trainer:
         saver: Saver | None,
         signals: Signals,
         watchdog: Watchdog | None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self.model, self.stream, self.plan, self.costs = model, stream, plan, costs
         self._saver, self._signals, self._watchdog = saver, signals, watchdog
-        self.reporter: Reporter | None = None
+        self._evaluator = evaluator if evaluator is not None else self._mean_loss
+        self.reporter: Listener | None = None
         self.cursor = Cursor()
         self._skipped_in_a_row = 0
         self._waits = PipelineWaits()
@@ -164,36 +258,64 @@ class Trainer:
         )
         total = self.plan.batches.whole_run(self.plan.train_samples)[0]
         for step in steps:
+            if self._has_given_up():
+                break
             self._tell(step.step, "step")
             self._waits.take()
             began = time.monotonic()
             rate = self.plan.learning_rate.at(step.consumed)
             result = self.model.train_step(self.stream.micro_batches(step), learning_rate=rate, step=step.step)
             step_s, idle_s = time.monotonic() - began, self._waits.take()
-            loss = result.loss
+            loss, tokens = result.loss, self.stream.tokens(step)
             self._count(result.is_skipped, loss)
             self.cursor.step, self.cursor.consumed_samples = step.step + 1, step.consumed + step.batch_size
+            self.cursor.consumed_tokens += tokens
             is_last, done = self.cursor.step == total, self.cursor.step
-            validation = None
+            validation, is_best = None, False
             if is_last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
                 validation = self.evaluate()
-            self._report(step, rate, step_s, idle_s, loss, result.grad_norm, validation)
-            should_stop = self._signals.agreed(self.model.grid)
-            self._keep(is_due=is_last or should_stop or done % self.plan.checkpoint_every == 0)
+                is_best = self._judge(validation)
+            self._report(rate, step_s, idle_s, tokens, loss, result.grad_norm, validation)
+            should_stop, is_last = self._signals.agreed(self.model.grid), is_last or self._has_given_up()
+            is_due = is_last or should_stop or is_best or done % self.plan.checkpoint_every == 0
+            self._keep(is_due=is_due)
             if should_stop and not is_last:
                 self._finish()
-                return Ended(self.cursor, is_complete=False, last_loss=loss, validation_loss=validation)
+                return Ended(self.cursor, is_complete=False, last_loss=loss, validation=validation)
         self._finish()
-        return Ended(self.cursor, is_complete=True, last_loss=loss, validation_loss=validation)
+        return Ended(self.cursor, is_complete=True, last_loss=loss, validation=validation)
 
-    def evaluate(self) -> float | None:
-        """Mean loss over the tokens that are held out; None where there are none."""
+    def evaluate(self) -> Evaluation | None:
+        """What the held-out data say; None where there are none."""
+        self._tell(None, "evaluation")
+        return self._evaluator(self.model)
+
+    def _mean_loss(self, model: TrainingModel) -> Evaluation | None:
         total, count = 0.0, 0
         for batches in self.stream.evaluation():
             self._tell(None, "evaluation")
-            loss, tokens = self.model.evaluate(batches)
+            loss, tokens = model.evaluate(batches)
             total, count = total + loss * tokens, count + tokens
-        return total / count if count else None
+        return Evaluation(total / count) if count else None
+
+    def _judge(self, validation: Evaluation | None) -> bool:
+        """Whether this evaluation is the best so far, by the plan's goal."""
+        goal = self.plan.goal
+        if goal is None or validation is None:
+            return False
+        value = goal.value(validation)
+        is_best = goal.is_better(value, self.cursor.best)
+        if is_best:
+            self.cursor.best, self.cursor.best_step, self.cursor.not_better = value, self.cursor.step, 0
+            if self._saver is not None:
+                self._saver.protected = {self.cursor.step}
+        else:
+            self.cursor.not_better += 1
+        return is_best
+
+    def _has_given_up(self) -> bool:
+        goal = self.plan.goal
+        return goal is not None and goal.patience is not None and self.cursor.not_better >= goal.patience
 
     def resume(self, found: Found) -> None:
         """Go on from a checkpoint, of whatever layout: weights, moments, loss scale, cursor."""
@@ -208,7 +330,15 @@ class Trainer:
             optimizer.loss_scale.load({name: _number(value) for name, value in state["loss_scale"].items()})
         optimizer.publish()
         self.model.weights_changed()
-        self.cursor = Cursor(manifest.step, manifest.consumed_samples, int(_number(state["skipped"])))
+        self.cursor = Cursor(
+            manifest.step,
+            manifest.consumed_samples,
+            int(_number(state["skipped"])),
+            manifest.consumed_tokens,
+            *_best_of(state),
+        )
+        if self._saver is not None and self.cursor.best is not None:
+            self._saver.protected = {self.cursor.best_step}
 
     def _count(self, is_skipped: bool, loss: float) -> None:
         scale = self.model.optimizer.loss_scale
@@ -240,7 +370,7 @@ class Trainer:
 
     def _told(self, directory: Path | None) -> None:
         if directory is not None and self.reporter is not None:
-            self.reporter.say(f"Checkpoint {directory.name} is complete.")
+            self.reporter.saved(directory)
 
     def _progress(self) -> Progress:
         scale = self.model.optimizer.loss_scale
@@ -249,18 +379,20 @@ class Trainer:
             "skipped": self.cursor.skipped,
             "loss_scale": None if scale is None else dict(scale.state()),
         }
-        consumed = self.cursor.consumed_samples
-        return Progress(self.cursor.step, consumed, consumed * self.stream.tokens_per_sample, state)
+        cursor = self.cursor
+        if cursor.best is not None:
+            state["best"] = {"value": cursor.best, "step": cursor.best_step, "not_better": cursor.not_better}
+        return Progress(cursor.step, cursor.consumed_samples, cursor.consumed_tokens, state)
 
     def _report(
         self,
-        step: Step,
         rate: float,
         step_s: float,
         idle_s: float,
+        tokens: int,
         loss: float,
         grad_norm: float,
-        validation: float | None,
+        validation: Evaluation | None,
     ) -> None:
         if self.reporter is None:
             return
@@ -270,10 +402,10 @@ class Trainer:
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=rate,
-            tokens=step.batch_size * self.stream.tokens_per_sample,
+            tokens=tokens,
             step_s=step_s,
-            model_flops=self.costs.flops_per_sample * step.batch_size,
-            recompute_flops=self.costs.recompute_flops_per_sample * step.batch_size,
+            model_flops=self.costs.flops_per_token * tokens,
+            recompute_flops=self.costs.recompute_flops_per_token * tokens,
             num_devices=self.model.grid.world_size,
             peak_flops=self.costs.peak_flops,
             consumed_samples=self.cursor.consumed_samples,
@@ -283,7 +415,8 @@ class Trainer:
             predicted_bytes=self.costs.predicted_bytes,
             bubble_planned=self.costs.bubble,
             bubble_measured=None if self.costs.bubble is None else idle_s / (step_s - idle_s),
-            validation_loss=validation,
+            validation_loss=None if validation is None else validation.loss,
+            validation=None if validation is None or not validation.metrics else dict(validation.metrics),
         )
         self.reporter.step(metrics)
 
@@ -303,6 +436,14 @@ def peak_bytes(device: torch.device) -> int:
             int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM")
         )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _best_of(state: Mapping[str, JsonValue]) -> tuple[float | None, int, int]:
+    """The best evaluation that a checkpoint knows of; runs without a goal have none."""
+    best = state.get("best")
+    if not isinstance(best, dict):
+        return None, 0, 0
+    return _number(best["value"]), int(_number(best["step"])), int(_number(best["not_better"]))
 
 
 def _number(value: JsonValue) -> float:

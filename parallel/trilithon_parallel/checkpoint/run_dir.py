@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def _move_bad_aside(directory: Path) -> None:
     )
 
 
-def prune(run_dir: Path, retention: Retention, *, verified: Path) -> list[Path]:
+def prune(run_dir: Path, retention: Retention, *, verified: Path, protected: Collection[int] = ()) -> list[Path]:
     """
     Delete old checkpoints that `retention` does not keep.
 
@@ -183,6 +184,7 @@ def prune(run_dir: Path, retention: Retention, *, verified: Path) -> list[Path]:
     Args:
         verified: a checkpoint whose checksums have just been found right: it is never deleted, so whatever goes, a
             good one stays.
+        protected: steps that stay besides.
     Returns:
         What was deleted.
     """
@@ -190,7 +192,8 @@ def prune(run_dir: Path, retention: Retention, *, verified: Path) -> list[Path]:
     complete = [(step, path) for step, path in steps(run_dir).items() if step <= newest and is_complete(path)]
     deleted = []
     for step, path in complete[retention.keep_last :]:
-        if path != verified and not (retention.keep_every and step % retention.keep_every == 0):
+        is_kept = step in protected or (retention.keep_every and step % retention.keep_every == 0)
+        if path != verified and not is_kept:
             remove(path)
             deleted.append(path)
     return deleted

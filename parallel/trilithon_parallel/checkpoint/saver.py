@@ -112,6 +112,8 @@ class Saver:
         retention: what stays when a new checkpoint is there.
         side_files_from: a model directory whose tokenizer and chat template go along; None for none.
         max_shard_bytes: size of a file.
+    Attributes:
+        protected: steps whose checkpoints stay whatever the retention; rank 0's counts.
     Raises:
         CheckpointError: `checkpoint_busy`, another run writes to `run_dir`.
     """
@@ -130,6 +132,7 @@ class Saver:
     ) -> None:
         self._run_dir, self._config, self._grid, self._facts = run_dir, config, grid, facts
         self._dtype, self._retention, self._side_files_from = dtype, retention, side_files_from
+        self.protected: set[int] = set()
         self._table: Table = make_table(config, dtype=dtype, max_shard_bytes=max_shard_bytes)
         self._save: _Save | None = None
         self._lock = -1
@@ -293,7 +296,7 @@ class Saver:
         write_file(save.temporary / MANIFEST_FILE, encode_manifest(manifest))
         publish(save.temporary, save.directory)
         remove_leftovers(self._run_dir)
-        prune(self._run_dir, self._retention, verified=save.directory)
+        prune(self._run_dir, self._retention, verified=save.directory, protected=self.protected)
 
     def _manifest(self, progress: Progress, files: Mapping[str, FileEntry]) -> Manifest:
         config, grid = self._config, self._grid

@@ -200,7 +200,7 @@ def _costs(settings: PretrainConfig, setup: Setup, peak: float, base_bytes: int)
     microbatches = layout.micro_batches(settings.training.global_batch_size)
     bubble = bubble_fraction(pp=layout.pp, microbatches=microbatches, virtual=layout.virtual) if layout.pp > 1 else None
     predicted = _predicted_bytes(settings, config, layout, microbatches)
-    return Costs(flops, recomputed - flops, peak, predicted, base_bytes, bubble)
+    return Costs(flops / seq_len, (recomputed - flops) / seq_len, peak, predicted, base_bytes, bubble)
 
 
 def _predicted_bytes(settings: PretrainConfig, config: ModelConfig, layout: Layout, microbatches: int) -> int | None:

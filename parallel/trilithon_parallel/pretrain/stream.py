@@ -40,7 +40,10 @@ class DataStream:
         share = micro_batch * grid.dp.size
         num = 0 if held_out is None else min(evaluation_samples, held_out.num_samples)
         self._evaluation_samples = num // share * share
-        self.tokens_per_sample = train.seq_len
+
+    def tokens(self, step: Step) -> int:
+        """Tokens of a step over all ranks."""
+        return step.batch_size * self._train.seq_len
 
     def micro_batches(self, step: Step) -> Sequence[Batch]:
         """This dp row's micro-batches of a step."""
