@@ -11,14 +11,16 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from trilithon_server import logs
 from trilithon_server.banner import ready_block
-from trilithon_server.config import config_schema, environment_api_keys
+from trilithon_server.config import ServeConfig, config_schema, environment_api_keys
 from trilithon_server.config_sources import ConfigError, Loaded, resolve, show
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.supervisor import EXIT_USAGE, Supervisor
+from trilithon_server.extension import Launch
 from trilithon_server.flags import add_config_flags, load_from_args
 from trilithon_server.preflight import ModelRefused, check_files, check_model, choose_ports, engine_spec, find_model
 from trilithon_server.rundir import RunDirError, run_directory
@@ -48,8 +50,13 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
 
 
-def run_serve(args: argparse.Namespace) -> int:
-    """Serve until stopped; returns the exit code."""
+def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launch]) -> int:
+    """
+    Serve until stopped; returns the exit code.
+
+    Args:
+        launch: says what runs beside the engines; ConfigError where a setting of an addition is unusable.
+    """
     try:
         loaded = resolve(load_from_args(args), model_dir=find_model)
         check_files(loaded.config)
@@ -62,7 +69,8 @@ def run_serve(args: argparse.Namespace) -> int:
             raise ConfigError(
                 ["--launch external needs --run-dir. Given: none. Name the directory that the ranks use."]
             )
-        config = choose_ports(loaded.config)
+        started = launch(choose_ports(loaded.config))
+        config = started.config
     except ConfigError as error:
         return _refuse(error.violations, EXIT_USAGE)
     except ModelRefused as error:
@@ -86,6 +94,8 @@ def run_serve(args: argparse.Namespace) -> int:
                 external=external,
                 on_ready=on_ready,
                 write_line=logs.ChildOutput(log_format).write,
+                front_module=started.front_module,
+                companions=started.companions,
             ).run()
     except RunDirError as error:
         return _refuse([str(error)], EXIT_USAGE)
@@ -154,6 +164,7 @@ _EXAMPLES = """examples:
   trilithon serve smollm2-135m-instruct
   trilithon serve models/my-model --tp 2 --pp 2 --http-port 8080
   trilithon serve smollm2-135m-instruct --config server.yaml --set limits.max_queue_requests=64
+  trilithon serve smollm2-135m-instruct --jobs
   trilithon serve smollm2-135m-instruct --tp 2 --write-spec engine.json
   trilithon serve smollm2-135m-instruct --tp 2 --launch external --run-dir /run/trilithon
 """

@@ -6,6 +6,7 @@ Every setting of the server: one frozen tree that flags, environment names, conf
       server      listeners, keys, TLS, drain, logs         server.http_port    TRILITHON_SERVER__HTTP_PORT
       limits      what one request or client may ask        limits.max_n        TRILITHON_LIMITS__MAX_N
       telemetry   traces                                    telemetry.otlp_endpoint
+      jobs        the store of finetuning jobs              jobs.store
 
 `config_sources.load` reads the sources and keeps the origin of every value; nothing else in the server reads the
 environment. A key unknown to the tree is an error. Two further environment names stand outside the tree:
@@ -181,6 +182,12 @@ class ServerConfig(_Node):
     on_rank_loss: Literal["restart", "exit"] = Field(
         default="restart", description="what follows the loss of a rank: restart or exit (code 6)"
     )
+    max_hosted_models: int = Field(
+        default=4, ge=1, le=64, description="finetuned models that run at once beside the engines, started on demand"
+    )
+    hosted_memory_fraction: float = Field(
+        default=0.1, gt=0, le=1, description="share of the memory left that the cache of one such model may take"
+    )
     startup_seconds: Seconds = Field(
         default=600.0, gt=0, le=86400, description="how long an engine may take to be ready"
     )
@@ -244,6 +251,11 @@ class LimitsConfig(_Node):
         default=60.0, gt=0, description="time without a read after which a stream is aborted"
     )
 
+    max_jobs_per_tenant: int = Field(default=16, ge=1, description="finetuning jobs of one tenant that are not over")
+    max_file_bytes: Size = Field(default=512 << 20, ge=1, description="one uploaded file")
+    max_files_bytes: Size = Field(default=8 << 30, ge=1, description="uploaded files of one tenant, together")
+    max_event_streams: int = Field(default=256, ge=1, description="streams of job events at once")
+
 
 class TelemetryConfig(_Node):
     """Traces. Prompts and answers are never recorded."""
@@ -255,6 +267,21 @@ class TelemetryConfig(_Node):
     sample_ratio: float = Field(default=1.0, ge=0, le=1, description="share of requests that are traced")
 
 
+class JobsConfig(_Node):
+    """Finetuning jobs on the same server."""
+
+    store: str | None = Field(
+        default=None, min_length=1, description="directory of finetuning jobs and files; unset: no jobs"
+    )
+    database: str | None = Field(
+        default=None,
+        pattern=r"^postgresql\+psycopg://[^:@/]*(@|$|/)",
+        description="PostgreSQL instead of SQLite in the store: postgresql+psycopg://USER@HOST/NAME; "
+        "the password comes from PGPASSFILE",
+    )
+    slots: int = Field(default=1, ge=0, le=64, description="jobs that run here at once; 0: no worker on this machine")
+
+
 class ServeConfig(_Node):
     """The whole configuration of one server."""
 
@@ -262,6 +289,7 @@ class ServeConfig(_Node):
     server: ServerConfig = ServerConfig()
     limits: LimitsConfig = LimitsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    jobs: JobsConfig = JobsConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> ServeConfig:

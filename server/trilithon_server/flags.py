@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from trilithon_server.config import EngineConfig, LimitsConfig, ServeConfig, ServerConfig, TelemetryConfig
+from trilithon._store import home
+from trilithon_server.config import EngineConfig, JobsConfig, LimitsConfig, ServeConfig, ServerConfig, TelemetryConfig
 from trilithon_server.config_sources import ENV_PREFIX, ConfigError, Loaded, Setting, load, read_file
 
 FLAGS: dict[str, str] = {
@@ -47,14 +48,18 @@ FLAGS: dict[str, str] = {
     "--drain-seconds": "server.drain_seconds",
     "--on-rank-loss": "server.on_rank_loss",
     "--log-format": "server.log_format",
+    "--jobs": "jobs.store",
+    "--jobs-database": "jobs.database",
+    "--job-slots": "jobs.slots",
 }
 
-_GROUPS = {"engines": "model and engine", "server": "server"}
+_GROUPS = {"engines": "model and engine", "server": "server", "jobs": "finetuning jobs"}
 _SECTIONS: dict[str, type[BaseModel]] = {
     "engines": EngineConfig,
     "server": ServerConfig,
     "limits": LimitsConfig,
     "telemetry": TelemetryConfig,
+    "jobs": JobsConfig,
 }
 
 
@@ -74,6 +79,9 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         words = f"{field.description} [{environment_name(path)}; default: {_default_text(field)}]".replace("%", "%%")
         if field.annotation in (bool, bool | None):
             groups[section].add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=words)
+        elif path == "jobs.store":  # the flag alone means the user's own store
+            store = str(home() / "finetune")
+            groups[section].add_argument(flag, metavar="DIR", nargs="?", const=store, help=f"{words}; alone: {store}")
         else:
             groups[section].add_argument(flag, metavar=flag.rpartition("-")[2].upper(), help=words)
 

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from trilithon_server import logs
 from trilithon_server.config import EngineConfig, ServeConfig, authority, read_config
 from trilithon_server.engine.beats import BeatReader, beats_path
 from trilithon_server.engine_client import EngineClient
+from trilithon_server.extension import Extension
 from trilithon_server.listeners import HttpListener, ListenError, serve_http, serve_metrics
 from trilithon_server.metrics import CONTENT_TYPE, Metrics
 from trilithon_server.served import ServedModel
@@ -48,7 +49,9 @@ class FrontRefused(ValueError):
 class Front:
     """Everything that lives in the front process."""
 
-    def __init__(self, config: ServeConfig, *, run_dir: Path, status_fd: int) -> None:
+    def __init__(
+        self, config: ServeConfig, *, run_dir: Path, status_fd: int, extensions: Sequence[Extension] = ()
+    ) -> None:
         self.config = config
         self.clients = {
             engine.name: EngineClient(
@@ -56,6 +59,7 @@ class Front:
             )
             for engine in config.engines
         }
+        self._extensions = extensions
         self._run_dir = run_dir
         self._status_fd = status_fd
         self._abort = asyncio.Event()
@@ -76,11 +80,13 @@ class Front:
             await client.start()
         try:
             service = Service(self.config, models, metrics)
-        except ValueError as error:  # a keys file or a tracing setup that can't be used
+            for extension in self._extensions:
+                await extension.start(service)
+        except ValueError as error:  # a keys file, a tracing setup or a store that can't be used
             raise FrontRefused(str(error)) from None
         service.drain_hook = lambda seconds: self._report(event="drain_requested", seconds=seconds)
-        app = build_app(service, config=self.config)
-        rpc = await build_server(service, config=self.config)
+        app = build_app(service, config=self.config, extensions=self._extensions)
+        rpc = await build_server(service, config=self.config, extensions=self._extensions)
         await rpc.start()
         tasks: list[asyncio.Task[None]] = []
         listeners: list[HttpListener] = []
@@ -106,6 +112,7 @@ class Front:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(extension.stop() for extension in self._extensions))
             await service.stop()
 
     async def _finish_in_flight(self) -> None:
@@ -113,11 +120,16 @@ class Front:
         clients = list(self.clients.values())
         for client in clients:
             client.drain()
-        idle = asyncio.gather(*(client.wait_idle() for client in clients))
+        for extension in self._extensions:
+            extension.drain()
+        waits = [client.wait_idle() for client in clients] + [item.wait_idle() for item in self._extensions]
+        idle = asyncio.gather(*waits)
         if not await _within(idle, self._abort, self._drain_s):
             _log.warning("drain_limit", extra={"in_flight": sum(client.in_flight for client in clients)})
             for client in clients:
                 client.abort_all("shutdown")
+            for extension in self._extensions:
+                extension.abort()
             await asyncio.wait([idle], timeout=ABORT_GRACE_S)
         for client in clients:
             client.fail_all_shutdown()
@@ -200,8 +212,8 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry of the process; the exit code."""
+def main(argv: list[str] | None = None, *, extend: Callable[[ServeConfig], Sequence[Extension]] = lambda _: ()) -> int:
+    """Entry of the process; the exit code. `extend` makes what a front of another package adds."""
     parser = argparse.ArgumentParser(prog="trilithon_server.front")
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
@@ -218,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     from trilithon_server.text.template import TemplateError
 
     try:
-        front = Front(config, run_dir=args.run_dir, status_fd=args.status_fd)
+        front = Front(config, run_dir=args.run_dir, status_fd=args.status_fd, extensions=extend(config))
         _run_loop(front.run(args.control_fd))
     except (ListenError, FrontRefused) as error:
         return _fatal(args.status_fd, 2, error)

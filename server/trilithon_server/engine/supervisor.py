@@ -29,9 +29,11 @@ from typing import Any
 
 from trilithon_server.config import ServeConfig, write_config
 from trilithon_server.engine.children import Child, describe_exit
+from trilithon_server.engine.companions import Companions, python_module
 from trilithon_server.engine.group import EXIT_INVALID, STOPPED_S, EngineGroup, Loss
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.watch import ExternalEngine
+from trilithon_server.extension import FRONT_MODULE, Companion
 
 EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 2, 6, 130
 MAX_RESTARTS, RESTART_WINDOW_S = 3, 600.0
@@ -56,6 +58,8 @@ class Supervisor:
         external: the ranks are started by someone else (torchrun); only attach to them and watch.
         on_ready: called once, when the front listens and every engine is ready for the first time.
         write_line: takes (process, line) of everything that the children print.
+        front_module: run as the front process.
+        companions: further processes, which live as long as the server.
     """
 
     def __init__(
@@ -67,8 +71,11 @@ class Supervisor:
         external: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         write_line: Callable[[str, str], None],
+        front_module: str = FRONT_MODULE,
+        companions: Sequence[Companion] = (),
     ) -> None:
         self._config = config
+        self._front_module = front_module
         self._server = config.server
         self._run_dir = run_dir
         self._on_ready = on_ready
@@ -77,6 +84,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._external = [ExternalEngine(spec, run_dir=run_dir) for spec in specs] if external else []
         self._groups = [] if external else [self._make_group(spec) for spec in specs]
+        self._companions = Companions(companions, selector=self._selector, on_output=self._hold)
         self._front: Child | None = None
         self._front_listening = False
         self._front_heard_at = 0.0
@@ -88,6 +96,7 @@ class Supervisor:
         self._connected: set[str] = set()  # engines that the front has heard from at least once
         self._stop_deadline: float | None = None
         self._aborting = False
+        self._killed = False
         self._exit_code: int | None = None
         self._signals: list[int] = []
 
@@ -104,6 +113,7 @@ class Supervisor:
             self._start_front()
             for group in self._groups:
                 group.start()
+            self._companions.start()
             while not self._finished():
                 for key, _ in self._selector.select(timeout=TICK_S):
                     key.data()
@@ -127,6 +137,7 @@ class Supervisor:
             self._on_stop_signal(self._signals.pop(0))
         self._check_front()
         self._check_engines()
+        self._companions.check()
         self._pass_on(older_than_s=HOLD_S)
         for engine in self._external:
             for state, cause in engine.check():
@@ -150,7 +161,7 @@ class Supervisor:
                 self._tell_engine(group.spec.name, "loading")
 
     def _finished(self) -> bool:
-        return self._exit_code is not None and self._front is None
+        return self._exit_code is not None and self._front is None and (self._killed or not self._companions.running)
 
     def _announce(self) -> None:
         ready = self._front_listening and self._connected == {engine.name for engine in self._config.engines}
@@ -216,7 +227,7 @@ class Supervisor:
     # -- front ----------------------------------------------------------------------------------------------
 
     def _start_front(self) -> None:
-        argv = [sys.executable, "-P", "-m", "trilithon_server.front", "--config", str(self._run_dir / "config.json")]
+        argv = [*python_module(self._front_module, "--config", str(self._run_dir / "config.json"))]
         argv += ["--run-dir", str(self._run_dir), "--control-fd", "{control}", "--status-fd", "{status}"]
         argv += ["--colour"] if sys.stderr.isatty() else []
         self._front_listening = False
@@ -315,6 +326,7 @@ class Supervisor:
         self._exit_code = EXIT_OK if self._exit_code is None else self._exit_code
         self._stop_deadline = time.monotonic() + drain_s + 1.0
         self._tell_front(event="drain", seconds=drain_s)
+        self._companions.terminate()
 
     def _give_up(self, code: int, reason: str) -> None:
         _log.error("server_ends", extra={"exit_code": code, "reason": reason})
@@ -325,11 +337,14 @@ class Supervisor:
         self._aborting = True
         self._stop_deadline = time.monotonic() + ABORT_S
         self._tell_front(event="abort")
+        self._companions.terminate()
 
     def _abort_or_kill(self) -> None:
         if not self._aborting:
             self._begin_abort()
-        elif self._front is not None:
+            return
+        self._killed = True
+        if self._front is not None:
             _log.warning("front_killed", extra={"cause": f"it did not end within {ABORT_S:g} s"})
             self._front.signal(signal.SIGKILL)
             self._stop_deadline = time.monotonic() + ABORT_S
@@ -338,6 +353,7 @@ class Supervisor:
         if self._front is not None:
             self._front.close()
             self._front = None
+        self._companions.close()
         for group in self._groups:
             group.stop(grace_s=RANK_GRACE_S if self._exit_code in (EXIT_OK, EXIT_INTERRUPTED) else 0.0)
         self._pass_on(older_than_s=0.0)

@@ -77,6 +77,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
                         yield item
 
             return grpc.unary_stream_rpc_method_handler(unary_stream, None, handler.response_serializer)
+        if handler.stream_unary is not None:
+            inner = handler.stream_unary
+
+            async def stream_unary(raws: AsyncIterator[bytes], context: Any) -> Any:
+                async with frame.rpc(None, None, context):
+                    return await inner(_decoded(raws, decode), context)
+
+            return grpc.stream_unary_rpc_method_handler(stream_unary, None, handler.response_serializer)
         inner = handler.unary_unary
 
         async def unary_unary(raw: bytes, context: Any) -> Any:
@@ -84,6 +92,21 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
                 return await inner(request, context)
 
         return grpc.unary_unary_rpc_method_handler(unary_unary, None, handler.response_serializer)
+
+
+async def _decoded(raws: AsyncIterator[bytes], decode: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    """The messages of a client's stream."""
+    async for raw in raws:
+        yield _message(raw, decode)
+
+
+def _message(raw: bytes, decode: Callable[[bytes], Any]) -> Any:
+    try:
+        return decode(raw)
+    except (DecodeError, ValueError):
+        raise InvalidArgument(
+            "the request is not the protobuf message of this method.", code="invalid_message"
+        ) from None
 
 
 class _Frame:
@@ -174,9 +197,8 @@ class _Rpc:
         if self._raw is None or self._decode is None:
             return None, None
         try:
-            request = self._decode(self._raw)
-        except (DecodeError, ValueError):
-            error = InvalidArgument("the request is not the protobuf message of this method.", code="invalid_message")
+            request = _message(self._raw, self._decode)
+        except InvalidArgument as error:
             return None, error
         meta = getattr(request, "meta", None)
         given = getattr(meta, "request_id", "")

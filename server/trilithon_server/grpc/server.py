@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trilithon.api.v1 import (
     tokenize_pb2_grpc,
 )
 from trilithon_server.config import ServeConfig, ServerConfig, authority
+from trilithon_server.extension import Extension
 from trilithon_server.grpc.gate import Gate
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
 from trilithon_server.listeners import ListenError
@@ -57,10 +59,11 @@ _log = logging.getLogger(__name__)
 class RpcServer:
     """A gRPC server and the task that keeps its health service truthful."""
 
-    def __init__(self, server: Any, service: Service, reporter: Any, port: int) -> None:
+    def __init__(self, server: Any, service: Service, reporter: Any, port: int, *, services: Sequence[str]) -> None:
         self._server = server
         self._service = service
         self._health = reporter
+        self._services = services
         self._task: asyncio.Task[None] | None = None
         self.port = port
         """Where it listens."""
@@ -91,13 +94,13 @@ class RpcServer:
 
     async def _report(self, *, ready: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
-        for name in ("", *SERVICES):
+        for name in ("", *self._services):
             await self._health.set(name, kinds.SERVING if ready else kinds.NOT_SERVING)
 
 
-async def build_server(service: Service, *, config: ServeConfig) -> RpcServer:
+async def build_server(service: Service, *, config: ServeConfig, extensions: Sequence[Extension] = ()) -> RpcServer:
     """
-    A server bound to `server.host:grpc_port`, not yet started.
+    A server bound to `server.host:grpc_port`, not yet started; `extensions` add their services.
 
     Raises:
         ListenError: the address is taken or not ours, or the TLS files cannot be used.
@@ -121,10 +124,14 @@ async def build_server(service: Service, *, config: ServeConfig) -> RpcServer:
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(Embeddings(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
+    services = [*SERVICES]
+    for extension in extensions:
+        extension.add_servicers(server)
+        services += extension.services
     reporter = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its stubs leave the name out
     health_pb2_grpc.add_HealthServicer_to_server(reporter, server)
     if config.server.reflection:
-        _reflect(server)
+        _reflect(server, services)
     address = authority(config.server.host, config.server.grpc_port)
     try:
         if config.server.tls_cert is not None:
@@ -136,14 +143,14 @@ async def build_server(service: Service, *, config: ServeConfig) -> RpcServer:
     if port == 0:
         given = f"{config.server.grpc_port} on {config.server.host}"
         raise ListenError(f"server.grpc_port must be free. Given: {given}. Choose another port.")
-    return RpcServer(server, service, reporter, port)
+    return RpcServer(server, service, reporter, port, services=services)
 
 
-def _reflect(server: Any) -> None:
+def _reflect(server: Any, services: Sequence[str]) -> None:
     """
     Reflection under both of its names. The library knows v1alpha alone; v1 has the same messages byte for byte.
     """
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
     reflection.enable_server_reflection(names, server)
     servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # likewise
     handler = grpc.stream_stream_rpc_method_handler(

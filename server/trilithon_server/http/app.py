@@ -12,6 +12,7 @@ from starlette.routing import Router
 
 from trilithon_server.auth import PUBLIC_PATHS
 from trilithon_server.config import ServeConfig
+from trilithon_server.extension import Extension
 from trilithon_server.http import native, openai, operations, schemas
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
@@ -141,19 +142,26 @@ ROUTES: tuple[Route, ...] = (
 assert {route.path for route in ROUTES if route.access == "public"} == set(PUBLIC_PATHS)
 
 
-def build_app(service: Service, *, config: ServeConfig) -> Starlette:
+def all_routes(extensions: Sequence[Extension]) -> tuple[Route, ...]:
+    """The server's own routes and those of its extensions."""
+    return (*ROUTES, *(route for extension in extensions for route in extension.routes))
+
+
+def build_app(service: Service, *, config: ServeConfig, extensions: Sequence[Extension] = ()) -> Starlette:
     """
     The ASGI application over a service.
 
     Args:
         service: answers.
         config: for the origins that browsers may call from.
+        extensions: whose routes are served too.
     """
     by_path: dict[str, list[Route]] = {}
-    for route in ROUTES:
+    routes = all_routes(extensions)
+    for route in routes:
         by_path.setdefault(route.path, []).append(route)
     paths: Sequence[PathRoute] = [
-        PathRoute(path.replace("{id}", "{id:path}"), Endpoint(service, routes)) for path, routes in by_path.items()
+        PathRoute(path.replace("{id}", "{id:path}"), Endpoint(service, methods)) for path, methods in by_path.items()
     ]
     middleware = []
     if config.server.allow_origin:
@@ -167,5 +175,7 @@ def build_app(service: Service, *, config: ServeConfig) -> Starlette:
             )
         )
     app = Starlette(middleware=middleware)
+    app.state.routes = routes
+    app.state.schemas = {name: schema for extension in extensions for name, schema in extension.schemas.items()}
     app.router = Router(routes=paths, default=NotFoundEndpoint(service), redirect_slashes=False)
     return app

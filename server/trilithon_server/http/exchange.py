@@ -48,6 +48,8 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Any, send: Any, limits: LimitsConfig) -> None:
         self.method: str = scope["method"]
+        self.app: Any = scope.get("app")
+        """The application that the request came to."""
         self.path_params: Mapping[str, str] = scope.get("path_params", {})
         self.arrived_s = time.monotonic()
         self._receive = receive

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -74,17 +75,18 @@ _ERRORS = {
 }
 
 
-def document(routes: tuple[Route, ...]) -> dict[str, Any]:
+def document(routes: tuple[Route, ...], *, schemas: Mapping[str, Any]) -> dict[str, Any]:
     """
     The whole document.
 
     Args:
         routes: that are served.
+        schemas: of the answers of extensions.
     """
-    schemas: dict[str, Any] = {"Constraint": CONSTRAINT, "Error": ERROR, "Violation": VIOLATION, **ANSWERS}
+    known: dict[str, Any] = {"Constraint": CONSTRAINT, "Error": ERROR, "Violation": VIOLATION, **ANSWERS, **schemas}
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, known)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -95,7 +97,7 @@ def document(routes: tuple[Route, ...]) -> dict[str, Any]:
         },
         "paths": paths,
         "components": {
-            "schemas": schemas,
+            "schemas": known,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},

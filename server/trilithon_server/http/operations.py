@@ -62,10 +62,10 @@ async def metrics(service: Service, exchange: Exchange, call: Call) -> None:
 
 async def openapi(service: Service, exchange: Exchange) -> None:
     """The document that this server keeps to."""
-    from trilithon_server.http.app import ROUTES  # the table names this handler too
     from trilithon_server.http.openapi import document
 
-    await exchange.respond_json(document(ROUTES))
+    state = exchange.app.state
+    await exchange.respond_json(document(state.routes, schemas=state.schemas))
 
 
 async def playground(service: Service, exchange: Exchange) -> None:
