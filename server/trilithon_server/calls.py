@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Required, TypedDict
 
 from trilithon.errors import BodyTooLarge, Overloaded, RateLimited, TrilithonError, Unavailable
@@ -76,6 +76,7 @@ class Calls:
         record = RequestRecord(route=route, model="")
         arrived_s = time.monotonic()
         tenant = None
+        ends: list[Callable[[], None]] = []
         span = span_of(self._tracer, route, traceparent, request_id)
         try:
             principal = self._keys.authenticate(authorization, api_key)
@@ -89,6 +90,7 @@ class Calls:
                     arrived_s=arrived_s,
                     deadline_s=deadline_s,
                     record=record,
+                    ends=ends,
                 )
                 if record.generated_tokens:
                     self._limiter.charge_tokens(principal, record.generated_tokens)
@@ -104,6 +106,8 @@ class Calls:
             record.code = "client_left"
             raise
         finally:
+            for end in ends:
+                end()
             record.duration_s = time.monotonic() - arrived_s
             if count:
                 self._metrics.request_ended(record)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -151,6 +152,7 @@ class Call:
         arrived_s: monotonic time of arrival.
         deadline_s: monotonic time by which the answer must be there (gRPC), or None.
         record: what is counted and logged of it at its end.
+        ends: called once when the call is over, however it ended; what a call holds is let go of here.
     """
 
     principal: Principal
@@ -159,6 +161,7 @@ class Call:
     arrived_s: float
     deadline_s: float | None = None
     record: RequestRecord
+    ends: list[Callable[[], None]] = field(default_factory=list)
 
 
 def request_id(given: str | None) -> str:
