@@ -1,0 +1,72 @@
+"""
+The text formats of encoder tasks: what a model reads and what its logits mean. No torch.
+
+A recipe trains with the same functions with which the server answers. What a model was trained with is stored beside
+it as `task.json`, which each format writes (`task_file`) and reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from trilithon_parallel.config import ModelError
+from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.tagging import TaggingFormat
+
+TASK_FILE = "task.json"
+
+TaskFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat
+
+FORMATS: dict[str, type[TaskFormat]] = {
+    "ner": TaggingFormat,
+    "span_qa": SpanFormat,
+    "relation": RelationFormat,
+    "classify": ClassFormat,
+}
+"""Format by task name."""
+
+
+def task_format(document: Mapping[str, Any]) -> TaskFormat:
+    """
+    The format that a task file describes.
+
+    Raises:
+        ModelError: `task_invalid`.
+    """
+    task = document.get("task")
+    if task not in FORMATS:
+        raise _invalid(f"{TASK_FILE} task must be one of {', '.join(FORMATS)}. Given: {task!r}.")
+    try:
+        return FORMATS[task].from_task_file(document)
+    except KeyError as error:
+        raise _invalid(f"{TASK_FILE} of a {task} model must have {error.args[0]}. Given: {sorted(document)}.") from None
+    except (TypeError, ValueError) as error:
+        raise _invalid(f"{TASK_FILE} of a {task} model has a value of the wrong kind: {error}.") from None
+
+
+def read_task(model_dir: Path) -> TaskFormat | None:
+    """
+    The task of a model directory; None where it has no task file.
+
+    Raises:
+        ModelError: `task_invalid`, the file is there and is not a task file.
+    """
+    path = model_dir / TASK_FILE
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"{TASK_FILE} is not JSON: {error}.") from None
+    if not isinstance(document, dict):
+        raise _invalid(f"{TASK_FILE} must hold a JSON object. Given: {type(document).__name__}.")
+    return task_format(document)
+
+
+def _invalid(message: str) -> ModelError:
+    return ModelError(message, code="task_invalid", hint="Export the model again, or copy the file that came with it.")
