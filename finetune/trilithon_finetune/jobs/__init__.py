@@ -1,0 +1,1 @@
+"""Durable jobs: the store that is the truth, leases, and the worker that walks a job through its phases."""
