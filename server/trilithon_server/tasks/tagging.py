@@ -94,14 +94,11 @@ class TaggingFormat:
         room = self.max_tokens - 2
         encoded = [tuple(piece for piece, _, _ in pieces.word(word))[:room] for word in words]
         bounds = _windows([len(word) for word in encoded], room, self.stride)
-        cuts = [
-            0,
-            *((after[0] + before[1]) // 2 for before, after in zip(bounds, bounds[1:], strict=False)),
-            len(words),
-        ]
+        middles = ((after[0] + before[1]) // 2 for before, after in itertools.pairwise(bounds))
+        cuts = [0, *middles, len(words)] if bounds else []
         return tuple(
             self._window(encoded, bound, kept, pieces)
-            for bound, kept in zip(bounds, zip(cuts, cuts[1:], strict=False), strict=False)
+            for bound, kept in zip(bounds, itertools.pairwise(cuts), strict=True)
         )
 
     def encode_text(self, text: str, pieces: WordPieces) -> TaggedText:
