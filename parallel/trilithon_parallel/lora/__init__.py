@@ -1,0 +1,1 @@
+"""Low-rank adapters: what one is (`spec`), its files (`peft`), how it is trained (`adapter`, `training`)."""
