@@ -2,6 +2,7 @@
 One engine's ranks as one thing that lives and dies together: started, watched, judged, killed.
 
     idle --start--> loading --ready--> ready --a rank dies or hangs--> lost --kill, back-off, start--> loading ...
+                                       ready --begin_stop--> stopping --discard--> idle
 
 The group only judges; what follows from a loss is the supervisor's choice.
 """
@@ -26,7 +27,7 @@ from trilithon_server.engine.beats import Beat, BeatReader
 from trilithon_server.engine.children import Child, describe_exit
 from trilithon_server.engine.spec import EngineSpec
 
-GroupState = Literal["idle", "loading", "ready", "lost"]
+GroupState = Literal["idle", "loading", "ready", "lost", "stopping"]
 LossKind = Literal["killed", "exited", "hung", "stalled", "startup"]
 
 EXIT_INVALID = 3  # the rank found the model or the configuration invalid: another try would find the same
@@ -47,6 +48,8 @@ class Loss:
     rank: int
     cause: str
     exit_code: int | None = None
+    message: str = ""
+    """What the rank itself gave as the reason; empty where it could not."""
     hint: str = ""
     last_lines: tuple[str, ...] = ()
 
@@ -141,13 +144,38 @@ class EngineGroup:
 
     def stop(self, *, grace_s: float) -> None:
         """Ask the ranks to exit, then kill what is left."""
+        self.begin_stop()
+        self.wait(timeout_s=grace_s)
+        self.discard()
+
+    def begin_stop(self) -> None:
+        """Ask the ranks to exit; from here on their ends are no loss."""
         for child in self.children:
             child.signal(signal.SIGTERM)
-        end = time.monotonic() + grace_s
+        self.state = "stopping"
+
+    @property
+    def running(self) -> bool:
+        """Whether any rank is still there."""
+        return any(child.exit_code() is None for child in self.children)
+
+    def wait(self, *, timeout_s: float) -> None:
+        """Wait until every rank has ended, at most `timeout_s`."""
+        end = time.monotonic() + timeout_s
         for child in self.children:
             child.wait(timeout_s=max(0.0, end - time.monotonic()))
+
+    def discard(self) -> None:
+        """Kill what is left of it and remove all of its files."""
         self.kill()
+        self._spec_path.unlink(missing_ok=True)
         self.state = "idle"
+
+    def log_loss(self, loss: Loss) -> None:
+        """Tell whose fault it was before anything that follows from it is told."""
+        tp, pp = self.coordinates(loss.rank)
+        where = {"engine": self.spec.name, "rank": loss.rank, "tp": tp, "pp": pp}
+        _log.error("rank_lost", extra={**where, "kind": loss.kind, "cause": loss.cause, "last_lines": loss.last_lines})
 
     def kill(self) -> None:
         """Kill every rank and its helpers, reap them, and remove the group's socket and heartbeat file."""
@@ -184,9 +212,11 @@ class EngineGroup:
                 return None
         self.children[rank].wait(timeout_s=1.0)  # also reads its last words
         fatal = self._fatal.get(rank)
-        cause = describe_exit(code) + (f": {fatal.get('message', '')}" if fatal else "")
+        message = str(fatal.get("message", "")) if fatal else ""
+        cause = describe_exit(code) + (f": {message}" if fatal else "")
         hint = str(fatal.get("hint", "")) if fatal else ""
-        return self._loss("killed" if code < 0 else "exited", rank, cause, exit_code=code, hint=hint)
+        kind: LossKind = "killed" if code < 0 else "exited"
+        return self._loss(kind, rank, cause, exit_code=code, message=message, hint=hint)
 
     def _hung(self, now: float) -> Loss | None:
         assert self._beats is not None
@@ -225,9 +255,18 @@ class EngineGroup:
         cause = f"not ready after {self._startup_s:g} s (last phase finished: {phases})"
         return self._loss("startup", rank, cause, hint="Raise server.startup_seconds if the model is large.")
 
-    def _loss(self, kind: LossKind, rank: int, cause: str, *, exit_code: int | None = None, hint: str = "") -> Loss:
-        last_lines = tuple(self.children[rank].tail)
-        return Loss(kind=kind, rank=rank, cause=cause, exit_code=exit_code, hint=hint, last_lines=last_lines)
+    def _loss(
+        self,
+        kind: LossKind,
+        rank: int,
+        cause: str,
+        *,
+        exit_code: int | None = None,
+        message: str = "",
+        hint: str = "",
+    ) -> Loss:
+        lines = tuple(self.children[rank].tail)
+        return Loss(kind, rank, cause, exit_code=exit_code, message=message, hint=hint, last_lines=lines)
 
     # -- ranks ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ The parent of all: starts the front and every engine's ranks, watches them, and 
     supervisor --control pipe--> front      {"event": "engine", "name", "state", "kind", "cause", "rank"}
                                             {"event": "drain" | "abort"}
                <--status pipe---            {"event": "listening", "connected", "alive", "stalled", "drain_requested",
-                                             "drained", "fatal"}
+                                             "drained", "fatal", "engine_start", "engine_stop"}
                <--status pipe--- each rank  {"event": "phase", "memory", "kernels", "ready" or "fatal"}
 
 One thread, one loop, no torch. Loss of a rank: the front hears of it at once (readiness off, requests failed), the
@@ -31,12 +31,13 @@ from trilithon_server.config import ServeConfig, write_config
 from trilithon_server.engine.children import Child, describe_exit
 from trilithon_server.engine.companions import Companions, python_module
 from trilithon_server.engine.group import EXIT_INVALID, STOPPED_S, EngineGroup, Loss
+from trilithon_server.engine.hosted import HostedEngines
+from trilithon_server.engine.restarts import Restarts
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.watch import ExternalEngine
 from trilithon_server.extension import FRONT_MODULE, Companion
 
 EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 2, 6, 130
-MAX_RESTARTS, RESTART_WINDOW_S = 3, 600.0
 TICK_S = 0.1
 HOLD_S = 0.15  # children's lines wait this long, so that a dead rank's cause is told before its peers' complaints
 FRONT_SILENCE_S = 15.0  # the front says it lives every second; its loop is stuck when it is silent this long
@@ -89,7 +90,13 @@ class Supervisor:
         self._front_listening = False
         self._front_heard_at = 0.0
         self._front_fatal: dict[str, Any] | None = None
-        self._restarts: deque[float] = deque()
+        self._restarts = Restarts()
+        self._hosted = HostedEngines(
+            make_group=self._make_group,
+            tell=self._tell_engine,
+            may_restart=lambda: self._stop_deadline is None and self._server.on_rank_loss == "restart",
+            refusal=_NO_HOSTING if external else "",
+        )
         self._restart_at: dict[str, float] = {}
         self._front_restart_at: float | None = None
         self._announced = False
@@ -159,6 +166,7 @@ class Supervisor:
                 del self._restart_at[group.spec.name]
                 group.start()
                 self._tell_engine(group.spec.name, "loading")
+        self._hosted.check()
 
     def _finished(self) -> bool:
         return self._exit_code is not None and self._front is None and (self._killed or not self._companions.running)
@@ -174,7 +182,7 @@ class Supervisor:
 
     def _pass_on(self, *, older_than_s: float) -> None:
         """Write the children's lines that have waited long enough; none while a culprit is still being looked for."""
-        if older_than_s and any(group.peer_lost for group in self._groups):
+        if older_than_s and any(group.peer_lost for group in (*self._groups, *self._hosted.groups)):
             return
         horizon = time.monotonic() - older_than_s
         while self._held and self._held[0][0] <= horizon:
@@ -195,31 +203,19 @@ class Supervisor:
 
     def _on_loss(self, group: EngineGroup, loss: Loss) -> None:
         name = group.spec.name
-        tp, pp = group.coordinates(loss.rank)
-        where = {"engine": name, "rank": loss.rank, "tp": tp, "pp": pp}
-        _log.error("rank_lost", extra={**where, "kind": loss.kind, "cause": loss.cause, "last_lines": loss.last_lines})
+        group.log_loss(loss)
         may_restart = self._stop_deadline is None and loss.exit_code != EXIT_INVALID
-        may_restart = may_restart and self._server.on_rank_loss == "restart" and self._restarts_left() > 0
+        may_restart = may_restart and self._server.on_rank_loss == "restart" and self._restarts.left > 0
         state = "lost" if may_restart else "failed"
         self._tell_engine(name, state, kind=loss.kind, cause=loss.cause, rank=loss.rank)
         group.kill()
         if may_restart:
-            delay_s = self._count_restart()
+            delay_s = self._restarts.count()
             self._restart_at[name] = time.monotonic() + delay_s
-            _log.warning("engine_restarts", extra={"engine": name, "in_s": delay_s, "left": self._restarts_left()})
+            _log.warning("engine_restarts", extra={"engine": name, "in_s": delay_s, "left": self._restarts.left})
         elif self._stop_deadline is None:
             reason = f"engine {name} rank {loss.rank}: {loss.cause}" + (f" {loss.hint}" if loss.hint else "")
             self._give_up(EXIT_INVALID if loss.exit_code == EXIT_INVALID else EXIT_ENGINE_LOST, reason)
-
-    def _restarts_left(self) -> int:
-        horizon = time.monotonic() - RESTART_WINDOW_S
-        while self._restarts and self._restarts[0] < horizon:
-            self._restarts.popleft()
-        return MAX_RESTARTS - len(self._restarts)
-
-    def _count_restart(self) -> float:
-        self._restarts.append(time.monotonic())
-        return float(2 ** (len(self._restarts) - 1))
 
     def _tell_engine(self, name: str, state: str, *, kind: str = "", cause: str = "", rank: int = -1) -> None:
         self._tell_front(event="engine", name=name, state=state, kind=kind, cause=cause, rank=rank)
@@ -264,7 +260,10 @@ class Supervisor:
         elif kind == "drain_requested" and self._stop_deadline is None:
             seconds = event.get("seconds")
             self._begin_drain("an administrator", self._server.drain_seconds if seconds is None else float(seconds))
+        elif kind in ("engine_start", "engine_stop"):
+            self._hosted.on_event(event)
         elif kind == "stalled":
+            self._hosted.stalled(str(event.get("name", "")), float(event.get("seconds", 0.0)))
             for group in self._groups:
                 if group.spec.name == event.get("name") and group.state == "ready":
                     self._on_loss(group, group.stalled(float(event.get("seconds", 0.0))))
@@ -294,11 +293,12 @@ class Supervisor:
         if self._stop_deadline is not None:
             self._exit_code = EXIT_OK if self._exit_code is None else self._exit_code
             return
+        self._hosted.kill()  # the next front knows nothing of them
         _log.error("front_lost", extra={"cause": cause, "last_lines": lines})
         if fatal is not None:
             self._give_up(int(fatal.get("exit_code", EXIT_BUG)), str(fatal.get("message", cause)))
-        elif self._server.on_rank_loss == "restart" and self._restarts_left() > 0:
-            self._front_restart_at = now + self._count_restart()
+        elif self._server.on_rank_loss == "restart" and self._restarts.left > 0:
+            self._front_restart_at = now + self._restarts.count()
         else:
             self._give_up(EXIT_ENGINE_LOST, f"front: {cause}")
 
@@ -354,8 +354,10 @@ class Supervisor:
             self._front.close()
             self._front = None
         self._companions.close()
+        grace_s = RANK_GRACE_S if self._exit_code in (EXIT_OK, EXIT_INTERRUPTED) else 0.0
+        self._hosted.stop(grace_s=grace_s)
         for group in self._groups:
-            group.stop(grace_s=RANK_GRACE_S if self._exit_code in (EXIT_OK, EXIT_INTERRUPTED) else 0.0)
+            group.stop(grace_s=grace_s)
         self._pass_on(older_than_s=0.0)
         for name in ("config.json", *(f"{group.spec.name}.json" for group in self._groups)):
             with contextlib.suppress(FileNotFoundError):
@@ -367,6 +369,11 @@ class Supervisor:
 
 # gRPC's fork handlers complain when the front starts its constraint workers, which use no gRPC.
 _FRONT_ENV = {"PYTHONUNBUFFERED": "1", "GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
+
+_NO_HOSTING = (
+    "this server's ranks are started by someone else (--launch external), so it starts none at run time. "
+    "Serve the model as an engine of its own."
+)
 
 
 def _drain_pipe(fd: int) -> None:
