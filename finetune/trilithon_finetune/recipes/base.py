@@ -7,7 +7,7 @@ mean. The loop knows samples alone: tokens, targets, and which head they belong 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -63,9 +63,12 @@ class Sample:
             `IGNORE`. Empty where the sample is learned as a whole (`sequence`, `span`).
         types: token types; empty for zeros.
         columns: further integers, the same names in every sample of a task: `label` (sequence), `start` and `end`
-            (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open).
+            (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open),
+            `supervised` (what counts, where that is not every target: masked tokens), `only_scored` (1: validation
+            compares it with other parts of its row, and no loss counts it).
         row: line of the data file, from 1.
-        part: counts the samples of a row: windows, or chosen (0) and rejected (1).
+        part: counts the samples of a row: windows, chosen (0) and rejected (1), or answers to compare.
+        cut: tokens that `data.on_long: truncate` left out of it.
     """
 
     tokens: tuple[int, ...]
@@ -74,10 +77,13 @@ class Sample:
     columns: Mapping[str, int] = field(default_factory=dict)
     row: int = 0
     part: int = 0
+    cut: int = 0
 
     @property
     def num_supervised(self) -> int:
         """What the sample adds to the loss's denominator."""
+        if "supervised" in self.columns:
+            return self.columns["supervised"]
         return sum(target != IGNORE for target in self.targets) if self.targets else 1
 
 
@@ -91,6 +97,10 @@ class Context:
         labels: of the task's head, in the order of their ids; empty where it has none or they are not known yet.
         options: the recipe's own, checked.
         train_on: of a chat: which turns are supervised.
+        on_long: what `encode` does with a row beyond `max_tokens`: with `truncate` it shortens it (and says so in
+            `Sample.cut`), else it gives an E-DATA-021, which the caller counts as dropped where it is `drop`.
+        validating: rows are to be judged rather than learned: every answer that is compared is a sample.
+        untrained_ids: tokens whose rows the base never learned and this tuning does not train either.
     """
 
     tokenizer: Tokenizer
@@ -100,6 +110,9 @@ class Context:
     labels: tuple[str, ...]
     options: Section
     train_on: Literal["assistant", "all"] = "assistant"
+    on_long: Literal["error", "truncate", "drop"] = "error"
+    validating: bool = False
+    untrained_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -151,16 +164,25 @@ class Recipe(Protocol):
         """The format of a row by its keys; None where it is none of `formats`."""
         ...
 
-    def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | None:
-        """Rows of a file that is not JSON lines (SQuAD JSON, CoNLL tsv); None where it is JSON lines."""
+    def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | Sequence[Finding] | None:
+        """
+        Rows of a file that is not JSON lines (SQuAD JSON, CoNLL tsv), or what is wrong with it; None where the recipe
+        takes no such files, or the document is not one. Asked only about files whose name does not say JSON lines.
+        """
         ...
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
         """What is wrong with a row, whatever the model."""
         ...
 
-    def labels(self, rows: Sequence[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
-        """The head's labels, from the training rows, in an order that does not depend on theirs; empty for none."""
+    def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
+        """
+        The labels of the head, or of the answers that are compared, in an order that does not depend on that of the
+        rows; empty for none.
+
+        Args:
+            rows: of the training file, sound ones, read as they are asked for.
+        """
         ...
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:

@@ -1,0 +1,150 @@
+"""
+The findings that a data file can have: their codes, how they are made, collected and written for people.
+
+A collector keeps the first so many by line and counts all, so that a file of nothing but mistakes costs no memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trilithon_finetune.recipes.base import Finding, Severity
+
+CODES: Mapping[str, tuple[Severity, str]] = {
+    "E-DATA-001": ("error", "the file has no rows"),
+    "E-DATA-002": ("error", "not UTF-8"),
+    "E-DATA-003": ("error", "not strict JSON"),
+    "E-DATA-004": ("error", "not an object"),
+    "E-DATA-005": ("error", "too large to be read"),
+    "E-DATA-006": ("error", "several formats in one file"),
+    "E-DATA-007": ("error", "unknown key"),
+    "E-DATA-008": ("error", "a key is missing, or its value is of another kind"),
+    "E-DATA-011": ("error", "no messages"),
+    "E-DATA-012": ("error", "unknown role"),
+    "E-DATA-013": ("error", "roles out of turn"),
+    "E-DATA-014": ("error", "no assistant turn"),
+    "E-DATA-015": ("error", "empty content"),
+    "E-DATA-016": ("error", "the template renders a turn differently with and without later ones"),
+    "E-DATA-021": ("error", "too long"),
+    "E-DATA-022": ("error", "nothing to learn"),
+    "E-DATA-023": ("error", "the end of a turn is not learned"),
+    "E-DATA-024": ("warning", "the end token is untrained"),
+    "E-DATA-025": ("warning", "special token text in a content"),
+    "E-DATA-031": ("warning", "duplicate rows"),
+    "E-DATA-032": ("error", "also in the validation file"),
+    "E-DATA-033": ("warning", "suspicious share of a label"),
+    "E-DATA-041": ("error", "an answer is not where it is said to be"),
+    "E-DATA-042": ("error", "illegal sequence of tags"),
+    "E-DATA-051": ("error", "more bad rows than allowed"),
+}
+"""Every code: how severe it is as a rule, and what it is about."""
+
+MAX_SHOWN_CHARS = 60
+"""Of a value that a message shows."""
+
+
+def finding(
+    code: str,
+    message: str,
+    *,
+    file: str,
+    line: int = 0,
+    path: str = "",
+    hint: str = "",
+    severity: Severity | None = None,
+) -> Finding:
+    """
+    One finding; its severity is the code's, unless it is given.
+
+    >>> line_form(finding("E-DATA-015", "is empty.", file="train.jsonl", line=3, path="text"))
+    'E-DATA-015  train.jsonl:3  text: is empty.'
+    """
+    return Finding(code, severity or CODES[code][0], file, line, path, message, hint)
+
+
+def line_form(item: Finding) -> str:
+    """A finding as people read it: code, place, path, message, hint, on one line."""
+    place = f"{item.file}:{item.line}" if item.line else item.file
+    path = f"{item.path}: " if item.path else ""
+    hint = f" {item.hint}" if item.hint else ""
+    return f"{item.code}  {place}  {path}{item.message}{hint}"
+
+
+def shown(value: Any) -> str:
+    """A value in JSON, in ASCII and cut short, for a message."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= MAX_SHOWN_CHARS else text[:MAX_SHOWN_CHARS] + "..."
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A closing hint that names the allowed word nearest to `given`, with a space before; empty where none is near."""
+    near = difflib.get_close_matches(given[:200], list(allowed), n=1)
+    return f' Did you mean "{near[0]}"?' if near else ""
+
+
+def count_of(number: int, noun: str) -> str:
+    """
+    A number and its noun.
+
+    >>> count_of(1204, "row"), count_of(1, "error")
+    ('1,204 rows', '1 error')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def line_ranges(lines: Sequence[int], *, most: int = 6) -> str:
+    """
+    Rising line numbers as ranges; what is beyond `most` of them is counted.
+
+    >>> line_ranges([1, 2, 3, 7]), line_ranges([1, 3, 5], most=2)
+    ('1-3, 7', '1, 3 and 1 more')
+    """
+    ranges: list[tuple[int, int]] = []
+    for line in lines:
+        if ranges and ranges[-1][1] == line - 1:
+            ranges[-1] = (ranges[-1][0], line)
+        else:
+            ranges.append((line, line))
+    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[:most])
+    rest = sum(b - a + 1 for a, b in ranges[most:])
+    return f"{text} and {rest:,} more" if rest else text
+
+
+class Findings:
+    """
+    The findings of one file. The first `most` by line are kept, all are counted.
+
+    Args:
+        most: how many are kept; 0 for all.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: list[tuple[int, int, Finding]] = []
+        self._added = 0
+        self.counts: Counter[str] = Counter()
+        """By code."""
+        self.by_severity: Counter[Severity] = Counter()
+
+    def add(self, *items: Finding) -> None:
+        """Count findings, and keep those that are among the first."""
+        for item in items:
+            self.counts[item.code] += 1
+            self.by_severity[item.severity] += 1
+            self._added += 1
+            bisect.insort(self._kept, (item.line, self._added, item))
+            if self._most and len(self._kept) > self._most:
+                self._kept.pop()
+
+    @property
+    def first(self) -> tuple[Finding, ...]:
+        """By line, and within a line in the order in which they were found; the whole file's own come first."""
+        return tuple(item for _, _, item in self._kept)
