@@ -1,0 +1,1 @@
+"""What the numbers of a validation mean: pure functions of gold and predicted. No torch. All values are from 0 to 1."""
