@@ -27,8 +27,10 @@ from typing import Any
 from trilithon_server import logs
 from trilithon_server.config import EngineConfig, ServeConfig, authority, read_config
 from trilithon_server.engine.beats import BeatReader, beats_path
+from trilithon_server.engine.constraint_check import ConstraintChecker
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.extension import Extension
+from trilithon_server.hosting import Hosting
 from trilithon_server.listeners import HttpListener, ListenError, serve_http, serve_metrics
 from trilithon_server.metrics import CONTENT_TYPE, Metrics
 from trilithon_server.served import ServedModel
@@ -53,14 +55,17 @@ class Front:
         self, config: ServeConfig, *, run_dir: Path, status_fd: int, extensions: Sequence[Extension] = ()
     ) -> None:
         self.config = config
-        self.clients = {
-            engine.name: EngineClient(
-                name=engine.name, socket_path=run_dir / f"{engine.name}.sock", limits=config.limits
-            )
-            for engine in config.engines
-        }
-        self._extensions = extensions
         self._run_dir = run_dir
+        self.clients = {engine.name: self._client(engine.name) for engine in config.engines}
+        self.metrics = Metrics(version=importlib.metadata.version("trilithon"))
+        self.hosting = Hosting(
+            config,
+            make_client=self._client,
+            load=lambda engine, client: load_model(engine, client, config),
+            report=self._report,
+            metrics=self.metrics,
+        )
+        self._extensions = extensions
         self._status_fd = status_fd
         self._abort = asyncio.Event()
         self._drain = asyncio.Event()
@@ -74,12 +79,12 @@ class Front:
         from trilithon_server.service import Service
 
         models = [load_model(engine, self.clients[engine.name], self.config) for engine in self.config.engines]
-        metrics = Metrics(version=importlib.metadata.version("trilithon"))
+        metrics = self.metrics
         for client in self.clients.values():
             client.hello_listeners.append(functools.partial(self._report, event="connected", name=client.name))
             await client.start()
         try:
-            service = Service(self.config, models, metrics)
+            service = Service(self.config, models, metrics, hosting=self.hosting)
             for extension in self._extensions:
                 await extension.start(service)
         except ValueError as error:  # a keys file, a tracing setup or a store that can't be used
@@ -105,7 +110,7 @@ class Front:
             await self._finish_in_flight()
             self._report(event="drained")
         finally:
-            await asyncio.gather(*(client.stop() for client in self.clients.values()))
+            await asyncio.gather(self.hosting.stop(), *(client.stop() for client in self.clients.values()))
             for listener in listeners:
                 await listener.stop(grace_s=FLUSH_S)
             await rpc.stop(FLUSH_S)
@@ -117,7 +122,8 @@ class Front:
 
     async def _finish_in_flight(self) -> None:
         """Refuse new work, let what is in flight go on up to the limit, then end it with its own reason."""
-        clients = list(self.clients.values())
+        self.hosting.drain()
+        clients = self._engines()
         for client in clients:
             client.drain()
         for extension in self._extensions:
@@ -150,8 +156,11 @@ class Front:
 
     def _on_control(self, event: dict[str, Any]) -> None:
         if event["event"] == "engine":
-            client = self.clients[event["name"]]
-            client.engine_event(event["state"], cause=event["cause"], kind=event["kind"])
+            client = self.clients.get(event["name"])
+            if client is None:
+                self.hosting.engine_event(event["name"], event["state"], cause=event["cause"], kind=event["kind"])
+            else:
+                client.engine_event(event["state"], cause=event["cause"], kind=event["kind"])
         elif event["event"] == "drain":
             self._drain_s = float(event["seconds"])
             self._drain.set()
@@ -162,7 +171,7 @@ class Front:
     async def _report_alive(self) -> None:
         while True:
             self._report(event="alive")
-            for client in self.clients.values():
+            for client in self._engines():
                 silent_s = time.monotonic() - client.last_progress_s
                 patience_s = STALL_S + self.config.limits.constraint_compile_s
                 if (
@@ -173,6 +182,12 @@ class Front:
                 ):
                     self._report(event="stalled", name=client.name, seconds=silent_s)
             await asyncio.sleep(ALIVE_INTERVAL_S)
+
+    def _client(self, name: str) -> EngineClient:
+        return EngineClient(name=name, socket_path=self._run_dir / f"{name}.sock", limits=self.config.limits)
+
+    def _engines(self) -> list[EngineClient]:
+        return [*self.clients.values(), *self.hosting.clients]
 
     def _stepping(self, client: EngineClient) -> bool:
         """Whether the leader is inside a step; then its deadline, watched by the supervisor, is what counts."""
@@ -193,17 +208,24 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     """
     from trilithon_parallel.config import load_config
     from trilithon_parallel.tokenizer import load_tokenizer
+    from trilithon_server.tasks import read_task
     from trilithon_server.text.template import load_template
 
     directory = Path(engine.model)
     model = load_config(directory)
     override = Path(engine.chat_template) if engine.chat_template is not None else None
+    limits = config.limits
+    checker = ConstraintChecker(
+        directory, compile_s=limits.constraint_compile_s, memory_bytes=limits.constraint_memory_bytes
+    )
     return ServedModel(
         name=engine.served_name or engine.name,
         engine=client,
         tokenizer=load_tokenizer(directory),
         template=load_template(directory, override),
-        limits=config.limits,
+        limits=limits,
+        checker=checker if model.is_causal else None,
+        task=read_task(directory) if model.task_head is not None else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

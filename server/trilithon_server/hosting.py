@@ -23,6 +23,7 @@ from trilithon.errors import DeadlineExceeded, FailedPrecondition, Overloaded, T
 from trilithon_server.catalog import CatalogEntry
 from trilithon_server.config import EngineConfig, ServeConfig
 from trilithon_server.engine_client import EngineClient
+from trilithon_server.metrics import Metrics
 from trilithon_server.preflight import ModelRefused, check_model, engine_spec
 from trilithon_server.served import Call, ServedModel
 
@@ -91,7 +92,7 @@ class Hosting:
         make_client: a client for an engine of that name.
         load: what the service needs of a model directory.
         report: to the supervisor.
-        on_started, on_stopped: a model has become known to the service, or is no longer.
+        metrics: show what runs.
     """
 
     def __init__(
@@ -101,15 +102,13 @@ class Hosting:
         make_client: Callable[[str], EngineClient],
         load: Load,
         report: Report,
-        on_started: Callable[[ServedModel], None] = lambda _: None,
-        on_stopped: Callable[[ServedModel], None] = lambda _: None,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._make_client = make_client
         self._load = load
         self._report = report
-        self._on_started = on_started
-        self._on_stopped = on_stopped
+        self._metrics = metrics
         self._hosted: dict[tuple[str, str, str], _Hosted] = {}
         self._failed: dict[tuple[str, str, str], tuple[float, str]] = {}  # when, and the reason
         self._running: dict[str, _Hosted] = {}  # by engine name: those that hold a slot
@@ -192,7 +191,7 @@ class Hosting:
             if hosted.task is not None:
                 hosted.task.cancel()
         await asyncio.gather(*(hosted.task for hosted in everyone if hosted.task is not None), return_exceptions=True)
-        await asyncio.gather(*(hosted.client.stop() for hosted in everyone))
+        await asyncio.gather(*(_end(hosted) for hosted in everyone))
 
     # -- waiting --------------------------------------------------------------------------------------------
 
@@ -264,7 +263,7 @@ class Hosting:
             self._fail(hosted, "the server could not read it; its log has the cause.")
             return
         _log.info("hosting", extra={"engine": hosted.engine.name, "model": hosted.entry.name})
-        self._on_started(hosted.model)
+        self._metrics.watch_engine(hosted.entry.name, hosted.client)
         await hosted.client.start()
         self._report(event="engine_start", name=hosted.engine.name, spec=spec)
 
@@ -301,7 +300,7 @@ class Hosting:
         except TimeoutError:
             _log.error("hosting_stop_timeout", extra={"engine": hosted.engine.name, "seconds": STOP_WAIT_S})
         self._forget(hosted)
-        await hosted.client.stop()
+        await _end(hosted)
 
     # -- ends -----------------------------------------------------------------------------------------------
 
@@ -311,14 +310,14 @@ class Hosting:
         self._failed[_key(hosted.entry)] = (time.monotonic(), reason)
         self._forget(hosted)
         hosted.wake()
-        hosted.task = asyncio.create_task(hosted.client.stop(), name=f"{hosted.engine.name}-end")
+        hosted.task = asyncio.create_task(_end(hosted), name=f"{hosted.engine.name}-end")
 
     def _forget(self, hosted: _Hosted) -> None:
         """Free its slot."""
         if self._hosted.get(_key(hosted.entry)) is hosted:
             del self._hosted[_key(hosted.entry)]
         if self._running.pop(hosted.engine.name, None) is not None and hosted.model is not None:
-            self._on_stopped(hosted.model)
+            self._metrics.forget_engine(hosted.client)
         self._changed.set()
 
     def _known_failure(self, key: tuple[str, str, str]) -> str | None:
@@ -352,6 +351,12 @@ def hosted_engine(config: ServeConfig, entry: CatalogEntry, *, name: str) -> Eng
             "chat_template": None,
         }
     )
+
+
+async def _end(hosted: _Hosted) -> None:
+    await hosted.client.stop()
+    if hosted.model is not None and hosted.model.checker is not None:
+        await hosted.model.checker.stop()
 
 
 def _key(entry: CatalogEntry) -> tuple[str, str, str]:

@@ -56,6 +56,7 @@ class Metrics:
 
     def __init__(self, *, version: str = "") -> None:
         self.registry = CollectorRegistry(auto_describe=False)
+        self._collectors: dict[str, _EngineCollector] = {}  # by engine name
         r = self.registry
         self._requests = Counter(
             "trilithon_requests", "Requests by how they ended.", ["model", "route", "finish_reason", "code"], registry=r
@@ -95,7 +96,9 @@ class Metrics:
 
     def watch_engine(self, model: str, engine: EngineClient, *, block_size: int = 16) -> None:
         """Show an engine's state and statistics, and observe each of its steps."""
-        self.registry.register(_EngineCollector(model, engine))
+        collector = _EngineCollector(model, engine)
+        self.registry.register(collector)
+        self._collectors[engine.name] = collector
         seconds = {phase: self._step_seconds.labels(model, phase) for phase in ("prefill", "decode", "mixed")}
         host, tokens = self._step_host.labels(model), self._step_tokens.labels(model)
 
@@ -111,6 +114,10 @@ class Metrics:
             tokens.observe(stats.step_tokens)
 
         engine.step_listeners.append(on_step)
+
+    def forget_engine(self, engine: EngineClient) -> None:
+        """An engine is gone for good; what its requests were counted under stays."""
+        self.registry.unregister(self._collectors.pop(engine.name))
 
     def inter_token(self, model: str) -> Intervals:
         """Where the time between two events of a sequence goes; looked up once per request, not per token."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,16 +15,30 @@ from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.auth import Principal
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.constraint_check import ConstraintChecker
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
+from trilithon_server.tasks import TaskFormat
+from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.tagging import TaggingFormat
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate
 from trilithon_server.validation import Bounds
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-Capability = Literal["generate", "chat", "score", "embed", "tokenize"]
+Capability = Literal["generate", "chat", "score", "embed", "tokenize", "annotate", "relations", "answer", "classify"]
+
+TASK_CAPABILITIES: Mapping[type[TaskFormat], Capability] = {
+    TaggingFormat: "annotate",
+    RelationFormat: "relations",
+    SpanFormat: "answer",
+    ClassFormat: "classify",
+}
+"""What an encoder can do by the format of its task."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +52,8 @@ class ServedModel:
         tokenizer: of the model directory.
         template: its chat template, or None.
         limits: of the server.
+        checker: compiles constraints before they are admitted; None for encoders.
+        task: what its head was trained for, from `task.json`; None for models without one.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -49,6 +65,8 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     limits: LimitsConfig
+    checker: ConstraintChecker | None = None
+    task: TaskFormat | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True
@@ -69,7 +87,8 @@ class ServedModel:
     def capabilities(self) -> tuple[Capability, ...]:
         """What it can do."""
         if self.encoder:
-            return ("embed", "tokenize")
+            task = () if self.task is None else (TASK_CAPABILITIES[type(self.task)],)
+            return (*task, "embed", "tokenize")
         chat: tuple[Capability, ...] = ("chat",) if self.template is not None else ()
         return ("generate", *chat, "score", "tokenize")
 

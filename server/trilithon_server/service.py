@@ -22,12 +22,13 @@ from trilithon.errors import DeadlineExceeded, NotFound
 from trilithon_server.assembly import Choice
 from trilithon_server.auth import Keyring
 from trilithon_server.calls import CallDetails, Calls
-from trilithon_server.config import LimitsConfig, ServeConfig, environment_api_keys
+from trilithon_server.config import ServeConfig, environment_api_keys
 from trilithon_server.constraint_rules import Constraint
 from trilithon_server.engine import wire_pb2 as wire
-from trilithon_server.engine.constraint_check import ConstraintChecker, ConstraintError
+from trilithon_server.engine.constraint_check import ConstraintError
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Generation, Part
+from trilithon_server.hosting import Hosting
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
@@ -51,6 +52,7 @@ class Service:
         config: the whole configuration.
         models: what is served; the first is the one that an unnamed model means when it is alone.
         metrics: of this process.
+        hosting: starts finetuned models when they are asked for; None where there is no supervisor to start them.
     Raises:
         KeysError: the keys file is not usable.
         ValueError: traces are asked for and cannot be made.
@@ -61,11 +63,14 @@ class Service:
         config: ServeConfig,
         models: Sequence[ServedModel],
         metrics: Metrics,
+        *,
+        hosting: Hosting | None = None,
     ) -> None:
         self.config = config
         self.limits = config.limits
         self.models = {model.name: model for model in models}
         self.metrics = metrics
+        self.hosting = hosting
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())
         self.limiter = KeyLimiter(config.limits)
@@ -73,11 +78,6 @@ class Service:
         self.drain_hook: Callable[[float | None], None] | None = None
         """Set by the front process: begins the drain of the whole server, as SIGTERM does."""
         self._calls = Calls(self.keys, self.limiter, metrics, make_tracer(config.telemetry, version=VERSION))
-        self._checkers = {
-            model.name: _checker(config.engines[i].model, config.limits)
-            for i, model in enumerate(models)
-            if not model.encoder
-        }
         self._started = False
         self.running = Running()
         for model in models:
@@ -85,11 +85,11 @@ class Service:
 
     async def start(self) -> None:
         """Start the workers that compile constraints, so that the first constraint does not wait for one."""
-        await asyncio.gather(*(checker.start() for checker in self._checkers.values()))
+        await asyncio.gather(*(m.checker.start() for m in self.models.values() if m.checker is not None))
 
     async def stop(self) -> None:
         """End those workers; idempotent."""
-        await asyncio.gather(*(checker.stop() for checker in self._checkers.values()))
+        await asyncio.gather(*(m.checker.stop() for m in self.models.values() if m.checker is not None))
 
     # -- every call -----------------------------------------------------------------------------------------
 
@@ -203,8 +203,9 @@ class Service:
                 violations.say("constraint.choice", message, code="constraint_too_long", given=str(min(sizes)))
                 violations.raise_if_any()
         before_s = time.monotonic()
+        assert model.checker is not None  # it generates
         try:
-            await self._checkers[model.name].check(constraint.to_wire())
+            await model.checker.check(constraint.to_wire())
         except ConstraintError as error:
             self.metrics.constraint_failures.labels(error.code).inc()
             field, message = f"constraint.{constraint.kind}", str(error)
@@ -321,7 +322,7 @@ class Service:
 
     def abort_all(self, model_name: str = "", cause: str = "cancelled") -> int:
         """End every request, or those of one model; how many there were."""
-        models = [self.model(model_name)] if model_name else list(self.models.values())
+        models = [self.model(model_name)] if model_name else self.running_models
         count = sum(model.engine.in_flight for model in models)
         for model in models:
             model.engine.abort_all(cause)
@@ -329,17 +330,23 @@ class Service:
 
     def reset_prefix_cache(self, model_name: str = "") -> None:
         """Forget every cached block that no request holds."""
-        models = [self.model(model_name)] if model_name else list(self.models.values())
-        for model in models:
+        named = [self.model(model_name)] if model_name else list(self.models.values())
+        for model in named:
             model.ready()
+        for model in named if model_name else self.running_models:
             model.engine.send_control(wire.Control.RESET_PREFIX_CACHE)
 
     # -- state ----------------------------------------------------------------------------------------------
 
     @property
+    def running_models(self) -> list[ServedModel]:
+        """The configured models, and finetuned ones that run on engines of their own."""
+        return [*self.models.values(), *(self.hosting.models if self.hosting is not None else ())]
+
+    @property
     def in_flight(self) -> int:
         """Requests that engines hold, queued ones included."""
-        return sum(model.engine.in_flight for model in self.models.values())
+        return sum(model.engine.in_flight for model in self.running_models)
 
     def drain(self, limit_s: float | None) -> int:
         """
@@ -350,6 +357,8 @@ class Service:
         """
         for model in self.models.values():
             model.engine.drain()
+        if self.hosting is not None:
+            self.hosting.drain()
         if self.drain_hook is not None:
             self.drain_hook(limit_s)
         return self.in_flight
@@ -372,9 +381,3 @@ class Service:
             model.engine.hello is not None or model.engine.losses for model in self.models.values()
         )
         return self._started
-
-
-def _checker(model_dir: str, limits: LimitsConfig) -> ConstraintChecker:
-    return ConstraintChecker(
-        Path(model_dir), compile_s=limits.constraint_compile_s, memory_bytes=limits.constraint_memory_bytes
-    )

@@ -20,7 +20,7 @@ def status(service: Service) -> dict[str, Any]:
         "fingerprint": service.fingerprint(hello) if hello is not None else "",
         "uptime_seconds": time.monotonic() - service.started_s,
         "draining": service.draining,
-        "engines": [_engine(model) for model in models],
+        "engines": [_engine(model) for model in service.running_models],
     }
 
 
