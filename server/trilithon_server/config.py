@@ -251,9 +251,10 @@ class LimitsConfig(_Node):
         default=60.0, gt=0, description="time without a read after which a stream is aborted"
     )
 
-    max_jobs_per_tenant: int = Field(default=16, ge=1, description="finetuning jobs of one tenant that are not over")
+    max_jobs_per_tenant: int = Field(default=100, ge=1, description="finetuning jobs of one tenant that are not over")
     max_file_bytes: Size = Field(default=512 << 20, ge=1, description="one uploaded file")
-    max_files_bytes: Size = Field(default=8 << 30, ge=1, description="uploaded files of one tenant, together")
+    max_files_bytes: Size = Field(default=10 << 30, ge=1, description="files of one tenant, together")
+    max_files: int = Field(default=1000, ge=1, description="files of one tenant")
     max_event_streams: int = Field(default=256, ge=1, description="streams of job events at once")
 
 
@@ -275,9 +276,9 @@ class JobsConfig(_Node):
     )
     database: str | None = Field(
         default=None,
-        pattern=r"^postgresql\+psycopg://[^:@/]*(@|$|/)",
-        description="PostgreSQL instead of SQLite in the store: postgresql+psycopg://USER@HOST/NAME; "
-        "the password comes from PGPASSFILE",
+        pattern=r"^postgresql://([^:@/]+@)?[^@]*$",
+        description="PostgreSQL instead of SQLite in the store: postgresql://USER@HOST/NAME; "
+        "the password is read from the file that PGPASSFILE names",
     )
     slots: int = Field(default=1, ge=0, le=64, description="jobs that run here at once; 0: no worker on this machine")
 

@@ -16,7 +16,15 @@ from trilithon._messages import generate_request, message_fields
 from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
 from trilithon._sse import SSEDecoder
 from trilithon._types import Completion, Model
-from trilithon.api.v1 import admin_pb2, common_pb2, embed_pb2, generation_pb2, models_pb2, tokenize_pb2
+from trilithon.api.v1 import (
+    admin_pb2,
+    common_pb2,
+    embed_pb2,
+    finetune_pb2,
+    generation_pb2,
+    models_pb2,
+    tokenize_pb2,
+)
 from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
 
 GOLDEN = Path(__file__).with_name("api_v1.txt")
@@ -100,7 +108,7 @@ def test_wire_only_grows() -> None:
 
 
 def _described() -> list[str]:
-    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, models_pb2, admin_pb2)
+    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, models_pb2, admin_pb2, finetune_pb2)
     lines = []
     for module in modules:
         file: Any = descriptor_pool.Default().FindFileByName(module.DESCRIPTOR.name)
@@ -110,10 +118,9 @@ def _described() -> list[str]:
             lines += [f"{enum.full_name}.{value.name} = {value.number}" for value in enum.values]
         for service in file.services_by_name.values():
             for method in service.methods:
-                streams = "stream " if method.server_streaming else ""
-                lines.append(
-                    f"{method.full_name}({method.input_type.full_name}) {streams}{method.output_type.full_name}"
-                )
+                asked = f"{'stream ' if method.client_streaming else ''}{method.input_type.full_name}"
+                told = f"{'stream ' if method.server_streaming else ''}{method.output_type.full_name}"
+                lines.append(f"{method.full_name}({asked}) {told}")
     return lines
 
 
