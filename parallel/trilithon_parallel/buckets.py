@@ -9,7 +9,8 @@ sum over dp of a bucket begins when the last micro-batch has added to all of it,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,15 @@ SHARE_MULTIPLE = 128
 @dataclass(frozen=True)
 class Kind:
     """
-    What makes parameters alike: `decays` (AdamW's weight decay), and over whom their gradients are summed before dp.
+    What makes parameters alike: `decays` (AdamW's weight decay), `rate` (a factor of the learning rate), and over whom
+    their gradients are summed before dp.
 
     `sum_over` is "none", "tp" (replicated, each rank having seen its own tokens), "kv" (copies of a key/value group) or
     the name of the tensor that stages hold copies of. `replicas`: ranks along tp that hold the very same elements.
     """
 
     decays: bool
+    rate: float
     sum_over: str
     replicas: int
 
@@ -86,6 +89,7 @@ class Buckets:
         grid: of the rank.
         virtual: chunks per rank.
         distributed: cut every bucket's optimizer state over dp (ZeRO-1, arXiv 1910.02054, section 5.1).
+        rate_of: canonical name -> factor of the learning rate, at least 0; the same on every rank.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Buckets:
         virtual: int,
         distributed: bool,
         bucket_elements: int = BUCKET_ELEMENTS,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         self.grid, self.distributed = grid, distributed
         tied = _tied_axes(config, grid, virtual)
@@ -108,7 +113,8 @@ class Buckets:
             # In the order in which the backward pass reaches them.
             parameters = [(name, p) for name, p in stage.named_parameters() if p.requires_grad][::-1]
             for name, parameter in parameters:
-                groups.setdefault(_kind(name, parameter, config, place, tied), []).append((name, parameter))
+                kind = _kind(name, parameter, config, place, tied, rate_of)
+                groups.setdefault(kind, []).append((name, parameter))
             runs = [(kind, held) for kind, members in groups.items() for held in _fill(members, bucket_elements)]
             place_of = {name: index for index, (name, _) in enumerate(parameters)}
             runs.sort(key=lambda run: place_of[run[1][-1][0]])  # by their ends, so none waits for one that ends later
@@ -225,21 +231,31 @@ def _fill(members: Iterable[tuple[str, nn.Parameter]], limit: int) -> Iterator[l
         yield run
 
 
-def _kind(name: str, parameter: nn.Parameter, config: ModelConfig, grid: Grid, tied: Container[str]) -> Kind:
+def _kind(
+    name: str,
+    parameter: nn.Parameter,
+    config: ModelConfig,
+    grid: Grid,
+    tied: Container[str],
+    rate_of: Callable[[str], float],
+) -> Kind:
     """How a parameter of the stage at `grid` is treated; `tied`: tensors that several stages hold copies of."""
     owner = source_name(name, config)
     rule = placement_of(owner)
     replicas, sum_over = 1, "none"
     if rule.cut is None:
         replicas = grid.tp.size
-        if grid.sequence_parallel and replicas > 1:
+        if grid.sequence_parallel and replicas > 1 and not rule.is_whole:
             sum_over = "tp"
     elif rule.cut == "kv" and local_sizes(config, grid.tp.size).kv_replicas > 1:
         replicas, sum_over = local_sizes(config, grid.tp.size).kv_replicas, "kv"
     if owner in tied:
         assert sum_over == "none", f"{name} is tied and {sum_over}-replicated"
         sum_over = owner
-    return Kind(parameter.dim() > 1, sum_over, replicas)
+    rate = rate_of(owner)
+    if not (math.isfinite(rate) and rate >= 0.0):
+        raise ValueError(f"learning-rate factor of {owner} must be a number from 0 up. Given: {rate!r}.")
+    return Kind(parameter.dim() > 1, rate, sum_over, replicas)
 
 
 def _replica_axis(config: ModelConfig, grid: Grid) -> Axis:

@@ -284,6 +284,19 @@ class _GatherSequence(torch.autograd.Function):
         return reduce_scatter(grad, ctx.axis, dim=0, label="gather_sequence.backward"), None
 
 
+class _GatherTokens(torch.autograd.Function):
+    """All-gather of the tokens forward; backward each rank keeps its own of a gradient that every rank has whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, axis, dim=0, label="gather_tokens.forward")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.axis.size)[ctx.axis.rank], None
+
+
 class _ScatterSequence(torch.autograd.Function):
     """Reduce-scatter of the tokens forward, all-gather backward. After row-parallel products and the embedding."""
 
@@ -306,6 +319,14 @@ def enter_columns(x: Tensor, grid: Grid) -> Tensor:
     if not grid.sequence_parallel or grid.tp.is_trivial:
         return copy_to_tp(x, grid.tp)
     result: Tensor = _GatherSequence.apply(x, grid.tp)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    return result
+
+
+def gather_tokens(x: Tensor, grid: Grid) -> Tensor:
+    """What stands before a part that every rank runs alike over all tokens: [T / tp, H] -> [T, H], or nothing."""
+    if not grid.sequence_parallel or grid.tp.is_trivial:
+        return x
+    result: Tensor = _GatherTokens.apply(x, grid.tp)  # type: ignore[no-untyped-call]  # torch's apply is untyped
     return result
 
 

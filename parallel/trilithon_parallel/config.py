@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trilithon_parallel.fields import Fields, ModelError, read_json
+from trilithon_parallel.task_head import KINDS, TaskHead, read_task_head
 
-__all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "RopeScaling", "load_config"]
+if TYPE_CHECKING:
+    from trilithon_parallel.lora.spec import LoraSpec
+
+__all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "RopeScaling", "TaskHead", "load_config"]
 
 Family = Literal["llama", "gpt2", "bert", "t5"]
 
@@ -22,6 +26,7 @@ ARCHITECTURES: Mapping[str, Family] = {
     "GPT2LMHeadModel": "gpt2",
     "BertModel": "bert",
     "BertForMaskedLM": "bert",
+    **dict.fromkeys(KINDS, "bert"),
     "T5ForConditionalGeneration": "t5",
 }
 
@@ -46,7 +51,8 @@ class ModelConfig:
     `num_kv_heads` is the number of key/value groups; `max_context` counts tokens (prompt and output together);
     `token_types` is 0 where there is no table of them; `mlm_head`: an encoder with the masked-LM head, whose product
     with the vocabulary is the embedding's; `scale_logits`: hidden states are multiplied by hidden_size^-0.5 before the
-    head; `relative_*`: of T5's position buckets; `pooling` and `normalize` matter to encoders alone.
+    head; `relative_*`: of T5's position buckets; `pooling` and `normalize` matter to encoders alone; `task_head`: what
+    an encoder that was made for a task ends in.
     """
 
     family: Family
@@ -77,6 +83,7 @@ class ModelConfig:
     relative_max_distance: int = 0
     scale_logits: bool = False
     mlm_head: bool = False
+    task_head: TaskHead | None = None
     pooling: Literal["mean", "cls"] = "mean"
     normalize: bool = False
     bos_id: int | None = None
@@ -84,6 +91,12 @@ class ModelConfig:
     pad_id: int | None = None
     decoder_start_id: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: LoraSpec | None = None
+    """The adapter beside the weights; no file of a model says it."""
+
+    def without_lora(self) -> ModelConfig:
+        """The base model alone."""
+        return replace(self, lora=None)
 
     @property
     def is_causal(self) -> bool:
@@ -293,6 +306,7 @@ def _bert(reader: Fields, architecture: str) -> dict[str, Any]:
         "token_types": reader.size("type_vocab_size", 2),
         "mlm_head": has_head,
         "tied_embeddings": has_head,
+        "task_head": read_task_head(reader, architecture),
     }
 
 

@@ -53,6 +53,14 @@ class Dropout:
             keep = keep.chunk(self.grid.tp.size)[self.grid.tp.rank]
         return _drop(x_TH, keep, self.hidden_rate)
 
+    def pooled(self, x_BH: Tensor, *, layer: int, site: str) -> Tensor:
+        """Drop elements of one vector a sample, [B, H], the same on every rank."""
+        if self.hidden_rate == 0.0:
+            return x_BH
+        shape = tuple(x_BH.shape[1:])
+        keep = torch.stack([self._keep(shape, self.hidden_rate, sample, layer, site) for sample in self.sample_ids])
+        return _drop(x_BH, keep, self.hidden_rate)
+
     def attention(self, weights_ASS: Tensor, *, sample: int, layer: int) -> Tensor:
         """Drop weights [A, S, S] of the sample at index `sample` of this micro-batch; A is this rank's share."""
         if self.attention_rate == 0.0:

@@ -1,18 +1,21 @@
 """
-Cross-entropy over a vocabulary that is cut by tp, without ever gathering the logits (arXiv 1909.08053, section 3).
+Losses. Those of a vocabulary are made without ever gathering logits that tp cuts (arXiv 1909.08053, section 3).
 
 Three small all-reduces: the largest logit, the sum of exponentials, the target's logit. The loss of a step is the sum
 of its tokens' losses over the global number of tokens that count, so it depends on no layout: callers give each token
 the weight 1 / N, and everything after that is a sum.
 
-Shapes: T tokens, V this rank's columns of the vocabulary.
+Shapes: T tokens, V this rank's columns of the vocabulary, N cases with L labels, B sequences, P pairs of answers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trilithon_parallel.collectives import all_reduce, all_reduce_max
@@ -29,25 +32,32 @@ def cross_entropy(
     The weighted sum of the tokens' losses (fp64, a scalar), and each token's log-probability (fp32 [T], no gradient).
 
     Args:
-        logits_TV: fp32 or fp64, this rank's columns; taken over: their memory holds something else afterwards.
-        targets_T: int64 token ids. Where the weight is 0 they must still be ids of the vocabulary.
+        logits_TV, targets_T, tp, real_columns: as for `target_logprobs`.
         weights_T: float; 0 where a token does not count.
+    """
+    logprobs_T = target_logprobs(logits_TV, targets_T, tp=tp, real_columns=real_columns)
+    return -(logprobs_T * weights_T).sum(), logprobs_T.detach().to(logits_TV.dtype)
+
+
+def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, tp: Axis, real_columns: int) -> Tensor:
+    """
+    Each target's log-probability, fp64 [T], the same on every rank of the axis. Differentiable.
+
+    Args:
+        logits_TV: fp32 or fp64, this rank's columns; taken over: their memory holds something else afterwards.
+        targets_T: int64 token ids. Where nothing is made of the result they must still be ids of the vocabulary.
         tp: the axis that the vocabulary is cut along, in rank order, equally many columns each.
         real_columns: columns of this rank that are tokens; those after them are padding.
     """
-    total, logprobs_T = _CrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's apply is untyped
-        logits_TV, targets_T, weights_T, tp, real_columns
-    )
-    return total, logprobs_T
+    result: Tensor = _LogProbabilities.apply(logits_TV, targets_T, tp, real_columns)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    return result
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """-sum_t w_t log softmax(x_t)[target_t]; its gradient is w_t (softmax - one-hot)."""
+class _LogProbabilities(torch.autograd.Function):
+    """log softmax(x_t)[target_t]; its gradient is one-hot - softmax."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, tp: Axis, real_columns: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, tp: Axis, real_columns: int) -> Tensor:
         local_T = targets_T - tp.rank * logits_TV.shape[1]
         is_mine_T = (local_T >= 0) & (local_T < real_columns)
         local_T = torch.where(is_mine_T, local_T, 0)
@@ -61,24 +71,59 @@ class _CrossEntropy(torch.autograd.Function):
             sums_T[rows] = part_RV.sum(1, dtype=torch.float64)
         sums_T = all_reduce(sums_T, tp, label="loss.sum")
         chosen_T = all_reduce(chosen_T, tp, label="loss.target")
-        logprobs_T = (chosen_T.double() - most_T.double()) - sums_T.log()
-        ctx.save_for_backward(logits_TV, sums_T, weights_T, local_T, is_mine_T)
+        ctx.save_for_backward(logits_TV, sums_T, local_T, is_mine_T)
         ctx.real_columns = real_columns
-        reported_T = logprobs_T.to(logits_TV.dtype)
-        ctx.mark_non_differentiable(reported_T)
-        return -(logprobs_T * weights_T).sum(), reported_T
+        return (chosen_T.double() - most_T.double()) - sums_T.log()
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TV, sums_T, weights_T, local_T, is_mine_T = ctx.saved_tensors
-        scale_T = weights_T.double() * d_total
-        shrink_T = (scale_T / sums_T).to(grad_TV.dtype)
+    def backward(ctx: Any, d_logprobs_T: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TV, sums_T, local_T, is_mine_T = ctx.saved_tensors
+        shrink_T = (-d_logprobs_T / sums_T).to(grad_TV.dtype)
         for rows in _blocks(grad_TV):
             grad_TV[rows].mul_(shrink_T[rows].unsqueeze(1))
         grad_TV[:, ctx.real_columns :] = 0.0
-        one_hot_T = torch.where(is_mine_T, scale_T, 0.0).to(grad_TV.dtype)
-        grad_TV.scatter_add_(1, local_T.unsqueeze(1), -one_hot_T.unsqueeze(1))
-        return grad_TV, None, None, None, None
+        one_hot_T = torch.where(is_mine_T, d_logprobs_T, 0.0).to(grad_TV.dtype)
+        grad_TV.scatter_add_(1, local_T.unsqueeze(1), one_hot_T.unsqueeze(1))
+        return grad_TV, None, None, None
+
+
+def label_losses(logits_NL: Tensor, labels_N: Tensor) -> Tensor:
+    """-log softmax(x_n)[label_n], fp64 [N], of a head that every rank has whole."""
+    return F.cross_entropy(logits_NL.double(), labels_N, reduction="none")
+
+
+def span_losses(
+    logits_T2: Tensor, starts_B: Tensor, ends_B: Tensor, allowed_T: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    """
+    Of each sequence the mean of two losses, its start's and its end's (Devlin et al. 2019, section 4.2): fp64 [B].
+
+    Args:
+        logits_T2: of being a start, an end.
+        starts_B, ends_B: int64 places in T, each within its own sequence and allowed.
+        allowed_T: bool; the softmax of a sequence runs over these of its tokens.
+    """
+    masked_T2 = logits_T2.double().masked_fill(~allowed_T.unsqueeze(1), -torch.inf)
+    sums_B2 = torch.stack([masked_T2[start:stop].logsumexp(0) for start, stop in pairwise(cu_seqlens)])
+    chosen_B2 = torch.stack((masked_T2[starts_B, 0], masked_T2[ends_B, 1]), 1)
+    return (sums_B2 - chosen_B2).mean(1)
+
+
+def preference_margins(sums_P2: Tensor, reference_P2: Tensor) -> Tensor:
+    """
+    How much more than its reference a model prefers the chosen to the rejected answer, fp64 [P].
+
+    Args:
+        sums_P2, reference_P2: summed log-probabilities of chosen and rejected answers, by the model and by the one that
+            it began as.
+    """
+    gained_P2 = sums_P2.double() - reference_P2.double()
+    return gained_P2[:, 0] - gained_P2[:, 1]
+
+
+def preference_losses(margins_P: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta * margin), [P]: direct preference optimisation (arXiv 2305.18290, equation 7)."""
+    return -F.logsigmoid(beta * margins_P)
 
 
 def _blocks(x_TV: Tensor) -> list[slice]:

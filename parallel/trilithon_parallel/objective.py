@@ -1,13 +1,17 @@
 """
 What a model learns from a micro-batch: how a batch goes through a stage of each family, and what its last stage loses.
 
-Shapes: T packed tokens, H hidden, V this rank's columns of the vocabulary, R tokens that count.
+Every kind of batch says itself what is lost and what its model's outputs are. A loss is a sum over what counts (tokens,
+sequences, pairs), to be divided by how many of them the whole global batch has: so it depends on no layout.
+
+Shapes: T packed tokens, H hidden, B sequences, P pairs of them, L labels of a task head.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +20,30 @@ from trilithon_parallel.attention import PackedView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.loss import cross_entropy
+from trilithon_parallel.loss import (
+    cross_entropy,
+    label_losses,
+    preference_losses,
+    preference_margins,
+    span_losses,
+    target_logprobs,
+)
 from trilithon_parallel.models import CausalStage, EncoderStage, Seq2SeqStage
 from trilithon_parallel.models.seq2seq import boundary_rows
 
+Stage = CausalStage | EncoderStage | Seq2SeqStage
 
-@dataclass(frozen=True, eq=False)
-class Batch:
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackedBatch(ABC):
     """
-    One micro-batch on the device.
+    One micro-batch on the device: what goes into the model, whatever comes out.
 
-    `tokens_T`, `targets_T`, `positions_T`: int64. `weights_T`: how much each target counts, 0 where it does not.
-    `types_T`: int64 token types or None. `cu_seqlens`: where attention begins anew. `lengths`: tokens of each sample of
-    `sample_ids`, in order.
+    `tokens_T`, `positions_T`: int64. `types_T`: int64 token types or None. `cu_seqlens`: where attention begins anew.
+    `lengths`: tokens of each sample of `sample_ids`, in order.
     """
 
     tokens_T: Tensor
-    targets_T: Tensor
-    weights_T: Tensor
     positions_T: Tensor
     cu_seqlens: Sequence[int]
     sample_ids: Sequence[int]
@@ -41,21 +51,104 @@ class Batch:
     types_T: Tensor | None = None
 
     @property
+    @abstractmethod
     def num_targets(self) -> int:
-        """Tokens that count."""
-        return int((self.weights_T > 0).sum())
+        """How many tokens, sequences or pairs count: the loss of a global batch is the sum by the number of these."""
+
+    @abstractmethod
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """
+        On the last stage: the sum of what is lost, each part by its weight and by `scale` (fp64, a scalar).
+
+        The same on every tp rank; its gradient to `hidden_TH` is whole on each.
+        """
+
+    @abstractmethod
+    def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
+        """On the last stage: what the model says, of shape `output_shape`; see `TrainingModel.predict`."""
+
+    @abstractmethod
+    def output_shape(self, config: ModelConfig, *, per_token: bool) -> tuple[int, ...]:
+        """The shape of `outputs`, known on every stage."""
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.cu_seqlens) - 1
 
     def boundary_rows(self, config: ModelConfig, grid: Grid) -> int:
         """Rows of what the stage at `grid` receives from the one before."""
         return len(self.tokens_T) // _token_shares(grid)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch(PackedBatch):
+    """
+    Tokens of a vocabulary, or none, to be said at each place.
+
+    `targets_T`: int64. `weights_T`: how much each target counts, 0 where it does not. Outputs are the summed
+    log-probabilities of each sequence's targets that count [B]; or of each target, 0 where it does not count [T].
+    """
+
+    targets_T: Tensor
+    weights_T: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that count."""
+        return int((self.weights_T > 0).sum())
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Cross-entropy of the tokens that count."""
+        targets_T, weights_T = self.targets_T, self.weights_T
+        if isinstance(stage, EncoderStage) and not grid.sequence_parallel:
+            # Few tokens are masked: the head sees those alone. (Under sequence parallelism ranks hold other tokens.)
+            counts_T = weights_T > 0
+            hidden_TH, targets_T, weights_T = hidden_TH[counts_T], targets_T[counts_T], weights_T[counts_T]
+        # In fp64: 1 / N in fp32 would be off in all of the step's loss and gradients alike.
+        scaled_T = weights_T.double() * scale
+        total, _ = cross_entropy(
+            stage.local_logits(hidden_TH), targets_T, scaled_T, tp=grid.tp, real_columns=stage.real_columns
+        )
+        return total
+
+    def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
+        """Log-probabilities, see above."""
+        places, logprobs = self._counted(stage, hidden_TH, grid=grid)
+        if per_token:
+            return torch.zeros_like(self.weights_T, dtype=torch.float64).index_put((places,), logprobs)
+        return self._sums(places, logprobs)
+
+    def output_shape(self, config: ModelConfig, *, per_token: bool) -> tuple[int, ...]:
+        """[B] or [T]."""
+        return (len(self.tokens_T),) if per_token else (self.num_sequences,)
+
+    def _counted(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Places of the targets that count, and their log-probabilities (fp64, differentiable)."""
+        places = (self.weights_T > 0).nonzero().squeeze(1)
+        if not grid.sequence_parallel:
+            logits = stage.local_logits(hidden_TH[places])
+        else:
+            logits = stage.local_logits(hidden_TH)[places]
+        return places, target_logprobs(logits, self.targets_T[places], tp=grid.tp, real_columns=stage.real_columns)
+
+    def _sums(self, places: Tensor, logprobs: Tensor) -> Tensor:
+        """By sequence: fp64 [B]."""
+        bounds = torch.tensor(self.cu_seqlens[1:], device=places.device)
+        sums_B = torch.zeros(self.num_sequences, dtype=torch.float64, device=places.device)
+        return sums_B.index_add(0, torch.searchsorted(bounds, places, right=True), logprobs)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Seq2SeqBatch(Batch):
     """`Batch` is the decoder's side; `encoder_tokens_E` int64 and their borders are the encoder's, sample by sample."""
 
-    encoder_tokens_E: Tensor = field(kw_only=True)
-    encoder_cu_seqlens: Sequence[int] = field(kw_only=True)
+    encoder_tokens_E: Tensor
+    encoder_cu_seqlens: Sequence[int]
 
     def boundary_rows(self, config: ModelConfig, grid: Grid) -> int:
         """As for `Batch`: one stream, or both where the stage before decodes."""
@@ -70,21 +163,140 @@ class Seq2SeqBatch(Batch):
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreferenceBatch(Batch):
+    """
+    Pairs of answers: sequences 2p and 2p + 1 are one that was chosen and one that was rejected.
+
+    `reference_P2`: summed log-probabilities of their targets by the model that training began from, as `predict` gives
+    them before the first step. `beta`: above 0; how dear it is to move away from that model. Weights of targets are 0
+    or 1: an answer's log-probability is the sum over its tokens.
+    """
+
+    reference_P2: Tensor
+    beta: float
+
+    @property
+    def num_targets(self) -> int:
+        """Pairs."""
+        return len(self.reference_P2)
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """-log sigmoid(beta * margin) of every pair (arXiv 2305.18290, equation 7)."""
+        sums_B = self._sums(*self._counted(stage, hidden_TH, grid=grid))
+        return preference_losses(self.margins(sums_B), self.beta).sum() * scale
+
+    def margins(self, sums_B: Tensor) -> Tensor:
+        """
+        fp64 [P]: how much more than the reference the model prefers the chosen answers; above 0 it has learned them.
+
+        Args:
+            sums_B: the batch's outputs.
+        """
+        return preference_margins(sums_B.view(-1, 2), self.reference_P2)
+
+
+class _TaskBatch(PackedBatch):
+    """Outputs of a task head: its logits."""
+
+    def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
+        """Logits of the labels."""
+        assert isinstance(stage, EncoderStage)
+        return stage.task_logits(hidden_TH, self.cu_seqlens)
+
+    def output_shape(self, config: ModelConfig, *, per_token: bool) -> tuple[int, ...]:
+        """[T, L], or [B, L] of a sequence head."""
+        head = config.task_head
+        assert head is not None
+        rows = self.num_sequences if head.kind == "sequence" else len(self.tokens_T)
+        return rows, len(head.labels)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TagBatch(_TaskBatch):
+    """Labels of tokens. `targets_T`: int64 label ids. `weights_T`: 0 where a token has none. Outputs: logits [T, L]."""
+
+    targets_T: Tensor
+    weights_T: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that count."""
+        return int((self.weights_T > 0).sum())
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Cross-entropy of the labels."""
+        assert isinstance(stage, EncoderStage)
+        counts_T = self.weights_T > 0
+        logits_RL = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)[counts_T]
+        losses_R = label_losses(logits_RL, self.targets_T[counts_T])
+        return (losses_R * self.weights_T[counts_T]).sum() * scale
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassBatch(_TaskBatch):
+    """Labels of sequences. `labels_B`: int64. `weights_B`: 0 where one does not count. Outputs: logits [B, L]."""
+
+    labels_B: Tensor
+    weights_B: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Sequences that count."""
+        return int((self.weights_B > 0).sum())
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """Cross-entropy of the labels."""
+        assert isinstance(stage, EncoderStage)
+        losses_B = label_losses(stage.task_logits(hidden_TH, self.cu_seqlens, dropout), self.labels_B)
+        return (losses_B * self.weights_B).sum() * scale
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpanBatch(_TaskBatch):
+    """
+    Answers as spans of their contexts.
+
+    `starts_B`, `ends_B`: int64 places in T of each answer's first and last token; a sequence without an answer has its
+    first token's place twice. `context_T`: bool, the tokens that may be part of an answer; a sequence's first token may
+    always be chosen, for no answer. Outputs: logits [T, 2] of all tokens, starts and ends.
+    """
+
+    starts_B: Tensor
+    ends_B: Tensor
+    context_T: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Sequences."""
+        return len(self.starts_B)
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Tensor:
+        """The mean of the start's and the end's cross-entropy over what may be chosen."""
+        assert isinstance(stage, EncoderStage)
+        allowed_T = self.context_T.index_fill(0, torch.tensor(self.cu_seqlens[:-1], device=hidden_TH.device), True)
+        logits_T2 = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)
+        return span_losses(logits_T2, self.starts_B, self.ends_B, allowed_T, self.cu_seqlens).sum() * scale
+
+
 def _token_shares(grid: Grid) -> int:
     return grid.tp.size if grid.sequence_parallel else 1
 
 
-def learn(
-    stage: nn.Module, batch: Batch, received: Tensor | None, *, grid: Grid, scale: float, dropout: Dropout | None
-) -> Tensor:
+def run(stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
     """
-    One micro-batch through one stage.
+    One micro-batch through one stage, to its hidden states.
 
     Args:
         received: hidden states of the stage before; None on the first.
-        scale: of every token's loss.
-    Returns:
-        Hidden states for the next stage; on the last, sum of weights * losses * scale (fp64, a scalar).
     """
     hidden_TH: Tensor
     if isinstance(stage, Seq2SeqStage):
@@ -96,35 +308,50 @@ def learn(
             decoder_tokens_T=batch.tokens_T,
             decoder_cu_seqlens=batch.cu_seqlens,
         )
-    else:
-        assert isinstance(stage, CausalStage | EncoderStage)
-        view = PackedView(
-            batch.cu_seqlens,
-            causal=isinstance(stage, CausalStage),
-            dropout=dropout,
-            selective=stage.model.recompute.kind == "selective",
-        )
-        x = batch.tokens_T if received is None else received
-        hidden_TH = stage(x, positions_T=batch.positions_T, view=view, types_T=batch.types_T)
+        return hidden_TH
+    assert isinstance(stage, CausalStage | EncoderStage)
+    view = PackedView(
+        batch.cu_seqlens,
+        causal=isinstance(stage, CausalStage),
+        dropout=dropout,
+        selective=stage.model.recompute.kind == "selective",
+    )
+    x = batch.tokens_T if received is None else received
+    hidden_TH = stage(x, positions_T=batch.positions_T, view=view, types_T=batch.types_T)
+    return hidden_TH
+
+
+def learn(
+    stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, grid: Grid, scale: float, dropout: Dropout | None
+) -> Tensor:
+    """
+    One micro-batch through one stage.
+
+    Args:
+        received: hidden states of the stage before; None on the first.
+        scale: of everything that is lost.
+    Returns:
+        Hidden states for the next stage; on the last, the batch's loss (fp64, a scalar).
+    """
+    hidden_TH = run(stage, batch, received, dropout=dropout)
     if not grid.is_last_stage:
         return hidden_TH
-    targets_T, weights_T = batch.targets_T, batch.weights_T
-    if isinstance(stage, EncoderStage) and not grid.sequence_parallel:
-        # Few tokens are masked: the head sees those alone. (Under sequence parallelism ranks hold different tokens.)
-        counts_T = weights_T > 0
-        hidden_TH, targets_T, weights_T = hidden_TH[counts_T], targets_T[counts_T], weights_T[counts_T]
-    # In fp64: 1 / N in fp32 would be off in all of the step's loss and gradients alike.
-    scaled_T = weights_T.double() * scale
-    total, _ = cross_entropy(
-        stage.local_logits(hidden_TH), targets_T, scaled_T, tp=grid.tp, real_columns=stage.real_columns
-    )
-    return total
+    assert isinstance(stage, Stage)
+    return batch.loss(stage, hidden_TH, grid=grid, scale=scale, dropout=dropout)
+
+
+def predict(stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, grid: Grid, per_token: bool) -> Tensor:
+    """As `learn`, without dropout; on the last stage the batch's outputs."""
+    hidden_TH = run(stage, batch, received, dropout=None)
+    if not grid.is_last_stage:
+        return hidden_TH
+    assert isinstance(stage, Stage)
+    return batch.outputs(stage, hidden_TH, grid=grid, per_token=per_token)
 
 
 def log_probabilities(stage: CausalStage, batch: Batch) -> Tensor:
     """fp32 [T]: the log-probability of each target by the training forward, for a model of one stage."""
-    view = PackedView(batch.cu_seqlens, causal=True)
-    hidden_TH = stage(batch.tokens_T, positions_T=batch.positions_T, view=view, types_T=batch.types_T)
+    hidden_TH = run(stage, batch, None, dropout=None)
     ones_T = torch.ones(len(batch.tokens_T))
     _, logprobs_T = cross_entropy(
         stage.local_logits(hidden_TH), batch.targets_T, ones_T, tp=stage.grid.tp, real_columns=stage.real_columns
@@ -133,7 +360,7 @@ def log_probabilities(stage: CausalStage, batch: Batch) -> Tensor:
 
 
 def dropout_of(
-    batch: Batch, grid: Grid, config: ModelConfig, hidden: float, attention: float, *, seed: int, step: int
+    batch: PackedBatch, grid: Grid, config: ModelConfig, hidden: float, attention: float, *, seed: int, step: int
 ) -> Dropout:
     """The dropout masks of one micro-batch on one stage."""
     return Dropout(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ STATES = ("exp_avg", "exp_avg_sq")
 @dataclass(frozen=True)
 class AdamWSettings:
     """
-    AdamW (arXiv 1711.05101) and clipping by the global norm; the learning rate is given with each step.
+    AdamW (arXiv 1711.05101) and clipping by the global norm; the learning rate is given with each step, and multiplied
+    by each parameter's own factor.
 
     Norms, biases and other one-dimensional parameters never decay.
     """
@@ -69,17 +71,15 @@ class Optimizer:
             master = nn.Parameter(share if is_wide else share.to(bucket.grad.dtype))
             master.grad = bucket.grad_share
             self.masters.append(master)
-        groups: list[dict[str, object]] = [
-            {
-                "params": [
-                    m for m, bucket in zip(self.masters, buckets.buckets, strict=True) if bucket.kind.decays == d
-                ],
-                "weight_decay": settings.weight_decay if d else 0.0,
-            }
-            for d in (True, False)
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._adamw = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        for master, bucket in zip(self.masters, buckets.buckets, strict=True):
+            decays, rate = bucket.kind.decays, bucket.kind.rate
+            decay = settings.weight_decay if decays else 0.0
+            group = groups.setdefault((decays, rate), {"params": [], "weight_decay": decay, "rate": rate})
+            group["params"].append(master)
+        self._adamw = torch.optim.AdamW(
+            list(groups.values()), betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+        )
         for master in self.masters:  # made now and not at the first step, so that a checkpoint can be loaded into them
             state = self._adamw.state[master]
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -115,7 +115,7 @@ class Optimizer:
             for bucket in self.buckets.buckets:
                 bucket.grad_share.mul_(factor)
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         self._adamw.step()
         self.publish()
         return Outcome(norm, is_skipped=False)

@@ -15,6 +15,7 @@ layout, for every family (GPT-2 and BERT are renamed to them when read):
     model.layers.N.output_layernorm.{weight,bias}        [H]        BERT: after the MLP's residual
     model.norm.{weight,bias}   [H]                     lm_head.weight [V, H]
     lm_transform.{dense.weight [H, H], dense.bias, norm.weight, norm.bias [H]}, lm_head.bias [V]    masked-LM head
+    task_head.{weight [L, H], bias [L]}, pooler.dense.{weight [H, H], bias [H]}     task head of L labels, its pooler
 
 An encoder-decoder (T5) has two stacks, `encoder.` and `decoder.`, with layers as above; the decoder's have besides
 
@@ -39,6 +40,7 @@ from itertools import pairwise
 from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.shapes import global_shapes as global_shapes  # part of what this module offers
 
 Cut = Literal["q", "kv", "heads", "ffn", "vocab"]
 Stage = Literal["first", "layer", "encoder_end", "decoder_start", "last"]
@@ -51,19 +53,30 @@ SUM_TERMS = 12
 
 @dataclass(frozen=True)
 class Placement:
-    """One rule: the names it covers, along which dim and by what they are cut (None: replicated), and their stage."""
+    """
+    One rule: the names it covers, along which dim and by what they are cut (None: replicated), and their stage.
+
+    `is_whole`: every tp rank computes the whole gradient, under sequence parallelism too.
+    """
 
     pattern: re.Pattern[str]
     cut: Cut | None
     dim: int | None
     stage: Stage
     tied_to: str | None = None
+    is_whole: bool = False
 
 
 def _rule(
-    pattern: str, stage: Stage, cut: Cut | None = None, dim: int | None = None, tied_to: str | None = None
+    pattern: str,
+    stage: Stage,
+    cut: Cut | None = None,
+    dim: int | None = None,
+    tied_to: str | None = None,
+    *,
+    is_whole: bool = False,
 ) -> Placement:
-    return Placement(re.compile(pattern), cut, dim, stage, tied_to)
+    return Placement(re.compile(pattern), cut, dim, stage, tied_to, is_whole)
 
 
 _LAYER = r"model\.layers\.\d+\."
@@ -85,6 +98,11 @@ RULES: tuple[Placement, ...] = (
 MASKED_LM_RULES: tuple[Placement, ...] = (
     _rule(r"lm_transform\.(dense|norm)\.(weight|bias)", "last"),
     _rule(r"lm_head\.bias", "last", "vocab", 0),
+)
+# Small, so every rank has them whole and runs them over all tokens, those of other ranks' too (`is_whole`).
+TASK_RULES: tuple[Placement, ...] = (
+    _rule(r"task_head\.(weight|bias)", "last", is_whole=True),
+    _rule(r"pooler\.dense\.(weight|bias)", "last", is_whole=True),
 )
 _STACK = r"(encoder|decoder)\.layers\.\d+\."
 SEQ2SEQ_RULES: tuple[Placement, ...] = (
@@ -109,7 +127,7 @@ COPY_RULES: tuple[Placement, ...] = (
 
 def placement_of(name: str) -> Placement:
     """The one rule that covers a canonical name; KeyError where none does."""
-    for rule in (*RULES, *MASKED_LM_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
+    for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
         if rule.pattern.fullmatch(name):
             return rule
     raise KeyError(name)
@@ -226,61 +244,6 @@ def stage_layers(num_layers: int, pp: int, counts: Sequence[int] | None = None) 
     return [range(starts[stage], starts[stage + 1]) for stage in range(pp)]
 
 
-def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Every canonical tensor of a model and its true shape; a copy is not listed (it is its owner's tensor)."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    if config.position == "learned":
-        shapes["model.embed_positions.weight"] = (config.max_context, hidden)
-    if config.token_types:
-        shapes["model.embed_types.weight"] = (config.token_types, hidden)
-    if config.is_seq2seq:
-        for stack, layers in (("encoder", config.num_encoder_layers), ("decoder", config.num_decoder_layers)):
-            shapes[f"{stack}.relative_bias.weight"] = (config.relative_buckets, config.num_heads)
-            for layer in range(layers):
-                shapes |= _layer_shapes(f"{stack}.layers.{layer}.", config, has_cross=stack == "decoder")
-            shapes |= _norm(f"{stack}.norm", config)
-    else:
-        if config.norm_order == "post":
-            shapes |= _norm("model.embed_norm", config)
-        for layer in range(config.num_layers):
-            shapes |= _layer_shapes(f"model.layers.{layer}.", config, has_cross=False)
-        if config.norm_order == "pre":
-            shapes |= _norm("model.norm", config)
-    if config.has_head and not config.tied_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    if config.mlm_head:
-        shapes |= {"lm_transform.dense.weight": (hidden, hidden), "lm_transform.dense.bias": (hidden,)}
-        shapes |= {**_norm("lm_transform.norm", config), "lm_head.bias": (config.vocab_size,)}
-    return shapes
-
-
-def _layer_shapes(at: str, config: ModelConfig, *, has_cross: bool) -> dict[str, tuple[int, ...]]:
-    hidden, width = config.hidden_size, config.num_heads * config.head_dim
-    kv_width, ffn = config.num_kv_heads * config.head_dim, config.ffn_size
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if config.norm_order == "post":
-        norms = ["post_attention_layernorm", "output_layernorm"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    parts: list[tuple[str, int, int, bool]] = []
-    for attention in ("self_attn", "cross_attn") if has_cross else ("self_attn",):
-        parts += [
-            (f"{attention}.q_proj", width, hidden, config.qkv_bias),
-            (f"{attention}.k_proj", kv_width, hidden, config.qkv_bias),
-            (f"{attention}.v_proj", kv_width, hidden, config.qkv_bias),
-            (f"{attention}.o_proj", hidden, width, config.out_bias),
-        ]
-    parts += [("mlp.gate_proj", ffn, hidden, config.mlp_bias)] if config.gated_mlp else []
-    parts += [("mlp.up_proj", ffn, hidden, config.mlp_bias), ("mlp.down_proj", hidden, ffn, config.mlp_bias)]
-    for part, rows, columns, has_bias in parts:
-        shapes[f"{at}{part}.weight"] = (rows, columns)
-        if has_bias:
-            shapes[f"{at}{part}.bias"] = (rows,)
-    for norm in [*norms, "cross_attention_layernorm"] if has_cross else norms:
-        shapes |= _norm(at + norm, config)
-    return shapes
-
-
 def source_name(name: str, config: ModelConfig) -> str:
     """The tensor in the files that fills the parameter `name`: its owner's, where it is a copy."""
     tied_to = placement_of(name).tied_to
@@ -379,10 +342,3 @@ def layout_waste(config: ModelConfig, tp: int) -> float:
     """
     sizes = local_sizes(config, tp)
     return 1.0 - config.num_kv_heads / sizes.padded_groups
-
-
-def _norm(name: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (config.hidden_size,)}
-    if config.norm == "layer":
-        shapes[f"{name}.bias"] = (config.hidden_size,)
-    return shapes

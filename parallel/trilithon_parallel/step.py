@@ -9,7 +9,8 @@ Shapes: T packed tokens of a micro-batch, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from trilithon_parallel import pipeline
 from trilithon_parallel.backend import Backend, Forgetful
 from trilithon_parallel.buckets import BUCKET_ELEMENTS, Buckets
-from trilithon_parallel.collectives import all_reduce
+from trilithon_parallel.collectives import all_reduce, broadcast_
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.models.seq2seq import Stack
 from trilithon_parallel.models.stage import Trunk
-from trilithon_parallel.objective import Batch, dropout_of, learn
+from trilithon_parallel.objective import PackedBatch, dropout_of, learn, predict
 from trilithon_parallel.optimizer import AdamWSettings, Optimizer
 from trilithon_parallel.precision import LossScale
 from trilithon_parallel.recompute import Recompute
@@ -55,18 +56,22 @@ class ModelChunk:
 
     def __init__(self, stage: nn.Module, grid: Grid, config: ModelConfig, backend: Backend) -> None:
         self.stage, self.grid, self.config, self.backend = stage, grid, config, backend
-        self.batches: Sequence[Batch] = ()
+        self.batches: Sequence[PackedBatch] = ()
         self.scale = 1.0
         self.dropout: tuple[DropoutRates, int, int] | None = None
+        self.per_token: bool | None = None
+        """None while it learns; else it predicts."""
 
     def forward(self, microbatch: int, received: Tensor | None) -> Tensor:
-        """The boundary tensor for the next stage, or on the last one the scaled sum of losses."""
+        """The boundary tensor for the next stage, or on the last one the scaled sum of losses, or the outputs."""
         batch = self.batches[microbatch]
         dropout = None
         if self.dropout is not None:
             rates, seed, step = self.dropout
             dropout = dropout_of(batch, self.grid, self.config, rates.hidden, rates.attention, seed=seed, step=step)
         with self.backend.autocast():
+            if self.per_token is not None:
+                return predict(self.stage, batch, received, grid=self.grid, per_token=self.per_token)
             return learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
 
     def boundary_shape(self, microbatch: int) -> tuple[int, ...]:
@@ -81,6 +86,7 @@ class TrainingModel:
 
     Args:
         bucket_elements: gradients that are summed over dp together, and parameters that are gathered together.
+        rate_of: canonical name -> factor of the learning rate, at least 0 (a new head may learn faster than the rest).
     Raises:
         ModelError: `layout_invalid`, the layout does not fit the model.
     """
@@ -98,6 +104,7 @@ class TrainingModel:
         dropout: DropoutRates | None = None,
         seed: int = 0,
         bucket_elements: int = BUCKET_ELEMENTS,
+        rate_of: Callable[[str], float] = lambda name: 1.0,
     ) -> None:
         self.config, self.grid, self.layout, self.dtype, self.seed = config, grid, layout, dtype, seed
         self.dropout = dropout if dropout is not None and (dropout.hidden or dropout.attention) else None
@@ -119,6 +126,7 @@ class TrainingModel:
             virtual=layout.virtual,
             distributed=layout.distributed_optimizer,
             bucket_elements=bucket_elements,
+            rate_of=rate_of,
         )
         scale = LossScale() if dtype == torch.float16 else None
         self.optimizer = Optimizer(self.buckets, config, optimizer, loss_scale=scale)
@@ -128,7 +136,7 @@ class TrainingModel:
         for part in self._derived:
             part.forget()
 
-    def train_step(self, batches: Sequence[Batch], *, learning_rate: float, step: int) -> StepResult:
+    def train_step(self, batches: Sequence[PackedBatch], *, learning_rate: float, step: int) -> StepResult:
         """
         Learn from one global batch, of which `batches` are this dp row's micro-batches.
 
@@ -144,14 +152,42 @@ class TrainingModel:
         self.weights_changed()
         return StepResult(self._sum(losses) / scale, outcome.grad_norm, num_tokens, outcome.is_skipped)
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
         """The mean loss over this global batch, and its number of tokens; nothing moves and nothing is dropped."""
         num_tokens = self._count(batches)
         losses = self._run(batches, "forward_only", scale=1.0 / num_tokens, dropout=None)
         return self._sum(losses), num_tokens
 
+    def predict(self, batches: Sequence[PackedBatch], *, per_token: bool = False) -> list[Tensor]:
+        """
+        What the model says of each of this dp row's micro-batches, on every rank of the row; nothing is learned or
+        dropped. Rows don't wait for each other, so each may have as many micro-batches as it likes.
+
+        Args:
+            per_token: of a vocabulary head, each target's log-probability [T] (0 where it does not count) in place of
+                their sum by sequence [B]. A task head's outputs are what they are.
+        Returns:
+            fp32 on the CPU, in the order of `batches`: the outputs of each batch (see the kinds of `objective.py`).
+        """
+        if not batches:
+            return []
+        for chunk in self.chunks:
+            chunk.per_token = per_token
+        try:
+            made = self._run(batches, "forward_only", scale=1.0, dropout=None)
+        finally:
+            for chunk in self.chunks:
+                chunk.per_token = None
+        shapes = [batch.output_shape(self.config, per_token=per_token) for batch in batches]
+        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float32, device=self.grid.device)
+        if made:
+            torch.cat([outputs.flatten() for outputs in made], out=flat)
+        broadcast_(flat, self.grid.pp, src=self.grid.pp.ranks[-1], label="predict")
+        parts = torch.split(flat.cpu(), [math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
     def _run(
-        self, batches: Sequence[Batch], name: str, *, scale: float, dropout: tuple[DropoutRates, int, int] | None
+        self, batches: Sequence[PackedBatch], name: str, *, scale: float, dropout: tuple[DropoutRates, int, int] | None
     ) -> list[Tensor]:
         for chunk in self.chunks:
             chunk.batches, chunk.scale, chunk.dropout = batches, scale, dropout
@@ -169,7 +205,7 @@ class TrainingModel:
             for chunk in self.chunks:
                 chunk.batches = ()
 
-    def _count(self, batches: Sequence[Batch]) -> int:
+    def _count(self, batches: Sequence[PackedBatch]) -> int:
         counted = torch.tensor(sum(batch.num_targets for batch in batches), device=self.grid.device)
         num_tokens = int(all_reduce(counted, self.grid.dp, label="loss.tokens"))
         if num_tokens == 0:

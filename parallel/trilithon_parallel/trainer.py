@@ -24,7 +24,7 @@ from trilithon_parallel.config import ModelError
 from trilithon_parallel.data.ramp import LearningRate, Step
 from trilithon_parallel.grid import Axis
 from trilithon_parallel.health import Signals
-from trilithon_parallel.objective import Batch
+from trilithon_parallel.objective import PackedBatch
 from trilithon_parallel.precision import MIN_SCALE
 from trilithon_parallel.report import StepMetrics
 from trilithon_parallel.step import TrainingModel
@@ -36,7 +36,7 @@ _STATUS = Path("/proc/self/status")
 class Stream(Protocol):
     """Where batches come from; every rank has its own and is given its dp row's micro-batches."""
 
-    def micro_batches(self, step: Step) -> Sequence[Batch]:
+    def micro_batches(self, step: Step) -> Sequence[PackedBatch]:
         """The micro-batches of one step, in order."""
         ...
 
@@ -44,7 +44,7 @@ class Stream(Protocol):
         """Tokens of one step over all ranks, supervised or not."""
         ...
 
-    def evaluation(self) -> Iterator[Sequence[Batch]]:
+    def evaluation(self) -> Iterator[Sequence[PackedBatch]]:
         """The micro-batches of each batch that is held out; none where nothing is."""
         ...
 

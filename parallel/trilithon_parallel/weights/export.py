@@ -178,7 +178,7 @@ def _gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _bert(config: ModelConfig) -> dict[str, Any]:
     return {
-        "architectures": ["BertForMaskedLM" if config.mlm_head else "BertModel"],
+        "architectures": [config.architecture],
         "model_type": "bert",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -189,6 +189,7 @@ def _bert(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": _activation(config),
         "layer_norm_eps": config.norm_eps,
         "position_embedding_type": "absolute",
+        **({} if config.task_head is None else config.task_head.hub_fields()),
     }
 
 

@@ -7,6 +7,7 @@ The table says, for each canonical name, which file tensor holds it and how:
 - `Direct`: as it stands.
 - `Transposed`: stored as its transpose (GPT-2 keeps `[in, out]`).
 - `Fused`: one of several equal parts, side by side in a transposed tensor (GPT-2's `c_attn` is `[in, q|k|v]`).
+- `Block`: a block of a larger tensor, zero elsewhere (adapters of GPT-2's `c_attn`).
 
 Reading and writing use the same table, so an export is the inverse of a load.
 """
@@ -48,12 +49,26 @@ class Fused:
     parts: int
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """
+    The block of a larger file tensor that begins at `start`; where no block of it lies, the file tensor is zero.
+
+    `shape` is the file tensor's.
+    """
+
+    file_name: str
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+
 Source = Direct | Transposed | Fused
+Place = Source | Block
 
 Slices = tuple[slice, ...]
 
 
-def file_shape(source: Source, shape: Sequence[int]) -> tuple[int, ...]:
+def file_shape(source: Place, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape that the file tensor must have, from the canonical shape.
 
     >>> file_shape(Fused("c_attn.weight", 1, 3), (8, 4))
@@ -66,9 +81,11 @@ def file_shape(source: Source, shape: Sequence[int]) -> tuple[int, ...]:
             return tuple(reversed(shape))
         case Fused(parts=parts):
             return (*reversed(shape[1:]), shape[0] * parts)
+        case Block(shape=whole):
+            return whole
 
 
-def file_slices(source: Source, shape: Sequence[int], slices: Slices) -> tuple[Slices, bool]:
+def file_slices(source: Place, shape: Sequence[int], slices: Slices) -> tuple[Slices, bool]:
     """
     Where a canonical block lies in the file tensor, and whether it must be transposed after reading.
 
@@ -88,6 +105,8 @@ def file_slices(source: Source, shape: Sequence[int], slices: Slices) -> tuple[S
             offset = part * shape[0]
             rows = slice(offset + slices[0].start, offset + slices[0].stop)
             return (*reversed(slices[1:]), rows), len(slices) == 2
+        case Block(start=start):
+            return tuple(slice(at + item.start, at + item.stop) for at, item in zip(start, slices, strict=True)), False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +150,22 @@ def name_table(config: ModelConfig) -> NameTable:
     for name in global_shapes(config):
         layer = name.split(".")[2] if ".layers." in name else ""
         rule = family.rules[_star_layers(name)]
+        if name.startswith("task_head.") and config.task_head is not None and config.task_head.kind == "span":
+            rule = Direct(name.replace("task_head", "qa_outputs"))
         file = rule.file_name.replace("*", layer)
         sources[name] = Fused(file, rule.part, rule.parts) if isinstance(rule, Fused) else type(rule)(file)
     # A bare BERT has no prefix where it is exported, one beside a head has.
-    prefixes = family.prefixes[::-1] if config.mlm_head else family.prefixes
+    has_head = config.mlm_head or config.task_head is not None
+    prefixes = family.prefixes[::-1] if has_head else family.prefixes
     return NameTable(sources, prefixes, family.ignorable)
 
 
-_HEADS = ("lm_head.", "cls.")  # heads stand beside the trunk, so the trunk's prefix is not theirs
+_HEADS = (
+    "lm_head.",
+    "cls.",
+    "classifier.",
+    "qa_outputs.",
+)  # heads stand beside the trunk, so the trunk's prefix is not theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +249,7 @@ def _bert() -> _Family:
     rules |= _both("lm_transform.dense", "cls.predictions.transform.dense")
     rules |= _both("lm_transform.norm", "cls.predictions.transform.LayerNorm")
     rules["lm_head.bias"] = Direct("cls.predictions.bias")
+    rules |= _both("pooler.dense", "pooler.dense") | _both("task_head", "classifier")
     # The pooler and the pretraining heads play no part in hidden states or sentence vectors: where the model has no
     # masked-LM head they are left out. The head's matrix is the embedding, of which some files keep a copy.
     ignorable = {"embeddings.position_ids", "cls.predictions.bias"} | {
