@@ -2,8 +2,9 @@
 The C kernels for CPUs: compiled once with the system's C compiler, then cached.
 
 Optional: without a compiler torch computes the same. Plain C behind ctypes (no torch headers), so all of it compiles in
-three seconds, and it shares torch's OpenMP threads. Attention over the paged cache is `paged_attention.c`, products are
-`product.c`, the gated activation is `activation.c`; `gemm.c` and `attention_backward.c` are the backward pass.
+a few seconds, and it shares torch's OpenMP threads. Attention over the paged cache is `paged_attention.c`, products are
+`product.c`, adapters' products `lora.c`, the gated activation is `activation.c`; `gemm.c` and `attention_backward.c`
+are the backward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from trilithon_parallel.weights.store import home
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("paged_attention.c", "product.c", "activation.c", "gemm.c", "attention_backward.c")
+    for name in ("paged_attention.c", "product.c", "lora.c", "activation.c", "gemm.c", "attention_backward.c")
 ]
-HEADERS = [Path(__file__).with_name(name) for name in ("vector.h", "gemm.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("vector.h", "product.h", "gemm.h")]
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 COMPILE_LIMIT_S = 60
 
@@ -65,11 +66,12 @@ def _open(path: Path) -> ctypes.CDLL:
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     found.paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, size, pointer, size, pointer]
     found.product.argtypes = [pointer, size, pointer, size, pointer, pointer, pointer, small]
+    found.lora.argtypes = [pointer, pointer, size, pointer, pointer, size, pointer, small]
     found.gated_silu.argtypes = [pointer, pointer, size, pointer, size, size, small, small]
     found.gated_silu_backward.argtypes = [pointer, pointer, size, pointer, pointer, pointer, size, size, small, small]
     found.gemm.argtypes = [pointer, pointer, size, size, size, pointer, size, small, small]
     found.attention_backward.argtypes = [pointer]
-    for function in (found.paged_attention, found.product, found.gated_silu, found.gated_silu_backward):
+    for function in (found.paged_attention, found.product, found.lora, found.gated_silu, found.gated_silu_backward):
         function.restype = None
     return found
 

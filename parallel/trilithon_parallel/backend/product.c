@@ -9,11 +9,7 @@
  * instruction multiplies words and adds them to float lanes. The weight lies in panels of PANEL outputs, zero-padded:
  * [ceil(O / PANEL), words, PANEL].
  */
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-#include "vector.h"
+#include "product.h"
 
 #define MAX_ROWS (WIDTH == 16 ? 12 : 6)
 #define VECTORS 2
@@ -38,17 +34,6 @@ int32_t product_takes_bf16(void) {
 #else
     return 0;
 #endif
-}
-
-static inline __attribute__((always_inline)) vec multiply_add(vec total, float word, vec column, const int is_bf16) {
-#ifdef __AVX512BF16__
-    if (is_bf16) {
-        int32_t bits;
-        memcpy(&bits, &word, 4);
-        return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)column);
-    }
-#endif
-    return total + word * column;
 }
 
 /* One term of some rows times one panel, added to their fp64 sums. The last two arguments are constants where inlined. */

@@ -198,14 +198,14 @@ class TorchBackend:
         for part in columns:
             release(part)
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return self._product(weight, torch.cat(biases) if biases else None)
+        return self.product(weight, torch.cat(biases) if biases else None)
 
     def pack_row(self, part: nn.Module) -> None:
         """Give a row-parallel layer its packed product; in fp32 and when batch-invariant, the same sum at every tp."""
         assert isinstance(part, RowParallelLinear)
-        part.pack(functools.partial(self._product, terms=part.terms))
+        part.pack(functools.partial(self.product, terms=part.terms))
 
-    def _product(self, weight_OK: Tensor, bias_O: Tensor | None, *, terms: Sequence[int] | None = None) -> Product:
+    def product(self, weight_OK: Tensor, bias_O: Tensor | None, *, terms: Sequence[int] | None = None) -> Product:
         """The best product for this weight here; `terms` where the inputs are cut by tp."""
         dtype, is_cpu = weight_OK.dtype, weight_OK.device.type == "cpu"
         is_exact = terms is not None and (self.batch_invariant or (is_cpu and dtype == torch.float32))
@@ -214,7 +214,7 @@ class TorchBackend:
             return NativeProduct(weight_OK, bias_O, terms=native_terms, wide=is_exact)
         if dtype in (torch.bfloat16, torch.float16) and (is_exact or (is_cpu and not _can_pack(dtype))):
             bias = None if bias_O is None else bias_O.float()
-            return _WidenedProduct(self._product(weight_OK.float(), bias, terms=terms))
+            return _WidenedProduct(self.product(weight_OK.float(), bias, terms=terms))
 
         def make(weight_OK: Tensor, bias_O: Tensor | None) -> Product:
             kind = _OneDnnProduct if is_cpu and _can_pack(dtype) else _PlainProduct
