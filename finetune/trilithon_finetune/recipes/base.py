@@ -82,6 +82,8 @@ class Sample:
     @property
     def num_supervised(self) -> int:
         """What the sample adds to the loss's denominator."""
+        if self.columns.get("only_scored"):
+            return 0
         if "supervised" in self.columns:
             return self.columns["supervised"]
         return sum(target != IGNORE for target in self.targets) if self.targets else 1
