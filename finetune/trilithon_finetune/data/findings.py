@@ -11,9 +11,10 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from trilithon_finetune.recipes.base import Finding, Severity
+Severity = Literal["error", "warning"]
 
 CODES: Mapping[str, tuple[Severity, str]] = {
     "E-DATA-001": ("error", "the file has no rows"),
@@ -46,6 +47,29 @@ CODES: Mapping[str, tuple[Severity, str]] = {
 
 MAX_SHOWN_CHARS = 60
 """Of a value that a message shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """
+    One thing that is wrong with a data file.
+
+    Attributes:
+        code: `E-DATA-012`.
+        file: its name as the user gave it.
+        line: from 1; 0 where the whole file is meant.
+        path: within the row, `messages[2].role`; empty for the row.
+        message: rule, value given, what is allowed.
+        hint: what to do; empty where the message says it.
+    """
+
+    code: str
+    severity: Severity
+    file: str
+    line: int
+    path: str
+    message: str
+    hint: str = ""
 
 
 def finding(

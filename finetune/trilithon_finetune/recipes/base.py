@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 from trilithon_finetune.config import Section
+from trilithon_finetune.data.findings import Finding as Finding
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.text.template import ChatTemplate
@@ -25,31 +26,6 @@ IGNORE = -1
 
 Head = Literal["vocabulary", "tokens", "sequence", "span", "preference"]
 """What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare."""
-
-Severity = Literal["error", "warning"]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """
-    One thing that is wrong with a data file.
-
-    Attributes:
-        code: `E-DATA-012`.
-        file: its name as the user gave it.
-        line: from 1; 0 where the whole file is meant.
-        path: within the row, `messages[2].role`; empty for the row.
-        message: rule, value given, what is allowed.
-        hint: what to do; empty where the message says it.
-    """
-
-    code: str
-    severity: Severity
-    file: str
-    line: int
-    path: str
-    message: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
