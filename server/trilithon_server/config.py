@@ -250,7 +250,6 @@ class LimitsConfig(_Node):
     slow_reader_s: Seconds = Field(
         default=60.0, gt=0, description="time without a read after which a stream is aborted"
     )
-
     max_jobs_per_tenant: int = Field(default=100, ge=1, description="finetuning jobs of one tenant that are not over")
     max_file_bytes: Size = Field(default=512 << 20, ge=1, description="one uploaded file")
     max_files_bytes: Size = Field(default=10 << 30, ge=1, description="files of one tenant, together")

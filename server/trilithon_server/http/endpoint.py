@@ -33,6 +33,7 @@ class Route:
         handler: answers; `PublicHandler` on public routes.
         summary: for the OpenAPI document.
         request: pydantic model of the body, if it has one.
+        form: JSON schema of a multipart body, if it has one instead.
         parameters: whether the sampling parameters stand beside the model's fields.
         openai: whether OpenAI's further keys are taken.
         hidden: parameters that are not taken under their own name.
@@ -40,6 +41,7 @@ class Route:
         stream: whether it can answer with server-sent events.
         media: type of the answer.
         query: JSON schemas of its query parameters.
+        more_errors: status codes that it can answer with besides those of every route.
         counted: whether it counts as a request of the key and in the metrics.
     """
 
@@ -49,6 +51,7 @@ class Route:
     handler: Callable[..., Awaitable[None]]
     summary: str
     request: Any = None
+    form: Mapping[str, Any] | None = None
     parameters: bool = False
     openai: bool = False
     hidden: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ class Route:
     stream: bool = False
     media: str = "application/json"
     query: Mapping[str, Any] | None = None
+    more_errors: tuple[str, ...] = ()
     counted: bool = True
 
     @property
@@ -63,8 +67,9 @@ class Route:
         """Status codes that it can answer with, besides 200."""
         if self.access == "public":
             return ("400", "413", "500")
-        always = ("400", "401", "403", "404", "413", "429", "500")
-        return (*always, "415", "503", "504") if self.request is not None else always
+        always = ("400", "401", "403", "404", "413", "429", "500", *self.more_errors)
+        has_body = self.request is not None or self.form is not None
+        return tuple(dict.fromkeys((*always, "415", "503", "504") if has_body else always))
 
 
 class MethodNotAllowed(InvalidArgument):

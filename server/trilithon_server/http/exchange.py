@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -103,6 +103,36 @@ class Exchange:
         has_body = self.header(b"transfer-encoding") is not None or (length not in (None, "0"))
         if self.method in _NO_BODY and has_body:
             raise InvalidArgument(f"a {self.method} request must have no body. Remove it.", code="unexpected_body")
+
+    async def pieces(self, most: int) -> AsyncIterator[bytes]:
+        """
+        The request body as it arrives, at most `most` bytes; refused by its length before it is read. Each piece has
+        the time that a whole small body has.
+
+        Raises:
+            BodyTooLarge, DeadlineExceeded, ClientLeft.
+        """
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and int(length) > most:
+            raise _too_large(most, int(length))
+        size, more = 0, True
+        while more:
+            try:
+                async with asyncio.timeout(self.limits.body_timeout_s):
+                    message = await self._receive()
+            except TimeoutError:
+                limit = f"{self.limits.body_timeout_s:g} s"
+                raise DeadlineExceeded(
+                    f"a piece of the body must arrive within {limit}.", code="body_timeout"
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise ClientLeft("the client left while it sent its request.")
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size > most:
+                raise _too_large(most, size)
+            yield piece
+            more = message.get("more_body", False)
 
     async def body(self) -> bytes:
         """

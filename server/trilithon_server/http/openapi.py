@@ -66,8 +66,9 @@ _ERRORS = {
     "401": "No key, or not a known one.",
     "403": "The key lacks the scope.",
     "404": "No such model or object.",
+    "409": "Something else holds the object, or it was changed in between.",
     "413": "The request is larger than the server reads.",
-    "415": "The body is not JSON.",
+    "415": "The body has another media type than the route takes.",
     "429": "The queue is full, or the key too fast; see `Retry-After`.",
     "500": "A bug of the server; the request id leads to its log line.",
     "503": "Loading, draining or lost; see `Retry-After`.",
@@ -126,6 +127,8 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         schemas[name] = _request_schema(route, schemas)
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
         out["requestBody"] = {"required": True, "content": content}
+    if route.form is not None:
+        out["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": dict(route.form)}}}
     return out
 
 
