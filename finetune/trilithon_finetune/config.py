@@ -14,7 +14,9 @@ every surface shows, has none left. Config is data: no import paths, no code, un
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -262,8 +264,8 @@ def _sentence(where: str, item: Any) -> str:
     if item["type"] == "missing":
         return f"{where} {name} is required."
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _keys_of(path[:-1]), n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else f" Allowed: {', '.join(_keys_of(path[:-1]))}."
+        near = difflib.get_close_matches(path[-1], keys_of(path[:-1]), n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else f" Allowed: {', '.join(keys_of(path[:-1]))}."
         return f"{where} {name} is unknown.{hint}"
     rule, given = str(item["msg"]).removeprefix("Value error, "), item["input"]
     if "Given:" in rule or isinstance(given, dict):
@@ -271,8 +273,13 @@ def _sentence(where: str, item: Any) -> str:
     return f"{where} {name}: {rule}. Given: {given!r}."
 
 
-def _keys_of(path: list[str]) -> list[str]:
-    """The fields of the section at `path`."""
+def seed_of(job_id: str) -> int:
+    """The seed of a job that asks for none, so that it is known as soon as the job is."""
+    return int(hashlib.sha256(job_id.encode()).hexdigest()[:7], 16)
+
+
+def keys_of(path: Sequence[str]) -> list[str]:
+    """The fields of the section at `path`; empty where there is none."""
     section: Any = JobConfig
     for name in path:
         field = section.model_fields.get(name)
