@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def initialise(stage: nn.Module, *, config: ModelConfig, grid: Grid, seed: int, 
         place = local_slice(name, shapes[owner], config=config, tp=grid.tp.size, tp_rank=grid.tp.rank)
         parameter = parameters[name].detach()
         assert tuple(parameter.shape) == place.shape, f"{name}: {tuple(parameter.shape)} for {place.shape}"
-        _fill(parameter, owner, shapes[owner], place.slices, config=config, seed=seed, sigma=sigma)
+        draw(parameter, owner, shapes[owner], place.slices, config=config, seed=seed, sigma=sigma)
 
 
 def extend_state(
@@ -85,23 +85,46 @@ def extend_state(
     _check_sigma(sigma)
     extended: dict[str, Tensor] = {}
     for name, shape in global_shapes(into).items():
-        old = state.get(name, state.get(source_name(name, config)))
-        if old is not None and tuple(old.shape) == shape:
-            extended[name] = old
+        source = kept_as(name, state, base=config, into=into)
+        if source is not None and tuple(state[source].shape) == shape:
+            extended[name] = state[source]
             continue
-        if old is not None and (name not in _GROWING or tuple(old.shape[1:]) != shape[1:]):
-            raise ModelError(
-                f"tensor {name} must have shape {list(shape)} in the new model. Given: {list(old.shape)}.",
-                code="weights_shape",
-                hint="Only the vocabulary and the token types may differ in size.",
-            )
-        dtype = state["model.embed_tokens.weight"].dtype if old is None else old.dtype
+        dtype = state["model.embed_tokens.weight" if source is None else source].dtype
         new = torch.empty(shape, dtype=dtype)
-        _fill(new, name, shape, tuple(slice(0, size) for size in shape), config=into, seed=seed, sigma=sigma)
-        if old is not None:
+        draw(new, name, shape, tuple(slice(0, size) for size in shape), config=into, seed=seed, sigma=sigma)
+        if source is not None:
+            old = state[source]
+            check_kept(name, tuple(old.shape), shape)
             new[: len(old)] = old[: len(new)]
         extended[name] = new
     return extended
+
+
+def kept_as(name: str, held: Container[str], *, base: ModelConfig, into: ModelConfig) -> str | None:
+    """
+    The tensor that `name` of a model `into` begins as, of those that a model `base` holds; None where it is new.
+
+    A head that was tied before begins as the embedding. A task head is kept with its very labels alone: what it has
+    learned of others means nothing.
+    """
+    if name.startswith("task_head.") and base.task_head != into.task_head:
+        return None
+    return next((source for source in (name, source_name(name, base)) if source in held), None)
+
+
+def check_kept(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """
+    Refuse what cannot go on in the new shape.
+
+    Raises:
+        ModelError: `weights_shape`.
+    """
+    if old != new and (name not in _GROWING or old[1:] != new[1:]):
+        raise ModelError(
+            f"tensor {name} must have shape {list(new)} in the new model. Given: {list(old)}.",
+            code="weights_shape",
+            hint="Only the vocabulary and the token types may differ in size.",
+        )
 
 
 def _check_sigma(sigma: float) -> None:
@@ -111,7 +134,7 @@ def _check_sigma(sigma: float) -> None:
         )
 
 
-def _fill(
+def draw(
     out: Tensor,
     name: str,
     shape: tuple[int, ...],
@@ -121,7 +144,10 @@ def _fill(
     seed: int,
     sigma: float,
 ) -> None:
-    """New numbers for the part `slices` of a tensor of this `shape`, in the leading corner of `out`; zeros beyond."""
+    """
+    New numbers for the part `slices` of the canonical tensor `name` of this `shape`, in the leading corner of `out`;
+    zeros beyond. `initialise` says which numbers.
+    """
     out.fill_(1.0 if _is_gain(name) else 0.0)
     if (spread := _spread(name, config, sigma)) > 0:
         corner = out[tuple(slice(0, item.stop - item.start) for item in slices)]

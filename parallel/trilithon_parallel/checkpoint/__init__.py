@@ -11,7 +11,7 @@ from trilithon_parallel.checkpoint.piece import Piece
 from trilithon_parallel.checkpoint.run_dir import Found, Retention, Skipped, find_latest
 from trilithon_parallel.checkpoint.saver import Progress, RunFacts, Saver
 from trilithon_parallel.checkpoint.table import optimizer_names
-from trilithon_parallel.checkpoint.transfer import export, import_model_directory
+from trilithon_parallel.checkpoint.transfer import export, import_base, import_model_directory
 
 __all__ = [
     "CheckpointError",
@@ -25,6 +25,7 @@ __all__ = [
     "Skipped",
     "export",
     "find_latest",
+    "import_base",
     "import_megatron",
     "import_model_directory",
     "load",

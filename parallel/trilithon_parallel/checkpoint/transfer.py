@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from trilithon_parallel.checkpoint.table import MASTER
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
 from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.weights.base import SIGMA, BaseReader
 from trilithon_parallel.weights.directory import MAX_SHARD_BYTES, WeightFiles, write_shards
 from trilithon_parallel.weights.export import SIDE_FILES
 from trilithon_parallel.weights.loader import WeightReader, dtype_name
@@ -84,17 +85,7 @@ def import_model_directory(model_dir: Path, targets: Sequence[Piece], *, config:
     Raises:
         CheckpointError: on all ranks alike, for all that `load_stage` refuses, NaN and infinity included.
     """
-    error: BaseException | None = None
-    shapes = global_shapes(config)
-    for target in targets:
-        name = target.name.removesuffix(MASTER)
-        if name not in shapes:
-            error = CheckpointError(
-                f"a model directory has weights alone. Given: a target {target.name}.",
-                code="checkpoint_mismatch",
-                hint="Moments begin at zero in a new run; to continue one, load its checkpoint.",
-            )
-    agree(error, axis, label="checkpoint.import")
+    _check_targets(targets, config, axis)
 
     def run() -> None:
         with WeightFiles(model_dir) as files:
@@ -103,3 +94,48 @@ def import_model_directory(model_dir: Path, targets: Sequence[Piece], *, config:
                 reader.fill(target.tensor.detach(), target.name.removesuffix(MASTER), target.slices)
 
     together(run, axis, label="checkpoint.import")
+
+
+def import_base(
+    model_dir: Path,
+    targets: Sequence[Piece],
+    *,
+    config: ModelConfig,
+    axis: Axis,
+    seed: int,
+    sigma: float = SIGMA,
+    fresh: Collection[str] = (),
+) -> None:
+    """
+    As `import_model_directory`, for a model that begins from another one: with the head of a task, with a masked-LM
+    head, with another vocabulary. What the directory lacks is drawn, the same at every layout.
+
+    Args:
+        config: of the new model; `task_head.for_task` and `for_masked_lm` make it from the directory's.
+        seed, sigma, fresh: as for `weights.base.BaseReader`.
+    Raises:
+        CheckpointError: on all ranks alike, for all that `import_model_directory` refuses; `weights_shape`, the
+            directory's model has another shape than the new one.
+    """
+    _check_targets(targets, config, axis)
+
+    def run() -> None:
+        with BaseReader(model_dir, config=config, seed=seed, sigma=sigma, fresh=fresh) as reader:
+            for target in targets:
+                reader.fill(target.tensor.detach(), target.name.removesuffix(MASTER), target.slices)
+
+    together(run, axis, label="checkpoint.import")
+
+
+def _check_targets(targets: Sequence[Piece], config: ModelConfig, axis: Axis) -> None:
+    """Weights and masters alone; on all ranks alike."""
+    error: BaseException | None = None
+    shapes = global_shapes(config)
+    for target in targets:
+        if target.name.removesuffix(MASTER) not in shapes:
+            error = CheckpointError(
+                f"a model directory has weights alone. Given: a target {target.name}.",
+                code="checkpoint_mismatch",
+                hint="Moments begin at zero in a new run; to continue one, load its checkpoint.",
+            )
+    agree(error, axis, label="checkpoint.import")

@@ -8,7 +8,7 @@ at once and before a byte of data is read; NaN and infinity are found in the sli
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,17 +97,31 @@ def check_weights(model_dir: Path, *, config: ModelConfig) -> None:
 
 
 class WeightReader:
-    """Reads canonical blocks out of files whose headers fit the config."""
+    """
+    Reads canonical blocks out of files whose headers fit the config.
 
-    def __init__(self, files: WeightFiles, config: ModelConfig) -> None:
+    Args:
+        optional: canonical tensors that the config has no place for and that are read all the same where the files
+            have them, with their shapes.
+    Attributes:
+        shapes: of all that can be read.
+    """
+
+    def __init__(
+        self, files: WeightFiles, config: ModelConfig, *, optional: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         self._files = files
-        self._shapes = global_shapes(config)
-        self._table = name_table(config)
+        self.shapes = dict(global_shapes(config))
+        for name, shape in (optional or {}).items():
+            table = name_table(config, also=[name])
+            if any(item in files.tensors for item in table.spellings(table.sources[name].file_name)):
+                self.shapes[name] = shape
+        self._table = name_table(config, also=self.shapes.keys() - global_shapes(config).keys())
         self._spelled = _match(files, self._table)
         self._check_shapes()
         self._tied_head = _HEAD if config.tied_embeddings and _HEAD in files.tensors else None
         if self._tied_head is not None:
-            self._check_entry(_HEAD, self._shapes[_EMBEDDING])
+            self._check_entry(_HEAD, self.shapes[_EMBEDDING])
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that the files hold a canonical tensor in."""
@@ -128,7 +142,7 @@ class WeightReader:
         return target.numel() * self._files.tensors[file_name].dtype.itemsize
 
     def _read(self, target: torch.Tensor, file_name: str, source: Source, name: str, slices: Slices) -> None:
-        where, transpose = file_slices(source, self._shapes[name], slices)
+        where, transpose = file_slices(source, self.shapes[name], slices)
         file = self._files.file_of(file_name)
         on_host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
         file.read_into(file_name, where, on_host.t() if transpose else on_host)
@@ -176,7 +190,7 @@ class WeightReader:
             )
 
     def _check_shapes(self) -> None:
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             self._check_entry(self._spelled[name], file_shape(self._table.sources[name], shape))
 
     def _check_entry(self, file_name: str, expected: tuple[int, ...]) -> None:

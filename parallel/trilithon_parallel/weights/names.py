@@ -14,7 +14,7 @@ Reading and writing use the same table, so an export is the inverse of a load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -143,11 +143,11 @@ class NameTable:
         )
 
 
-def name_table(config: ModelConfig) -> NameTable:
-    """The names of a model: every tensor that its config implies, no other."""
+def name_table(config: ModelConfig, *, also: Iterable[str] = ()) -> NameTable:
+    """The names of a model: every tensor that its config implies, and those of `also`; no other."""
     family = _GATED_T5 if config.is_seq2seq and config.gated_mlp else _FAMILIES[config.family]
     sources: dict[str, Source] = {}
-    for name in global_shapes(config):
+    for name in (*global_shapes(config), *also):
         layer = name.split(".")[2] if ".layers." in name else ""
         rule = family.rules[_star_layers(name)]
         if name.startswith("task_head.") and config.task_head is not None and config.task_head.kind == "span":
