@@ -28,7 +28,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 """Leaf names of the products that may be adapted; a model without a gate has no `gate_proj`."""
 
 ROW_PARALLEL = ("o_proj", "down_proj")
-"""The products whose inputs are cut by tp: their A is sharded and their B replicated; of the others it is the reverse."""
+"""The products whose inputs are cut by tp: their A is sharded, their B replicated; of the others it is the reverse."""
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Products of one input: with the `fused` layout each group has one A."""
@@ -74,7 +74,7 @@ class LoraSpec:
         return self.alpha_of(leaf) / self.rank_of(leaf)
 
     def owner_of(self, leaf: str) -> str:
-        """The leaf that names the A which `leaf` uses: its own, or the first target's of its group where it is fused."""
+        """The leaf that names the A of `leaf`: its own, or its group's first target where they share one."""
         group = next((group for group in SHARED if leaf in group), (leaf,))
         return leaf if self.layout == "per_projection" else next(name for name in group if name in self.targets)
 
