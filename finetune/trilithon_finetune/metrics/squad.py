@@ -105,10 +105,10 @@ def best_threshold(questions: Sequence[Question]) -> tuple[float, float]:
     """
     The best mean F1 that any threshold of "no answer" gives, and the lowest threshold that gives it.
 
-    A threshold is one of the questions' margins, or lower than all of them (negative infinity: nothing is answered).
+    It is one of the questions' margins, or 1 below all of them where it is best to answer nothing.
     """
     total = float(sum(not question.answerable for question in questions))
-    best, threshold = total, float("-inf")
+    best, threshold = total, min((question.null_margin for question in questions), default=0.0) - 1.0
     ranked = sorted(questions, key=lambda question: question.null_margin)
     for value, group in itertools.groupby(ranked, key=lambda question: question.null_margin):
         for question in group:

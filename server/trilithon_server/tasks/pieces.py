@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from trilithon_parallel.config import ModelError
@@ -157,7 +157,13 @@ class WordPieces:
         return tuple(zip(ids, starts, [*starts[1:], len(word)], strict=True))
 
 
-@functools.lru_cache(maxsize=16)
 def word_pieces(tokenizer: Tokenizer) -> WordPieces:
     """The one `WordPieces` of a tokenizer, so that what it remembers is shared."""
+    assert isinstance(tokenizer, Hashable)
+    return _remembered(tokenizer)
+
+
+@functools.lru_cache(maxsize=16)
+def _remembered(tokenizer: Hashable) -> WordPieces:
+    assert isinstance(tokenizer, Tokenizer)
     return WordPieces(tokenizer)

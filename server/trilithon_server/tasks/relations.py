@@ -78,7 +78,7 @@ class RelationFormat:
         for mention in (a, b):
             if mention.type not in self.markers:
                 raise ValueError(f"type must be one of {', '.join(self.markers)}. Given: {mention.type!r}.")
-        begin, stop = _around(text, first, second)
+        begin, stop = sentence_of(text, a, b)
         before = _ids(text, (begin, first.start), pieces)
         between = _ids(text, (first.end, second.start), pieces)
         after = _ids(text, (second.end, stop), pieces)
@@ -146,6 +146,14 @@ def split_sentences(text: str) -> list[Span]:
     return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
 
+def sentence_of(text: str, a: Mention, b: Mention) -> Span:
+    """From the start of the sentence of the first of two mentions to the end of that of the last."""
+    first, last = min(a.start, b.start), max(a.end, b.end)
+    sentences = split_sentences(text)
+    begin = max((start for start, _ in sentences if start <= first), default=0)
+    return begin, min((end for _, end in sentences if last <= end), default=len(text))
+
+
 def marker_ids(types: Sequence[str], pieces: WordPieces) -> dict[str, int]:
     """
     A token for the marker of each type: the vocabulary's own `@TYPE$`, else a row that it keeps free.
@@ -166,18 +174,6 @@ def marker_ids(types: Sequence[str], pieces: WordPieces) -> dict[str, int]:
             )
         ids[name] = row
     return ids
-
-
-def _around(text: str, first: Mention, second: Mention) -> Span:
-    """From the start of the sentence of the first mention to the end of that of the second."""
-    begin, stop = 0, len(text)
-    for start, end in split_sentences(text):
-        if start <= first.start:
-            begin = start
-        if second.end <= end:
-            stop = end
-            break
-    return begin, stop
 
 
 def _ids(text: str, part: Span, pieces: WordPieces) -> tuple[int, ...]:

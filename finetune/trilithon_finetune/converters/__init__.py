@@ -1,0 +1,139 @@
+"""
+Published data sets as rows of the recipes, cut into what to learn from and what to judge by.
+
+Where a set comes without a split, every fifth of its units is held out: a unit is what must not stand on both sides
+(an article, an abstract, a document), so that nothing learned is asked for again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trilithon_finetune.converters.conll import read_conll
+from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
+from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
+from trilithon_finetune.converters.questions import json_lines, pubmedqa_row, span_row
+from trilithon_finetune.converters.squad import flat, read_squad
+from trilithon_finetune.data.findings import Finding
+
+Row = Mapping[str, Any]
+T = TypeVar("T")
+
+HELD_OUT = 5
+"""One unit of so many is held out: the first, the sixth ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows to train on and rows to validate with; the second are none where a set has its own validation file."""
+
+    train: tuple[Row, ...]
+    dev: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """A published form of data: for which task its rows are, and how a file becomes rows."""
+
+    task: str
+    about: str
+    read: Callable[[bytes], Split]
+
+
+def split_every_fifth(rows: Iterable[T], *, unit: Callable[[T], Hashable] | None = None) -> tuple[list[T], list[T]]:
+    """
+    Rows to train on and rows held out.
+
+    >>> split_every_fifth("aabbccddeeff", unit=str)
+    (['b', 'b', 'c', 'c', 'd', 'd', 'e', 'e'], ['a', 'a', 'f', 'f'])
+
+    Args:
+        unit: what a row belongs to; units count in the order in which they first appear. None: each row is its own.
+    """
+    numbers: dict[Hashable, int] = {}
+    sides: tuple[list[T], list[T]] = [], []
+    for i, row in enumerate(rows):
+        key = i if unit is None else unit(row)
+        sides[numbers.setdefault(key, len(numbers)) % HELD_OUT == 0].append(row)
+    return sides
+
+
+def _conll(document: bytes) -> Split:
+    return Split(tuple({key: row[key] for key in ("tokens", "tags")} for row in _sound(read_conll(document, file=""))))
+
+
+def _pubtator(document: bytes) -> Split:
+    train, dev = split_every_fifth(read_pubtator(document))
+    return Split(*(tuple(row for item in side for row in tagging_rows(item)) for side in (train, dev)))
+
+
+def _drugprot(labels: Labels) -> Callable[[bytes], Split]:
+    def read(document: bytes) -> Split:
+        train, dev = split_every_fifth(read_drugprot(document))
+        return Split(*(tuple(row for item in side for row in relation_rows(item, labels)) for side in (train, dev)))
+
+    return read
+
+
+def _squad(document: bytes) -> Split:
+    rows = read_squad(document, file="")
+    if rows is None:
+        raise ValueError("a SQuAD file must be one JSON object with a list `data`.")
+    train, dev = split_every_fifth(_sound(rows), unit=lambda row: str(row["path"]).partition(".")[0])
+    return Split(tuple(map(flat, train)), tuple(map(flat, dev)))
+
+
+def _qed(document: bytes) -> Split:
+    train, dev = split_every_fifth(json_lines(document))
+    return Split(tuple(map(span_row, train)), tuple(map(span_row, dev)))
+
+
+def _covidqa(document: bytes) -> Split:
+    train, dev = split_every_fifth(json_lines(document), unit=lambda row: str(row["document_id"]))
+    return Split(tuple(map(span_row, train)), tuple(map(span_row, dev)))
+
+
+def _pubmedqa(document: bytes) -> Split:
+    train, dev = split_every_fifth(json_lines(document))
+    return Split(tuple(map(pubmedqa_row, train)), tuple(map(pubmedqa_row, dev)))
+
+
+def _sound(rows: Iterable[dict[str, Any] | Finding]) -> list[dict[str, Any]]:
+    sound = []
+    for row in rows:
+        if isinstance(row, Finding):
+            raise ValueError(f"line {row.line} {row.path}: {row.message}")
+        sound.append(row)
+    return sound
+
+
+CONVERTERS: Mapping[str, Converter] = {
+    "conll": Converter("ner", "token<TAB>tag lines (MTL-Bioinformatics-2016, CoNLL-2003)", _conll),
+    "pubtator": Converter("ner", "abstracts with mentions by characters; held out: every fifth abstract", _pubtator),
+    "drugprot": Converter("relation", "DrugProt in 5 groups; held out: every fifth abstract", _drugprot("chemprot5")),
+    "drugprot13": Converter("relation", "DrugProt; held out: every fifth abstract", _drugprot("drugprot13")),
+    "squad": Converter("span_qa", "SQuAD 1.1, 2.0 and XQuAD; held out: every fifth article", _squad),
+    "qed": Converter("span_qa", "QED as JSON lines; held out: every fifth question", _qed),
+    "covidqa": Converter("span_qa", "COVID-QA as JSON lines; held out: every fifth document", _covidqa),
+    "pubmedqa": Converter("classify", "PubMedQA as JSON lines; held out: every fifth question", _pubmedqa),
+}
+"""Converter by name."""
+
+
+def convert(name: str, document: bytes) -> Split:
+    """
+    Rows of a published file.
+
+    Args:
+        name: of `CONVERTERS`.
+    Raises:
+        ValueError: no such converter, or the file is not of this form.
+    """
+    if name not in CONVERTERS:
+        raise ValueError(f"a converter must be one of {', '.join(CONVERTERS)}. Given: {name!r}.")
+    try:
+        return CONVERTERS[name].read(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the file is not {name} data: {type(error).__name__} {error}.") from None

@@ -1,0 +1,190 @@
+"""
+Task `span_qa`: find the answer to a question in a text.
+
+Rows are SQuAD's, 1.1 or 2.0: the nested JSON document, or flat lines
+`{"context", "question", "answers": [{"text", "answer_start"}], "is_impossible"?, "id"?, "title"?}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, JsonValue
+
+from trilithon_finetune.config import Section
+from trilithon_finetune.converters.squad import read_squad
+from trilithon_finetune.data.findings import Finding, finding, shown
+from trilithon_finetune.metrics.squad import Question, evaluate
+from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
+from trilithon_finetune.recipes.fields import Best, RowCheck, outputs_by_row
+from trilithon_server.tasks.pieces import word_pieces
+from trilithon_server.tasks.spans import SpanFormat
+
+NESTED = "data/paragraphs/qas"
+ROWS = "context/question/answers"
+
+KEYS = ("context", "question", "answers", "is_impossible", "id", "title")
+
+
+class SpanOptions(Section):
+    """Options of the task `span_qa`."""
+
+    no_answer: bool = False
+    """Questions may have no answer: rows may say `is_impossible`, and the model may say so too."""
+    null_threshold: float = 0.0
+    """With `no_answer`: by how much "no answer" must score above the best answer to be said."""
+    doc_stride: Annotated[int, Field(ge=1)] = 128
+    """Tokens from the start of one window of a long context to the next."""
+    max_question_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longer questions are cut."""
+    max_answer_tokens: Annotated[int, Field(ge=1)] = 30
+    """Longer answers are never given."""
+    n_best: Annotated[int, Field(ge=1, le=100)] = 20
+    """Answers that are weighed."""
+
+
+class SpanQa(Recipe):
+    """The recipe of `span_qa`."""
+
+    task = "span_qa"
+    head: Head = "span"
+    formats: tuple[str, ...] = (ROWS, NESTED)
+    defaults = Defaults(lr_full=5e-5, head_lr_factor=10.0, batch_size=16, max_tokens=384, weight_decay=0.01)
+    Options: type[Section] = SpanOptions
+    best_metric: Best = ("f1", "max")
+
+    def detect(self, row: Mapping[str, Any]) -> str | None:
+        """By a question and a context or answers; rows of a nested document know their path."""
+        if "question" not in row or not ("context" in row or "answers" in row):
+            return None
+        return NESTED if "path" in row else ROWS
+
+    def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | Sequence[Finding] | None:
+        """Questions of a nested SQuAD document."""
+        return read_squad(document, file=file)
+
+    def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
+        """A context, a question, and answers that stand where they are said to."""
+        prefix = row["path"] if format == NESTED else ""
+        check = RowCheck(row, file=file, line=line, prefix=prefix)
+        check.keys((*KEYS, "path") if format == NESTED else KEYS)
+        context = check.text("context")
+        check.text("question")
+        impossible = check.value("is_impossible", bool) if "is_impossible" in row else False
+        answers = check.value("answers", list)
+        if answers is None or impossible is None:
+            return check.findings
+        if impossible and answers:
+            rule = f"must be empty where is_impossible is true. Given: {len(answers)} answers."
+            check.add("E-DATA-008", "answers", rule)
+        if not impossible and not answers:
+            hint = "Give at least one, or set is_impossible to true if the context has none."
+            check.add("E-DATA-015", "answers", "is empty.", hint)
+        for i in range(len(answers)):
+            _check_answer(f"answers[{i}]", answers[i], context, check)
+        return check.findings
+
+    def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
+        """The head's two outputs."""
+        return ("start", "end")
+
+    def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
+        """One sample a window; a window without the answer learns [CLS]. Of several answers the first is learned."""
+        impossible = bool(row.get("is_impossible", False))
+        if impossible and not _options(context).no_answer:
+            rule = "is_impossible is true, and the task is set to questions that have answers."
+            hint = "Set options.no_answer to true, or leave such rows out."
+            return [finding("E-DATA-008", rule, file=file, line=line, path="is_impossible", hint=hint)]
+        format_ = _format(context)
+        windows = format_.encode(row["question"], row["context"], word_pieces(context.tokenizer))
+        targets = [(0, 0)] * len(windows)
+        if not impossible:
+            start, text = row["answers"][0]["answer_start"], row["answers"][0]["text"]
+            begin = start + len(text) - len(text.lstrip())
+            targets = [format_.target(window, begin, start + len(text.rstrip())) for window in windows]
+            if not any(last for _, last in targets):
+                rule = f"no window of {context.max_tokens} tokens (data.max_tokens) holds the whole answer."
+                hint = "Raise data.max_tokens, lower options.doc_stride, or give a shorter answer."
+                return [finding("E-DATA-021", rule, file=file, line=line, path="answers[0]", hint=hint)]
+        return [
+            Sample(
+                window.encoded.tokens,
+                types=window.encoded.types,
+                columns={
+                    "start": first,
+                    "end": last,
+                    "context_start": window.context[0],
+                    "context_stop": window.context[1],
+                },
+                row=line,
+                part=part,
+            )
+            for part, (window, (first, last)) in enumerate(zip(windows, targets, strict=True))
+        ]
+
+    def metrics(
+        self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
+    ) -> Mapping[str, float]:
+        """
+        `exact` and `f1` as SQuAD has them, from 0 to 1. Where some questions have no answer also `has_answer_exact`,
+        `has_answer_f1`, `no_answer_f1`, and `best_f1` at the `best_threshold` that `null_threshold` could have.
+        """
+        format_, pieces = _format(context), word_pieces(context.tokenizer)
+        questions = []
+        for line, values in outputs_by_row(outputs).items():
+            row = rows[line]
+            windows = format_.encode(row["question"], row["context"], pieces)
+            found = format_.decode(row["context"], windows, values)
+            golds = tuple(answer["text"] for answer in row["answers"])
+            questions.append(Question(golds, found.best(None), found.null_margin))
+        return evaluate(questions, null_threshold=format_.null_threshold)
+
+    def task_file(self, context: Context) -> dict[str, JsonValue]:
+        """What `SpanFormat` reads."""
+        return _format(context).task_file()
+
+
+def _options(context: Context) -> SpanOptions:
+    options = context.options
+    assert isinstance(options, SpanOptions)
+    return options
+
+
+def _format(context: Context) -> SpanFormat:
+    options = _options(context)
+    return SpanFormat(
+        max_tokens=context.max_tokens,
+        doc_stride=options.doc_stride,
+        max_question_tokens=options.max_question_tokens,
+        max_answer_tokens=options.max_answer_tokens,
+        n_best=options.n_best,
+        null_threshold=options.null_threshold if options.no_answer else None,
+    )
+
+
+def _check_answer(path: str, answer: Any, context: str | None, check: RowCheck) -> None:
+    if not isinstance(answer, dict):
+        check.add("E-DATA-008", path, f"must be an object with text and answer_start. Given: {shown(answer)}.")
+        return
+    check.keys(("text", "answer_start"), row=answer, path=path)
+    text = check.text(f"{path}.text", row=answer)
+    start = check.value(f"{path}.answer_start", int, row=answer)
+    if text is None or start is None or context is None:
+        return
+    if start < 0 or start + len(text) > len(context):
+        rule = f"must be within the context of {len(context)} characters. Given: {start}, for {len(text)} characters."
+        check.add("E-DATA-041", f"{path}.answer_start", rule, _where(text, context))
+    elif context[start : start + len(text)] != text:
+        there = shown(context[start : start + len(text)])
+        rule = f"the context has {there} at character {start}. Given: {shown(text)}."
+        check.add("E-DATA-041", f"{path}.answer_start", rule, _where(text, context))
+
+
+def _where(text: str, context: str) -> str:
+    """Says where the answer stands in truth."""
+    start = context.find(text)
+    if start < 0:
+        return "The context does not hold this text; answers must be copied out of it."
+    again = context.find(text, start + 1) >= 0
+    return f"It first stands at {start}." if again else f"It stands at {start}."
