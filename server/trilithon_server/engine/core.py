@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from trilithon_server.engine.beam import EARLY, BeamSearch, Candidate, End, Hypothesis
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.constraints import CompileError, ConstraintCompiler, Matcher
 from trilithon_server.engine.encoder_scheduler import EncoderScheduler
-from trilithon_server.engine.intake import Facts, Refusal, check
+from trilithon_server.engine.intake import Facts, Refusal, check, output_bytes
 from trilithon_server.engine.outbox import Outbox, wire_token
 from trilithon_server.engine.pace import Pace
 from trilithon_server.engine.plan import Kind, Score, StepOutput, StepPlan
@@ -99,6 +101,7 @@ class EngineCore:
             return
         root = root_key(model_digest=self.facts.model_digest, adapter_digest="", salt=submit.cache_salt)
         request = Request(self._next_request, connection, submit, now_s, root=root)
+        request.output_bytes = output_bytes(submit, self.facts)
         prompt = list(submit.prompt)
         for index in range(num_sequences):
             request.sequences.append(Sequence(self._next_sequence + index, request, index, list(prompt)))
@@ -418,14 +421,18 @@ class EngineCore:
             complete = matcher is not None and matcher.is_complete()
             self._finish(sequence, finish, now_s=now_s, matched=matched, complete=complete)
 
-    def _take_vector(self, sequence: Sequence, vector: list[float], now_s: float) -> None:
+    def _take_vector(self, sequence: Sequence, packed: bytes, now_s: float) -> None:
         if sequence.finished:
             return
         sequence.request.first_token_s = now_s
-        if not all(-float("inf") < value < float("inf") for value in vector):
+        values = np.frombuffer(packed, np.float32)
+        if not np.isfinite(values).all():
             self._fail(sequence.request, "numerical_failure", "the model's output is not finite.", now_s)
             return
-        self.outbox.delta(sequence).embedding.extend(vector)
+        if sequence.request.submit.pooling.task_logits:
+            self.outbox.delta(sequence).task_logits = packed
+        else:
+            self.outbox.delta(sequence).embedding.extend(values.tolist())
         self._finish(sequence, Finish.EOS_TOKEN, now_s=now_s)
 
     def _extras_scores(self, request: Request, tokens: list[Token]) -> None:

@@ -1,10 +1,12 @@
-"""Batches for encoders: whole sequences up to the token budget, no cache, done in one plan."""
+"""Batches for encoders: whole sequences up to the budgets of tokens and answers, no cache, done in one plan."""
 
 from __future__ import annotations
 
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.request import Request, Sequence, waiting_order
 from trilithon_server.engine.scheduler import Batch, Item, Limits
+
+MAX_OUTPUT_BYTES = 8 << 20  # of the task logits of one plan, and so of one request: well below what a frame may hold
 
 
 class EncoderScheduler:
@@ -29,13 +31,14 @@ class EncoderScheduler:
         self.waiting.append(request)
 
     def schedule(self, now_s: float) -> Batch | None:
-        """The best waiting sequences that fit into the budget together; one that exceeds it alone runs alone."""
+        """The best waiting sequences that fit into the budgets together; one that exceeds that of tokens runs alone."""
         if not self.waiting:
             return None
-        batch = Batch()
+        batch, num_bytes = Batch(), 0
         self.waiting.sort(key=lambda request: waiting_order(request, now_s))
         for request in self.waiting:
             fits = batch.num_tokens + request.num_prompt <= self.limits.max_batch_tokens
+            fits = fits and num_bytes + request.output_bytes <= MAX_OUTPUT_BYTES
             if batch.items and (not fits or len(batch.items) >= self.limits.max_batch_sequences):
                 break
             sequence = request.sequences[0]
@@ -44,6 +47,7 @@ class EncoderScheduler:
             batch.started.append(request)
             batch.items.append(Item(sequence, 0, request.num_prompt, []))
             batch.num_tokens += request.num_prompt
+            num_bytes += request.output_bytes
         del self.waiting[: len(batch.items)]
         self.running.extend(batch.started)
         return batch

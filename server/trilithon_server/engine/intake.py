@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trilithon_server.engine.encoder_scheduler import MAX_OUTPUT_BYTES
 from trilithon_server.engine.request import Request, Sequence
 from trilithon_server.engine.wire_pb2 import Beam, Sampling, Submit
 
@@ -22,6 +23,8 @@ class Facts:
     max_context: int
     is_encoder: bool
     token_types: int = 0
+    task_columns: int = 0  # of the logits of the task head; 0: there is none
+    task_rows: int = 0  # of a sequence's logits; 0: one a token
     num_blocks: int = 0
     block_size: int = 16
     max_queued_requests: int = 1024
@@ -59,6 +62,19 @@ def _check_encoder(submit: Submit, facts: Facts) -> None:
         raise Refusal("invalid_value", f"types must be one a token. Given: {len(submit.types)} for {length} tokens.")
     if submit.types and max(submit.types) >= max(1, facts.token_types):
         raise Refusal("invalid_value", f"types must be below {facts.token_types}. Given: {max(submit.types)}.")
+    if submit.pooling.task_logits:
+        if not facts.task_columns:
+            raise Refusal("unsupported_task", "this engine's model has no task head; it embeds texts.")
+        if output_bytes(submit, facts) > MAX_OUTPUT_BYTES:
+            message = f"one answer may have at most {MAX_OUTPUT_BYTES} bytes. Given: {output_bytes(submit, facts)}."
+            raise Refusal("invalid_value", message)
+
+
+def output_bytes(submit: Submit, facts: Facts) -> int:
+    """Bytes of the logits that an encoder request asks for; 0 for a vector, which is small."""
+    if not submit.pooling.task_logits:
+        return 0
+    return 4 * facts.task_columns * (facts.task_rows or len(submit.prompt))
 
 
 def _check_generation(submit: Submit, facts: Facts) -> None:

@@ -69,7 +69,8 @@ class StepPlan:
 @dataclass(slots=True)
 class StepOutput:
     """
-    What a step found: per draw, per score (None: broken logits), per pooled sequence.
+    What a step found: per draw, per score (None: broken logits), per pooled sequence the fp32
+    values of its vector or of its task head's logits.
 
     `busy_s` is the sampling rank's time but for waiting on the stage before it, `model_s` the part of it in the model.
     """
@@ -77,7 +78,7 @@ class StepOutput:
     number: int
     drawn: list[Drawn] = field(default_factory=list)
     scores: list[list[TokenInfo] | None] = field(default_factory=list)
-    vectors: list[list[float]] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)
     busy_s: float = 0.0
     model_s: float = 0.0
 
@@ -194,7 +195,7 @@ def encode_output(output: StepOutput) -> tuple[npt.NDArray[np.int64], npt.NDArra
         _put_infos(out, infos or [])
     out.put(len(output.vectors))
     for vector in output.vectors:
-        out.put_bytes(np.array(vector, dtype=np.float64).tobytes())
+        out.put_bytes(vector)
     return out.finish(output.number)
 
 
@@ -209,7 +210,7 @@ def decode_output(number: int, payload: bytes) -> StepOutput:
     for _ in range(source.get()):
         is_sound, infos = source.get(), _get_infos(source)
         output.scores.append(infos if is_sound else None)
-    output.vectors = [source.get_floats() for _ in range(source.get())]
+    output.vectors = [source.get_bytes() for _ in range(source.get())]
     return output
 
 

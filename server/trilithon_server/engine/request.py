@@ -64,6 +64,7 @@ class Request:
     first_token_s: float | None = None
     preemptions: int = 0
     num_cached: int = 0  # prompt tokens that the prefix cache served when the request started
+    output_bytes: int = 0  # of an encoder's task logits
     num_scored: int = 0  # prompt positions whose successor has its log-probability
 
     # Read for every token of every step, so taken out of the message once.

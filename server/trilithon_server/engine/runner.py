@@ -89,8 +89,11 @@ class Runner:
         output.model_s = time.perf_counter() - began
         if not self._grid.is_last_stage:
             self._hand_on(hidden_TH, plan.number)
-        elif plan.pools:
-            output.vectors = pool(hidden_TH, bounds, plan.pools)
+        elif isinstance(self._stage, EncoderStage):
+            if self._samples:
+                began = time.perf_counter()
+                output.vectors = pool(self._stage, hidden_TH, bounds, plan.pools)
+                output.model_s += time.perf_counter() - began
         else:
             self._sample(hidden_TH, bounds, plan, output)
         return waited
@@ -159,16 +162,27 @@ class Runner:
         return infos if is_sound else None
 
 
-def pool(hidden_TH: Tensor, bounds: list[int], pools: list[Pooling]) -> list[list[float]]:
-    """One vector a sequence, in fp32: the mean of its tokens, its first or its last one, normalised if asked."""
-    vectors = []
+def pool(stage: EncoderStage, hidden_TH: Tensor, bounds: list[int], pools: list[Pooling]) -> list[bytes]:
+    """
+    What each sequence asked for, as fp32 values: the logits of the task head, row after row, or one vector: the mean of
+    its tokens, its first or its last one, normalised if asked.
+
+    Each sequence's head is computed on its own, so its numbers do not depend on the batch.
+    """
+    found = []
     for start, stop, how in zip(bounds, bounds[1:], pools, strict=False):
-        part_SH = hidden_TH[start:stop].float()
-        if how.kind == Pooling.MEAN:
-            vector_H = part_SH.mean(0)
+        part_SH = hidden_TH[start:stop]
+        if how.task_logits:
+            values = stage.task_logits(part_SH, [0, stop - start]).float()
         else:
-            vector_H = part_SH[0] if how.kind == Pooling.FIRST else part_SH[-1]
-        if how.normalize:
-            vector_H = F.normalize(vector_H, dim=-1)
-        vectors.append(vector_H.tolist())
-    return vectors
+            values = _vector(part_SH.float(), how)
+        found.append(values.cpu().numpy().tobytes())
+    return found
+
+
+def _vector(part_SH: Tensor, how: Pooling) -> Tensor:
+    if how.kind == Pooling.MEAN:
+        vector_H = part_SH.mean(0)
+    else:
+        vector_H = part_SH[0] if how.kind == Pooling.FIRST else part_SH[-1]
+    return F.normalize(vector_H, dim=-1) if how.normalize else vector_H

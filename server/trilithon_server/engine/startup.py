@@ -81,6 +81,8 @@ class Loaded:
             max_context=self.max_context,
             is_encoder=not config.is_causal,
             token_types=config.token_types,
+            task_columns=len(config.task_head.labels) if config.task_head is not None else 0,
+            task_rows=int(config.task_head is not None and config.task_head.kind == "sequence"),
             num_blocks=self.num_blocks,
             block_size=spec.block_size,
             max_queued_requests=spec.max_queued_requests,
@@ -109,6 +111,7 @@ class Loaded:
             hidden_size=config.hidden_size,
             startup_seconds=self.startup_seconds,
             memory_bytes=self.memory.as_dict(),
+            task_labels=len(config.task_head.labels) if config.task_head is not None else 0,
         )
 
 
@@ -199,11 +202,12 @@ def warm_up(
         length = min(max_context, spec.max_batch_tokens)
         count = max(1, spec.max_batch_tokens // length)
         plan = StepPlan(0, tokens=[0] * (length * count), starts=[0] * count, lengths=[length] * count)
-        plan.pools = [Pooling()] * count
+        what = Pooling(task_logits=config.task_head is not None)
+        plan.pools = [what] * count
         runner = Runner(stage, grid=grid, cache=None)
         runner.execute(plan)
         if max_context > spec.max_batch_tokens:  # one text beyond the budget runs alone
-            plan = StepPlan(1, tokens=[0] * max_context, starts=[0], lengths=[max_context], pools=[Pooling()])
+            plan = StepPlan(1, tokens=[0] * max_context, starts=[0], lengths=[max_context], pools=[what])
             runner.execute(plan)
         runner.flush()
         return time.monotonic() - began

@@ -168,15 +168,19 @@ class Pooling(google.protobuf.message.Message):
 
     KIND_FIELD_NUMBER: builtins.int
     NORMALIZE_FIELD_NUMBER: builtins.int
+    TASK_LOGITS_FIELD_NUMBER: builtins.int
     kind: Global___Pooling.Kind.ValueType
     normalize: builtins.bool
+    task_logits: builtins.bool
+    """the logits of the task head instead of a vector; kind and normalize mean nothing"""
     def __init__(
         self,
         *,
         kind: Global___Pooling.Kind.ValueType = ...,
         normalize: builtins.bool = ...,
+        task_logits: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "normalize", b"normalize"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "normalize", b"normalize", "task_logits", b"task_logits"]) -> None: ...
 
 Global___Pooling: typing_extensions.TypeAlias = Pooling
 
@@ -542,6 +546,7 @@ class Hello(google.protobuf.message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: builtins.int
     STARTUP_SECONDS_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    TASK_LABELS_FIELD_NUMBER: builtins.int
     model_digest: builtins.str
     vocab_size: builtins.int
     max_context_tokens: builtins.int
@@ -557,6 +562,8 @@ class Hello(google.protobuf.message.Message):
     device: builtins.str
     encoder: builtins.bool
     hidden_size: builtins.int
+    task_labels: builtins.int
+    """columns of task_logits; 0 = the model has no task head"""
     @property
     def startup_seconds(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """phase -> seconds"""
@@ -583,8 +590,9 @@ class Hello(google.protobuf.message.Message):
         hidden_size: builtins.int = ...,
         startup_seconds: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         memory_bytes: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        task_labels: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "startup_seconds", b"startup_seconds", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "startup_seconds", b"startup_seconds", "task_labels", b"task_labels", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -627,12 +635,15 @@ class SequenceDelta(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     EMBEDDING_FIELD_NUMBER: builtins.int
     TIMINGS_FIELD_NUMBER: builtins.int
+    TASK_LOGITS_FIELD_NUMBER: builtins.int
     handle: builtins.int
     index: builtins.int
     finish: Global___Finish.ValueType
     matched_token_id: builtins.int
     """the stop or end token"""
     constraint_complete: builtins.bool
+    task_logits: builtins.bytes
+    """fp32, little-endian, one row after the other: a row a token, or one in all"""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Token]:
         """new ones, in order; a stop or end token that ended the text is included"""
@@ -667,9 +678,10 @@ class SequenceDelta(google.protobuf.message.Message):
         prompt_tokens: collections.abc.Iterable[Global___Token] | None = ...,
         embedding: collections.abc.Iterable[builtins.float] | None = ...,
         timings: Global___Timings | None = ...,
+        task_logits: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error", "started", b"started", "timings", b"timings"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["constraint_complete", b"constraint_complete", "embedding", b"embedding", "error", b"error", "finish", b"finish", "handle", b"handle", "index", b"index", "matched_token_id", b"matched_token_id", "prompt_tokens", b"prompt_tokens", "started", b"started", "timings", b"timings", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["constraint_complete", b"constraint_complete", "embedding", b"embedding", "error", b"error", "finish", b"finish", "handle", b"handle", "index", b"index", "matched_token_id", b"matched_token_id", "prompt_tokens", b"prompt_tokens", "started", b"started", "task_logits", b"task_logits", "timings", b"timings", "tokens", b"tokens"]) -> None: ...
 
 Global___SequenceDelta: typing_extensions.TypeAlias = SequenceDelta
 
