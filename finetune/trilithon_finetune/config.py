@@ -100,6 +100,8 @@ class Training(Section):
     """Tokens that a rank holds at once, at most; a row that is longer goes alone."""
     max_steps: Count | None = None
     """Stop after so many steps, whatever `epochs` says."""
+    dropout: Share | None = None
+    """Of the residual stream's inputs and of a head's, while training."""
 
 
 class Data(Section):

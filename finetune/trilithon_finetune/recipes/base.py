@@ -108,6 +108,7 @@ class Defaults:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,16 @@ class Recipe(Protocol):
         """
         ...
 
-    def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
-        """The samples of a sound row, or why it cannot be encoded (too long, nothing supervised ...)."""
+    def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
+        """
+        The samples of a sound row, warnings among them; or why it cannot be encoded (too long, nothing supervised ...),
+        and no sample.
+        """
         ...
+
+    def dress(self, sample: Sample, *, seed: int, epoch: int) -> Sample:
+        """The sample as an epoch sees it: another mask each time, for example. Pure; most tasks change nothing."""
+        return sample
 
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context

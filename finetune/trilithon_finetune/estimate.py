@@ -1,0 +1,253 @@
+"""
+What a job will need, before it is queued: tokens, steps, memory of a rank by part, disk, time. No torch.
+
+Memory is counted for CPUs, where products read packed copies of the weights; activations are those of the planner
+(`trilithon_parallel.memory`) for the largest micro-batch. An estimate is meant to be a little too large, never too
+small.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trilithon_finetune.config import JobConfig
+from trilithon_finetune.resolve import lora_spec
+from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.costs import PlannedLayout, model_flops
+from trilithon_parallel.lora.spec import owned_shapes
+from trilithon_parallel.memory import Numerics, layer_parts, stage_parameters
+from trilithon_parallel.placement import global_shapes, local_sizes
+
+FRAMEWORK_BYTES = 420 << 20
+"""What a rank's process holds before it has a model: the interpreter, torch, communication."""
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+EFFICIENCY = (0.2, 0.45, 0.8)
+"""Share of the peak that training reaches: at worst, as a rule, at best."""
+
+DISK_MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What a job's data come to.
+
+    Attributes:
+        tokens, supervised: of one epoch. longest: of one sample.
+        units: samples, or pairs, of one epoch.
+        valid_tokens: of one evaluation.
+        steps: of the whole run.
+    """
+
+    tokens: int
+    supervised: int
+    longest: int
+    units: int
+    valid_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is there: bytes that a rank may use, bytes on the disk, FLOP/s of a rank."""
+
+    rank_bytes: int
+    disk_bytes: int
+    peak_flops: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    The answer; `memory` by part, of the fullest rank. `problems`: why it is not allowed, each with what would help.
+
+    `seconds` is what is likely, between `seconds_low` and `seconds_high`; not measured, but for the machine's peak.
+    """
+
+    train_tokens: int
+    supervised_tokens: int
+    steps: int
+    memory: Mapping[str, int]
+    rank_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    problems: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest rank."""
+        return sum(self.memory.values())
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the job fits."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """With the names of `trilithon.api.v1.Estimate`."""
+        return {
+            "train_tokens": self.train_tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "steps": self.steps,
+            "peak_bytes_per_rank": self.peak_bytes,
+            "available_bytes_per_rank": self.rank_bytes,
+            "memory_parts": dict(self.memory),
+            "disk_bytes": self.disk_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
+            "seconds": self.seconds,
+            "seconds_low": self.seconds_low,
+            "seconds_high": self.seconds_high,
+            "measured": False,
+            "allowed": self.allowed,
+            "problems": list(self.problems),
+        }
+
+
+def estimate(config: JobConfig, model: ModelConfig, work: Workload, machine: Machine) -> Estimate:
+    """
+    Args:
+        config: resolved.
+        model: with the task's head.
+    """
+    memory = rank_memory(config, model, longest=work.longest)
+    disk = disk_bytes(config, model, work)
+    passes = config.training.epochs or 1
+    share = work.steps / max(1, passes * math.ceil(work.units / (config.training.batch_size or 1)))
+    train_tokens = round(work.tokens * passes * min(1.0, share))
+    evaluations = max(1, work.steps // (config.eval.every_steps or work.steps or 1))
+    flops = _flops_per_token(config, model, work.longest)
+    work_flops = flops * train_tokens + flops / 3 * work.valid_tokens * evaluations
+    ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
+    slow, likely, fast = (work_flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY)
+    problems = []
+    if (needed := sum(memory.values())) > machine.rank_bytes:
+        problems.append(_memory_problem(config, model, work.longest, needed, machine.rank_bytes))
+    if disk > machine.disk_bytes:
+        problems.append(
+            f"the disk must have {_gib(disk)} free. Given: {_gib(machine.disk_bytes)}. "
+            "Lower checkpoint.keep, or make room."
+        )
+    return Estimate(
+        train_tokens,
+        round(work.supervised * passes * min(1.0, share)),
+        work.steps,
+        memory,
+        machine.rank_bytes,
+        disk,
+        machine.disk_bytes,
+        likely,
+        fast,
+        slow,
+        tuple(problems),
+    )
+
+
+def rank_memory(config: JobConfig, model: ModelConfig, *, longest: int) -> dict[str, int]:
+    """Bytes of the fullest rank, by part."""
+    tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
+    element = ELEMENT_BYTES[config.dtype]
+    layers = -(-model.num_layers // pp)
+    # The first stage holds the embedding, the last one the head; where there is one stage, it holds both.
+    ends = [(True, pp == 1), (pp == 1, True)]
+    base = replace(model, task_head=None)
+    weights = max(
+        stage_parameters(base, tp=tp, num_layers=layers, is_first=first, is_last=last) for first, last in ends
+    )
+    embedding = local_sizes(model, tp).vocab * model.hidden_size
+    trained = trained_parameters(config, model) / (tp * pp) if config.tuning.kind == "lora" else weights
+    tokens = max(config.training.micro_batch_tokens or 0, longest)
+    layout = PlannedLayout(tp, pp, dp, 1, 1, "none", False, True, "1f1b")
+    numerics = Numerics(config.dtype, bool(config.training.dropout))
+    linear, _ = layer_parts(model, layout, numerics, tokens)
+    parts = {
+        "weights": element * weights,
+        "packed": element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
+        "gradients": 4 * trained,
+        "optimizer": (8 if config.dtype == "float32" else 12) * trained / dp,
+        "activations": min(pp, 2) * layers * linear,
+        "head": _head_bytes(model, tokens, tp),
+        "framework": FRAMEWORK_BYTES,
+    }
+    return {name: round(size) for name, size in parts.items()}
+
+
+def _head_bytes(model: ModelConfig, tokens: int, tp: int) -> float:
+    """Logits in fp32, their gradient and a copy: only where the vocabulary is a head."""
+    return 12.0 * tokens * local_sizes(model, tp).vocab if model.has_head else 0.0
+
+
+def trained_parameters(config: JobConfig, model: ModelConfig) -> int:
+    """How many numbers the optimizer moves."""
+    spec = lora_spec(config)
+    shapes = global_shapes(model) if spec is None else owned_shapes(model, spec)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def disk_bytes(config: JobConfig, model: ModelConfig, work: Workload) -> int:
+    """Checkpoints (those that are kept, the best one, one in the making), the export, and the prepared data."""
+    trained = trained_parameters(config, model)
+    element = ELEMENT_BYTES[config.dtype]
+    states = 8 if config.dtype == "float32" else 12
+    checkpoint = trained * (element + states)
+    prepared = 12 * (work.tokens + work.valid_tokens)
+    return round(DISK_MARGIN * (checkpoint * (config.checkpoint.keep + 2) + trained * element + prepared))
+
+
+def _flops_per_token(config: JobConfig, model: ModelConfig, longest: int) -> float:
+    length = max(1, longest)
+    flops = model_flops(replace(model, task_head=None), batch=1, seq_len=length) / length
+    return flops if config.tuning.kind == "full" else flops * 2 / 3
+
+
+def _memory_problem(config: JobConfig, model: ModelConfig, longest: int, needed: int, available: int) -> str:
+    """What is missing, and the smallest change that would fit, if one of these does."""
+    said = f"a rank needs {_gib(needed)} of memory. Given: {_gib(available)}."
+    tokens = config.training.micro_batch_tokens or longest
+    while tokens // 2 >= longest:
+        tokens //= 2
+        smaller = config.model_copy(
+            update={"training": config.training.model_copy(update={"micro_batch_tokens": tokens})}
+        )
+        if (fits := sum(rank_memory(smaller, model, longest=longest).values())) <= available:
+            return f"{said} training.micro_batch_tokens {tokens} would need {_gib(fits)}."
+    if config.tuning.kind == "full":
+        return f"{said} Use tuning.kind lora, shorter rows, or more ranks (parallel.tp, parallel.pp)."
+    return f"{said} Use shorter rows (data.max_tokens) or more ranks (parallel.tp, parallel.pp)."
+
+
+def this_machine(config: JobConfig, store: Path, *, peak_flops: float) -> Machine:
+    """
+    What this host offers each of the job's ranks.
+
+    Args:
+        peak_flops: of a rank with its share of the cores.
+    """
+    ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
+    return Machine(_available_bytes() // ranks, shutil.disk_usage(_existing(store)).free, peak_flops)
+
+
+def _available_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,54 @@
+"""`python -m trilithon_finetune.phases PHASE JOB_DIR --attempt N`: one phase of a job, and a file on how it ended."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from trilithon_finetune.errors import FinetuneError, JobError
+from trilithon_finetune.paths import JobPaths
+from trilithon_finetune.phases.outcome import Events, write_outcome
+from trilithon_finetune.setup import read_job
+
+PHASES = ("validate", "prepare", "export", "verify")
+
+
+def main() -> int:
+    """Run a phase; 0 where it ended well."""
+    parser = argparse.ArgumentParser(prog="python -m trilithon_finetune.phases")
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--attempt", type=int, required=True)
+    args = parser.parse_args()
+    attempt = JobPaths(args.directory).attempt(args.attempt)
+    outcome = attempt / f"{args.phase}.json"
+    module = importlib.import_module(f"trilithon_finetune.phases.{args.phase}")  # one of PHASES
+    try:
+        write_outcome(outcome, data=module.run(read_job(args.directory), Events(attempt)))
+        return 0
+    except Exception as error:
+        job_error = _as_job_error(error, args.phase)
+        if job_error.code == "bug":
+            traceback.print_exc()
+        print(f"{args.phase}: {job_error.message}", file=sys.stderr)
+        write_outcome(outcome, error=replace(job_error, attempt=args.attempt))
+        return 1
+
+
+def _as_job_error(error: Exception, phase: str) -> JobError:
+    if isinstance(error, FinetuneError):
+        return error.error
+    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return JobError(code="disk_full", message=f"{phase}: no space is left on the disk.", hint="Make room.")
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return JobError(code="out_of_memory", message=f"{phase}: not enough memory.", hint="Use shorter rows.")
+    message = f"{phase} ended with {type(error).__name__}: {error}"[:2000]
+    return JobError(code="bug", message=message, hint="Look into the phase's log.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

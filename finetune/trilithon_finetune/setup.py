@@ -1,0 +1,169 @@
+"""
+What every phase of a job works with, read from the job's directory: the same for checking, training and export.
+
+    JOB/job.json    {"job_id", "tenant", "config", "model_dir", "training_path", "validation_path", "store", "name"}
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trilithon_finetune.config import JobConfig, Section, parse_config
+from trilithon_finetune.data.reading import Row, read_rows
+from trilithon_finetune.errors import refuse
+from trilithon_finetune.paths import JobPaths, StorePaths
+from trilithon_finetune.recipes import RECIPES
+from trilithon_finetune.recipes.base import Context, Recipe
+from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.text.template import TemplateError, load_template
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """
+    One job, as its directory tells it.
+
+    Attributes:
+        model_dir: of the base.
+        adapter_dir: the adapter that the job goes on from; None where it begins anew.
+        prepared: digest of the tokenised data; empty before `prepare`.
+        base_digest, data_digest, template_digest: empty before `validate`.
+    """
+
+    job_id: str
+    tenant: str
+    name: str
+    config: JobConfig
+    model_dir: Path
+    training_path: Path
+    validation_path: Path | None
+    store: StorePaths
+    paths: JobPaths
+    adapter_dir: Path | None = None
+    prepared: str = ""
+    base_digest: str = ""
+    data_digest: str = ""
+    template_digest: str = ""
+    training_name: str = ""
+    validation_name: str = ""
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Where the tokenised data lie."""
+        return self.store.prepared(self.prepared)
+
+
+def read_job(directory: Path) -> JobFile:
+    """
+    Read `job.json`.
+
+    Raises:
+        FinetuneError: `bug`, the file is not what the worker writes.
+    """
+    try:
+        raw: dict[str, Any] = json.loads((directory / "job.json").read_text("utf-8"))
+        known = {item.name for item in dataclasses.fields(JobFile)}
+        given = {name: value for name, value in raw.items() if name in known and value is not None}
+        paths = {
+            name: Path(given[name])
+            for name in ("model_dir", "training_path", "validation_path", "adapter_dir")
+            if given.get(name)
+        }
+        rest = {"validation_path": None, **given, **paths}
+        return JobFile(
+            **{
+                **rest,
+                "config": parse_config(raw["config"], where="job.json"),
+                "store": StorePaths(Path(raw["store"])),
+                "paths": JobPaths(directory),
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise refuse("bug", f"job.json of {directory.name} cannot be read: {error}.") from None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a job and the recipe that adapts it; `context` has no labels yet."""
+
+    recipe: Recipe
+    model: ModelConfig
+    context: Context
+
+
+def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
+    """
+    Read what rows are encoded with.
+
+    Args:
+        max_tokens: of a sample, while the configuration is not resolved; else its own.
+    Raises:
+        FinetuneError: `invalid_config` (options of the task), `model_not_found`.
+    """
+    recipe, config = RECIPES[config_task(job)], job.config
+    try:
+        model = load_config(job.model_dir)
+        tokenizer = load_tokenizer(job.model_dir)
+        template = load_template(job.model_dir) if model.is_causal else None
+    except (ModelError, TemplateError) as error:
+        raise refuse("model_not_found", f"base model {config.model}: {error}", param="model") from None
+    context = Context(
+        tokenizer=tokenizer,
+        template=template,
+        model=model,
+        max_tokens=config.data.max_tokens or max_tokens or min(recipe.defaults.max_tokens, model.max_context),
+        labels=(),
+        options=task_options(recipe, config),
+        train_on=config.data.train_on,
+        on_long=config.data.on_long,
+    )
+    return Base(recipe, model, context)
+
+
+def config_task(job: JobFile) -> str:
+    """The job's task, which must have a recipe."""
+    task = job.config.task
+    if task not in RECIPES:
+        raise refuse(
+            "invalid_config", f"task {task} has no recipe.", param="task", hint=f"Allowed: {', '.join(RECIPES)}."
+        )
+    return task
+
+
+def task_options(recipe: Recipe, config: JobConfig) -> Section:
+    """
+    The task's own options, checked.
+
+    Raises:
+        FinetuneError: `invalid_config`, with the first broken rule.
+    """
+    try:
+        return recipe.Options.model_validate(config.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["options", *map(str, first["loc"])])
+        allowed = ", ".join(recipe.Options.model_fields) or "none"
+        raise refuse(
+            "invalid_config",
+            f"{where}: {first['msg']}. Given: {first['input']!r}.",
+            param=where,
+            hint=f"Options of {config.task}: {allowed}.",
+        ) from None
+
+
+def read_rows_of(job: JobFile, recipe: Recipe, lines: Collection[int]) -> dict[int, Mapping[str, Any]]:
+    """The validation rows of these lines, from the file that they came from."""
+    path = job.validation_path or job.training_path
+    name = job.validation_name if job.validation_path is not None else job.training_name
+    found = read_rows(path, recipe=recipe, file=name or path.name)
+    return {row.line: row.value for row in found if isinstance(row, Row) and row.line in lines}

@@ -1,0 +1,1 @@
+"""Training of a job: one rank of the gang."""

@@ -1,0 +1,202 @@
+"""
+What a model says of held-out samples: the loss, the task's own numbers, and a few outputs to hold the export against.
+
+One forward pass gives all of it. Every dp row takes a share and all ranks learn all outputs, so that all find the same
+numbers and none has to be told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trilithon_finetune.data.prepared import Part
+from trilithon_finetune.recipes.base import IGNORE, Context, Head, Output, Recipe, Sample
+from trilithon_finetune.train.stream import held_batches, plan_outputs
+from trilithon_parallel.collectives import all_gather
+from trilithon_parallel.step import TrainingModel
+from trilithon_parallel.trainer import Evaluation
+
+Values = npt.NDArray[np.float32]
+
+NUM_PROBES = 8
+"""Samples whose outputs are kept, to compare the export with."""
+
+
+def outputs_of(
+    model: TrainingModel,
+    part: Part,
+    recipe: Recipe,
+    *,
+    micro_batch_tokens: int,
+    seed: int,
+    units: Sequence[int] | None = None,
+    per_token: bool = False,
+) -> dict[int, tuple[Sample, Values]]:
+    """
+    The model's outputs of a part's samples, on every rank: by index the sample as it was seen, and its values.
+
+    Args:
+        units: which; None for all.
+        per_token: of a vocabulary, log-probabilities of single tokens [T] in place of their sum [1].
+    """
+    grid = model.grid
+    plan = plan_outputs(part, dp=grid.dp.size, micro_batch_tokens=micro_batch_tokens, units=units)
+    held = held_batches(part, recipe, plan[grid.dp.rank], device=grid.device, seed=seed)
+    made = model.predict([item.batch for item in held], per_token=per_token)
+    labels = 0 if model.config.task_head is None else len(model.config.task_head.labels)
+
+    def size(index: int) -> int:
+        return value_size(recipe.head, int(part.lengths[index]), labels, per_token=per_token)
+
+    sizes = [sum(size(index) for group in row for index in group) for row in plan]
+    flat = torch.zeros(max(sizes), dtype=torch.float32)
+    if made:
+        mine = torch.cat([outputs.flatten() for outputs in made])
+        assert len(mine) == sizes[grid.dp.rank]
+        flat[: len(mine)] = mine
+    rows = all_gather(flat.unsqueeze(0).to(grid.device), grid.dp, dim=0, label="evaluation").cpu().numpy()
+    found: dict[int, tuple[Sample, Values]] = {}
+    for row, groups in zip(rows, plan, strict=True):
+        at = 0
+        for index in (index for group in groups for index in group):
+            values = row[at : at + size(index)]
+            at += size(index)
+            sample = recipe.dress(part.sample(index), seed=seed, epoch=0)
+            found[index] = (sample, values.reshape(-1, labels) if recipe.head in ("tokens", "span") else values)
+    return dict(sorted(found.items()))
+
+
+def value_size(head: Head, length: int, labels: int, *, per_token: bool) -> int:
+    """Numbers that the model says of one sample of so many tokens."""
+    if head in ("tokens", "span"):
+        return length * labels
+    if head == "sequence":
+        return labels
+    return length if per_token else 1
+
+
+def sample_loss(head: Head, sample: Sample, values: Values) -> tuple[float, int]:
+    """
+    The sum of what one sample loses, by its outputs, and what it counts for; the same loss that training lowers.
+
+    A preference's loss is that of pairs and is not asked for here.
+    """
+    match head:
+        case "tokens":
+            targets = np.array(sample.targets)
+            counts = targets != IGNORE
+            chosen = _log_softmax(values[counts])[np.arange(counts.sum()), targets[counts]]
+            return -float(chosen.sum()), int(counts.sum())
+        case "sequence":
+            return -float(_log_softmax(values)[sample.columns["label"]]), 1
+        case "span":
+            allowed = np.zeros(len(values), dtype=bool)
+            allowed[sample.columns["context_start"] : sample.columns["context_stop"]] = True
+            allowed[0] = True
+            logprobs = _log_softmax(np.where(allowed[:, None], values, -np.inf), axis=0)
+            return -float(logprobs[sample.columns["start"], 0] + logprobs[sample.columns["end"], 1]) / 2, 1
+        case _:
+            return (0.0, 0) if sample.columns.get("only_scored") else (-float(values[0]), sample.num_supervised)
+
+
+def _log_softmax(values: Values, axis: int = -1) -> npt.NDArray[np.float64]:
+    wide = values.astype(np.float64)
+    shifted = wide - wide.max(axis, keepdims=True)
+    logprobs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
+    return logprobs
+
+
+def preference_numbers(
+    outputs: Sequence[Values], references: Sequence[float], beta: float
+) -> tuple[float, dict[str, float]]:
+    """
+    The mean loss of pairs, and how often and by how much the chosen answer gained on the rejected one.
+
+    Args:
+        outputs: summed log-probabilities, chosen and rejected in turn; `references` likewise, before training.
+    Source: arXiv 2305.18290, equations 5 and 7.
+    """
+    gained = np.array([float(values[0]) for values in outputs]) - np.array(references)
+    margins = beta * (gained[0::2] - gained[1::2])
+    losses = np.logaddexp(0.0, -margins)
+    return float(losses.mean()), {
+        "reward_accuracy": float((margins > 0).mean()),
+        "reward_margin": float(margins.mean()),
+    }
+
+
+class JobEvaluator:
+    """
+    Evaluates a model on a job's validation part. All ranks make one alike and call it together.
+
+    Args:
+        valid: may be empty; then only the probes are made.
+        probes: the part that they come from.
+        rows: of the validation file by line, for recipes that measure against them.
+    Attributes:
+        references: of preferences, as `JobStream.references`, for the validation part.
+        probe: the latest probes' outputs by sample index, per token.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        context: Context,
+        valid: Part,
+        probes: Part,
+        *,
+        rows: Mapping[int, Mapping[str, Any]],
+        micro_batch_tokens: int,
+        seed: int,
+        beta: float,
+    ) -> None:
+        self._recipe, self._context, self._valid, self._probes, self._rows = recipe, context, valid, probes, rows
+        self._capacity, self._seed, self._beta = micro_batch_tokens, seed, beta
+        self.references: Sequence[float] = ()
+        self.probe: dict[int, tuple[Sample, Values]] = {}
+
+    def __call__(self, model: TrainingModel) -> Evaluation | None:
+        """Measure."""
+        units = probe_units(self._probes)
+        self.probe = self._outputs(model, self._probes, units=units, per_token=True)
+        if not len(self._valid):
+            return None
+        found = self._outputs(model, self._valid)
+        outputs = [Output(sample, values) for sample, values in found.values()]
+        if self._recipe.head == "preference":
+            loss, numbers = preference_numbers([output.values for output in outputs], self.references, self._beta)
+            return Evaluation(loss, numbers)
+        parts = [sample_loss(self._recipe.head, output.sample, output.values) for output in outputs]
+        total, count = math.fsum(loss for loss, _ in parts), sum(count for _, count in parts)
+        return Evaluation(total / max(1, count), dict(self._recipe.metrics(outputs, self._rows, self._context)))
+
+    def _outputs(
+        self, model: TrainingModel, part: Part, *, units: Sequence[int] | None = None, per_token: bool = False
+    ) -> dict[int, tuple[Sample, Values]]:
+        return outputs_of(
+            model,
+            part,
+            self._recipe,
+            micro_batch_tokens=self._capacity,
+            seed=self._seed,
+            units=units,
+            per_token=per_token,
+        )
+
+
+def probe_units(part: Part) -> list[int]:
+    """The units whose outputs an export is compared by: the first few, spread over the part."""
+    step = max(1, part.num_units // NUM_PROBES)
+    return list(range(0, part.num_units, step))[:NUM_PROBES]
+
+
+def probe_file(run_dir: Path, step: int) -> Path:
+    """Where the outputs of the probes at a step lie."""
+    return run_dir / f"probe_{step:08d}.safetensors"

@@ -1,0 +1,178 @@
+"""The steps of a job and their micro-batches: pure functions of the prepared data, the seed and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trilithon_finetune.config import JobConfig
+from trilithon_finetune.data.batches import MicroBatch, Order, heaviest_step, in_order, share
+from trilithon_finetune.data.prepared import Part
+from trilithon_finetune.recipes.base import Recipe, Sample
+from trilithon_finetune.train.collate import collate
+from trilithon_parallel.data.ramp import LearningRate, Step
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.objective import PackedBatch
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """Passes over all units in batches, the last of each as small as it comes out; at most `max_steps`."""
+
+    order: Order
+    epochs: int
+    max_steps: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        steps = self.order.steps_per_epoch * self.epochs
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def size(self, step: int) -> int:
+        """Units of a step."""
+        at = step % self.order.steps_per_epoch * self.order.batch_size
+        return min(self.order.batch_size, self.order.num_units - at)
+
+    def steps(self, train_samples: int, *, consumed: int = 0, step: int = 0) -> Iterator[Step]:
+        """The steps from a cursor on; `train_samples` is that of `whole_run`, and counts units."""
+        while step < self.num_steps:
+            yield Step(step, consumed, self.size(step))
+            consumed, step = consumed + self.size(step), step + 1
+
+    def whole_run(self, train_samples: int = 0) -> tuple[int, int]:
+        """Steps of the run, and the units that it consumes."""
+        epochs, rest = divmod(self.num_steps, self.order.steps_per_epoch)
+        return self.num_steps, epochs * self.order.num_units + sum(self.size(step) for step in range(rest))
+
+
+def schedule_of(config: JobConfig, num_units: int) -> EpochSchedule:
+    """The steps of a resolved configuration over so many training units."""
+    training = config.training
+    assert training.batch_size is not None
+    assert training.epochs is not None
+    assert config.seed is not None
+    return EpochSchedule(Order(num_units, training.batch_size, config.seed), training.epochs, training.max_steps)
+
+
+def learning_rate_of(config: JobConfig, total_units: int) -> LearningRate:
+    """The learning rate of a resolved configuration, by consumed units."""
+    optimizer = config.optimizer
+    assert optimizer.lr is not None
+    assert optimizer.schedule is not None
+    assert optimizer.warmup_ratio is not None
+    warmup = int(optimizer.warmup_ratio * total_units)
+    return LearningRate(optimizer.lr, 0.0, warmup, max(total_units, warmup + 1), optimizer.schedule)
+
+
+class JobStream:
+    """
+    Batches of prepared data for one rank.
+
+    Args:
+        train: the samples to learn from.
+        beta: of preferences.
+    Attributes:
+        references: of preferences, each sample's log-probability before the first step; set before training.
+    """
+
+    def __init__(
+        self, train: Part, recipe: Recipe, schedule: EpochSchedule, grid: Grid, *, config: JobConfig, beta: float
+    ) -> None:
+        assert config.training.micro_batch_tokens is not None
+        self._train, self._recipe, self._schedule, self._grid = train, recipe, schedule, grid
+        self._capacity, self._beta, self._seed = config.training.micro_batch_tokens, beta, schedule.order.seed
+        self._lengths = train.unit_lengths
+        self.references: Sequence[float] | None = None
+
+    def micro_batches(self, step: Step) -> Sequence[PackedBatch]:
+        """This dp row's micro-batches of a step."""
+        return self.micro_batches_at(step.step)
+
+    def micro_batches_at(self, step: int) -> list[PackedBatch]:
+        """The same, by the step's number."""
+        units = self._schedule.order.units(step)
+        lengths = [self._lengths[unit] for unit in units]
+        rows = share(units, lengths, dp=self._grid.dp.size, micro_batch_tokens=self._capacity)
+        epoch = self._schedule.order.epoch(step)
+        return [self._batch(micro, epoch) for micro in rows[self._grid.dp.rank]]
+
+    def _batch(self, micro: MicroBatch, epoch: int) -> PackedBatch:
+        ids = [index for unit in micro.units for index in self._train.samples_of(unit)]
+        samples = [self._recipe.dress(self._train.sample(index), seed=self._seed, epoch=epoch) for index in ids]
+        references = None if self.references is None else [self.references[index] for index in ids]
+        return collate(
+            samples,
+            ids,
+            head=self._recipe.head,
+            device=self._grid.device,
+            counts=micro.counts,
+            references=references,
+            beta=self._beta,
+        )
+
+    def tokens(self, step: Step) -> int:
+        """Tokens of a step over all ranks."""
+        return sum(self._lengths[unit] for unit in self._schedule.order.units(step.step))
+
+    def supervised(self, step: int) -> int:
+        """What a step's loss is divided by, over all ranks."""
+        units = self._schedule.order.units(step)
+        return int(sum(int(self._train.supervised[i]) for unit in units for i in self._train.samples_of(unit)))
+
+    def rows(self, step: int) -> list[int]:
+        """Lines of the training file that a step sees."""
+        units = self._schedule.order.units(step)
+        return sorted({self._train.sample(index).row for unit in units for index in self._train.samples_of(unit)})
+
+    def heaviest(self) -> int:
+        """The step whose largest micro-batch is the largest of the first epoch."""
+        return heaviest_step(
+            self._schedule.order, self._lengths, dp=self._grid.dp.size, micro_batch_tokens=self._capacity
+        )
+
+    def evaluation(self) -> Iterator[Sequence[PackedBatch]]:
+        """Nothing: a job has an evaluator of its own."""
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Held:
+    """One micro-batch of samples whose outputs are asked for: their places in `Part`, and the batch."""
+
+    indices: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    batch: PackedBatch
+
+
+def plan_outputs(
+    part: Part, *, dp: int, micro_batch_tokens: int, units: Sequence[int] | None = None
+) -> list[list[tuple[int, ...]]]:
+    """
+    The samples of a part in micro-batches, as every rank can tell without asking: [dp][micro-batch] of sample indices.
+
+    Args:
+        units: which; None for all.
+    """
+    chosen = range(part.num_units) if units is None else units
+    if not chosen:
+        return [[] for _ in range(dp)]
+    lengths = part.unit_lengths
+    rows = in_order([lengths[unit] for unit in chosen], micro_batch_tokens, dp=dp)
+    return [
+        [tuple(index for at in micro.units for index in part.samples_of(chosen[at])) for micro in row if micro.counts]
+        for row in rows
+    ]
+
+
+def held_batches(
+    part: Part, recipe: Recipe, groups: Sequence[tuple[int, ...]], *, device: torch.device, seed: int
+) -> list[Held]:
+    """One dp row's share of `plan_outputs` as batches."""
+    held = []
+    for indices in groups:
+        samples = tuple(recipe.dress(part.sample(index), seed=seed, epoch=0) for index in indices)
+        held.append(Held(indices, samples, collate(samples, indices, head=recipe.head, device=device)))
+    return held
