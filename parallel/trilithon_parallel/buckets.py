@@ -33,8 +33,9 @@ class Kind:
     What makes parameters alike: `decays` (AdamW's weight decay), `rate` (a factor of the learning rate), and over whom
     their gradients are summed before dp.
 
-    `sum_over` is "none", "tp" (replicated, each rank having seen its own tokens), "kv" (copies of a key/value group) or
-    the name of the tensor that stages hold copies of. `replicas`: ranks along tp that hold the very same elements.
+    `sum_over` is "none", "tp" (replicated, each rank having seen its own tokens, or its own part of an adapted
+    product), "kv" (copies of a key/value group) or the name of the tensor that stages hold copies of. `replicas`:
+    ranks along tp that hold the very same elements.
     """
 
     decays: bool
@@ -245,7 +246,7 @@ def _kind(
     replicas, sum_over = 1, "none"
     if rule.cut is None:
         replicas = grid.tp.size
-        if grid.sequence_parallel and replicas > 1 and not rule.is_whole:
+        if replicas > 1 and (rule.is_partial or (grid.sequence_parallel and not rule.is_whole)):
             sum_over = "tp"
     elif rule.cut == "kv" and local_sizes(config, grid.tp.size).kv_replicas > 1:
         replicas, sum_over = local_sizes(config, grid.tp.size).kv_replicas, "kv"

@@ -4,7 +4,8 @@ Dropout that doesn't depend on the layout: a mask is a function of seed, step, s
 It is drawn for the whole sample and all heads, and a rank takes its part. So one process, tensor-parallel ranks,
 sequence-parallel ranks and a second computation of the same layer all drop the same elements.
 
-Shapes: T packed tokens, H hidden, A query heads (a rank's share), S tokens of a sample.
+Shapes: T packed tokens, H hidden, K inputs of an adapter (a rank's share), A query heads (a rank's share), S tokens of
+a sample.
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trilithon_parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class DropoutRates:
+    """Shares that are dropped while training: of the residual stream's inputs, attention weights, adapters' inputs."""
+
+    hidden: float = 0.0
+    attention: float = 0.0
+    adapter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Dropout:
 
     `hidden_rate`, `attention_rate`: shares that are dropped, 0 <= rate < 1. `sample_ids` and `lengths`: the global
     samples that are packed here and their tokens, in order. `first_layer`: the global id of the stage's first layer.
+    `adapter_rate`: of adapters' inputs.
     """
 
     hidden_rate: float
@@ -37,6 +49,7 @@ class Dropout:
     lengths: Sequence[int]
     grid: Grid
     first_layer: int
+    adapter_rate: float = 0.0
 
     def hidden(self, x_TH: Tensor, *, layer: int, site: str) -> Tensor:
         """Drop elements of the stream [T, H], or of this rank's tokens of it under sequence parallelism."""
@@ -60,6 +73,19 @@ class Dropout:
         shape = tuple(x_BH.shape[1:])
         keep = torch.stack([self._keep(shape, self.hidden_rate, sample, layer, site) for sample in self.sample_ids])
         return _drop(x_BH, keep, self.hidden_rate)
+
+    def inputs(self, x_TK: Tensor, *, layer: int, site: str, size: int, start: int) -> Tensor:
+        """Drop inputs of an adapter: [T, K], all tokens, and of `size` columns those of this rank, from `start` on."""
+        if self.adapter_rate == 0.0:
+            return x_TK
+        keep = torch.cat(
+            [
+                self._keep((length, size), self.adapter_rate, sample, layer, site)
+                for sample, length in zip(self.sample_ids, self.lengths, strict=True)
+            ]
+        )[:, start : start + x_TK.shape[1]]
+        missing = x_TK.shape[1] - keep.shape[1]  # padding, which is zero anyway
+        return _drop(x_TK, F.pad(keep, (0, missing)) if missing else keep, self.adapter_rate)
 
     def attention(self, weights_ASS: Tensor, *, sample: int, layer: int) -> Tensor:
         """Drop weights [A, S, S] of the sample at index `sample` of this micro-batch; A is this rank's share."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
+from trilithon_parallel.lora.spec import parse_name
 from trilithon_parallel.placement import global_shapes, local_slice, source_name, stage_names
 
 BLOCK_ELEMENTS = 2**22
@@ -44,6 +45,8 @@ def initialise(stage: nn.Module, *, config: ModelConfig, grid: Grid, seed: int, 
     Gains are 1, biases 0, padding 0. The token types of a decoder are 0: rows added to its embedding change nothing
     before they are trained. T5 doesn't divide its attention's scores by sqrt(head_dim), so its queries are drawn
     smaller by that factor, as Raffel et al. (2020) do; all else of it follows the rules of the other families.
+
+    An adapter's A is uniform from -1 / sqrt(in) to 1 / sqrt(in), as PEFT draws it, and its B is 0.
 
     Args:
         stage: holds exactly the parameters of `placement.stage_names`, in any float dtype, on any device.
@@ -149,22 +152,36 @@ def draw(
     zeros beyond. `initialise` says which numbers.
     """
     out.fill_(1.0 if _is_gain(name) else 0.0)
-    if (spread := _spread(name, config, sigma)) > 0:
-        corner = out[tuple(slice(0, item.stop - item.start) for item in slices)]
+    corner = out[tuple(slice(0, item.stop - item.start) for item in slices)]
+    if (adapter := parse_name(name)) is not None:
+        if adapter[2] == "A":
+            draw_into(corner, name, shape, slices, seed=seed, sigma=shape[1] ** -0.5, is_uniform=True)
+    elif (spread := _spread(name, config, sigma)) > 0:
         draw_into(corner, name, shape, slices, seed=seed, sigma=spread)
 
 
 def draw_into(
-    out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...], *, seed: int, sigma: float
+    out: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    slices: tuple[slice, ...],
+    *,
+    seed: int,
+    sigma: float,
+    is_uniform: bool = False,
 ) -> None:
-    """Fill `out` with the part `slices` of the matrix `name` of this `shape`, Normal(0, sigma)."""
+    """Fill `out` with the part `slices` of the matrix `name`: Normal(0, sigma), or uniform from -sigma to sigma."""
     rows, columns = shape
     wanted, kept = slices
     step = max(1, BLOCK_ELEMENTS // columns)
     for block in range(wanted.start // step, -(-wanted.stop // step)):
         first = block * step
         generator = torch.Generator().manual_seed(tensor_seed(seed, name, block))
-        drawn = torch.randn(min(step, rows - first), columns, generator=generator).mul_(sigma)
+        size = (min(step, rows - first), columns)
+        if is_uniform:
+            drawn = torch.rand(size, generator=generator).mul_(2.0).sub_(1.0).mul_(sigma)
+        else:
+            drawn = torch.randn(size, generator=generator).mul_(sigma)
         start, stop = max(wanted.start, first), min(wanted.stop, first + step)
         out[start - wanted.start : stop - wanted.start] = drawn[start - first : stop - first, kept]
 

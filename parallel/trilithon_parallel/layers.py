@@ -9,7 +9,7 @@ packed form, so that each weight is in memory once, and the parameters are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from trilithon_parallel.collectives import leave_rows
 from trilithon_parallel.grid import Grid
+
+if TYPE_CHECKING:
+    from trilithon_parallel.lora.adapter import Adapter
 
 
 class Product(Protocol):
@@ -37,7 +40,11 @@ class ColumnParallelLinear(nn.Module):
     Y = X W^T + b with W cut by output rows: every rank makes its own slice of Y from the whole X.
 
     The paper's f (`enter_columns`) belongs before it; the block applies it once for several products of one input.
+    `terms`: None where the whole input is every rank's, else as for `RowParallelLinear`.
     """
+
+    terms: Sequence[int] | None = None
+    adapter: Adapter | None = None
 
     def __init__(
         self, in_features: int, out_local: int, *, bias: bool, dtype: torch.dtype, device: torch.device
@@ -61,6 +68,8 @@ class RowParallelLinear(nn.Module):
     after the last rank's share.
     """
 
+    adapter: Adapter | None = None
+
     def __init__(self, terms: Sequence[int], out_features: int, *, bias: bool, grid: Grid, dtype: torch.dtype) -> None:
         super().__init__()
         self.grid, self.terms = grid, tuple(terms)
@@ -68,19 +77,23 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=grid.device) if bias else None
         self.product: Product | None = None
 
-    def forward(self, x_TK: Tensor, residual_TO: Tensor | None) -> Tensor:
+    def forward(
+        self, x_TK: Tensor, residual_TO: Tensor | None, adapt: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """
         [T, K] local -> [T, O] on every rank (with sequence parallelism the rank's tokens, [T / tp, O]).
 
-        `residual_TO`: the residual stream, of the result's shape, that the result is added to; None for none.
+        `residual_TO`: the residual stream, of the result's shape, that the result is added to; None for none. `adapt`
+        adds an adapter's share to this rank's share of the product.
         """
         if self.product is None:
             y_TO = F.linear(x_TK, self.weight)
         elif self.grid.tp.is_trivial:
-            return self.product(x_TK, residual_TO).to(x_TK.dtype)
+            y_TO = self.product(x_TK, residual_TO).to(x_TK.dtype)
+            return y_TO if adapt is None else adapt(y_TO)
         else:
             y_TO = self.product(x_TK)
-        y_TO = leave_rows(y_TO, self.grid)
+        y_TO = leave_rows(y_TO if adapt is None else adapt(y_TO), self.grid)
         if self.bias is not None:
             y_TO = y_TO + self.bias
         return (y_TO if residual_TO is None else residual_TO + y_TO).to(x_TK.dtype)
@@ -166,12 +179,13 @@ class _RMSNorm(torch.autograd.Function):
         return (x_TH * scale_T1).to(x_TH.dtype) * weight_H
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x_TH, weight_H, scale_T1 = ctx.saved_tensors
         unit_TH, inner_TH = x_TH * scale_T1, grad_TH * weight_H
         mean_T1 = (inner_TH * unit_TH).mean(-1, keepdim=True)
         d_x_TH = torch.addcmul(inner_TH, unit_TH, mean_T1, value=-1.0) * scale_T1
-        return d_x_TH.to(x_TH.dtype), (grad_TH * unit_TH).sum(0).to(weight_H.dtype), None
+        d_weight_H = (grad_TH * unit_TH).sum(0).to(weight_H.dtype) if ctx.needs_input_grad[1] else None
+        return d_x_TH.to(x_TH.dtype), d_weight_H, None
 
 
 class LayerNorm(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.dropout import Dropout
+from trilithon_parallel.dropout import Dropout, DropoutRates
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import (
     cross_entropy,
@@ -360,9 +360,17 @@ def log_probabilities(stage: CausalStage, batch: Batch) -> Tensor:
 
 
 def dropout_of(
-    batch: PackedBatch, grid: Grid, config: ModelConfig, hidden: float, attention: float, *, seed: int, step: int
+    batch: PackedBatch, grid: Grid, config: ModelConfig, rates: DropoutRates, *, seed: int, step: int
 ) -> Dropout:
     """The dropout masks of one micro-batch on one stage."""
     return Dropout(
-        hidden, attention, seed, step, batch.sample_ids, batch.lengths, grid, grid.layers(config.num_layers).start
+        rates.hidden,
+        rates.attention,
+        seed,
+        step,
+        batch.sample_ids,
+        batch.lengths,
+        grid,
+        grid.layers(config.num_layers).start,
+        rates.adapter,
     )

@@ -64,6 +64,7 @@ class Optimizer:
         self, buckets: Buckets, config: ModelConfig, settings: AdamWSettings, *, loss_scale: LossScale | None = None
     ) -> None:
         self.buckets, self.config, self.settings, self.loss_scale = buckets, config, settings, loss_scale
+        self._shapes = global_shapes(config)
         self.masters: list[nn.Parameter] = []
         for bucket in buckets.buckets:
             share = bucket.data[bucket.share]
@@ -77,27 +78,34 @@ class Optimizer:
             decay = settings.weight_decay if decays else 0.0
             group = groups.setdefault((decays, rate), {"params": [], "weight_decay": decay, "rate": rate})
             group["params"].append(master)
-        self._adamw = torch.optim.AdamW(
-            list(groups.values()), betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
-        )
+        self._adamw: torch.optim.AdamW | None = None  # of a rank whose parameters are all frozen
+        if groups:
+            self._adamw = torch.optim.AdamW(
+                list(groups.values()), betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
+            )
+        self._num_steps = 0
+        self._states: list[dict[str, Tensor]] = []
         for master in self.masters:  # made now and not at the first step, so that a checkpoint can be loaded into them
+            assert self._adamw is not None
             state = self._adamw.state[master]
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state |= {name: torch.zeros_like(master) for name in STATES}
+            self._states.append(state)
 
     @property
     def num_steps(self) -> int:
         """Steps taken, those that were skipped not counted."""
-        return int(self._adamw.state[self.masters[0]]["step"])
+        return self._num_steps
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        for master in self.masters:
-            self._adamw.state[master]["step"].fill_(value)
+        self._num_steps = value
+        for state in self._states:
+            state["step"].fill_(value)
 
     def states(self) -> list[dict[str, Tensor]]:
         """The moments of each bucket's share."""
-        return [{name: self._adamw.state[master][name] for name in STATES} for master in self.masters]
+        return [{name: state[name] for name in STATES} for state in self._states]
 
     def step(self, learning_rate: float) -> Outcome:
         """Reduce the gradients of a whole batch, and move the parameters unless a gradient is not finite."""
@@ -114,9 +122,11 @@ class Optimizer:
         if factor != 1.0:
             for bucket in self.buckets.buckets:
                 bucket.grad_share.mul_(factor)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate * group["rate"]
-        self._adamw.step()
+        if self._adamw is not None:
+            for group in self._adamw.param_groups:
+                group["lr"] = learning_rate * group["rate"]
+            self._adamw.step()
+        self._num_steps += 1
         self.publish()
         return Outcome(norm, is_skipped=False)
 
@@ -181,7 +191,7 @@ class Optimizer:
 
     def _place(self, slot: Slot) -> LocalSlice:
         tp = self.buckets.grid.tp
-        shape = global_shapes(self.config)[slot.owner]
+        shape = self._shapes[slot.owner]
         return local_slice(slot.owner, shape, config=self.config, tp=tp.size, tp_rank=tp.rank)
 
 

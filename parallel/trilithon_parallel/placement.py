@@ -17,6 +17,8 @@ layout, for every family (GPT-2 and BERT are renamed to them when read):
     lm_transform.{dense.weight [H, H], dense.bias, norm.weight, norm.bias [H]}, lm_head.bias [V]    masked-LM head
     task_head.{weight [L, H], bias [L]}, pooler.dense.{weight [H, H], bias [H]}     task head of L labels, its pooler
 
+An adapter's tensors are named after their products (`lora/spec.py`).
+
 An encoder-decoder (T5) has two stacks, `encoder.` and `decoder.`, with layers as above; the decoder's have besides
 
     decoder.layers.N.cross_attn.{q,k,v,o}_proj.weight, decoder.layers.N.cross_attention_layernorm.weight (before it)
@@ -56,7 +58,8 @@ class Placement:
     """
     One rule: the names it covers, along which dim and by what they are cut (None: replicated), and their stage.
 
-    `is_whole`: every tp rank computes the whole gradient, under sequence parallelism too.
+    `is_whole`: every tp rank computes the whole gradient, under sequence parallelism too. `is_partial`: each computes a
+    part of it, without sequence parallelism too.
     """
 
     pattern: re.Pattern[str]
@@ -65,6 +68,7 @@ class Placement:
     stage: Stage
     tied_to: str | None = None
     is_whole: bool = False
+    is_partial: bool = False
 
 
 def _rule(
@@ -75,8 +79,9 @@ def _rule(
     tied_to: str | None = None,
     *,
     is_whole: bool = False,
+    is_partial: bool = False,
 ) -> Placement:
-    return Placement(re.compile(pattern), cut, dim, stage, tied_to, is_whole)
+    return Placement(re.compile(pattern), cut, dim, stage, tied_to, is_whole, is_partial)
 
 
 _LAYER = r"model\.layers\.\d+\."
@@ -104,6 +109,17 @@ TASK_RULES: tuple[Placement, ...] = (
     _rule(r"task_head\.(weight|bias)", "last", is_whole=True),
     _rule(r"pooler\.dense\.(weight|bias)", "last", is_whole=True),
 )
+# Of an adapter, the half that is cut follows its product's weight; every rank has the other one, and sees through it a
+# part of what the ranks make together (`is_partial`).
+LORA_RULES: tuple[Placement, ...] = (
+    _rule(_LAYER + r"self_attn\.q_proj\.lora_B\.weight", "layer", "q", 0),
+    _rule(_LAYER + r"self_attn\.[kv]_proj\.lora_B\.weight", "layer", "kv", 0),
+    _rule(_LAYER + r"mlp\.(gate|up)_proj\.lora_B\.weight", "layer", "ffn", 0),
+    _rule(_LAYER + r"self_attn\.o_proj\.lora_A\.weight", "layer", "q", 1),
+    _rule(_LAYER + r"mlp\.down_proj\.lora_A\.weight", "layer", "ffn", 1),
+    _rule(_LAYER + r"(self_attn\.[qkv]|mlp\.(gate|up))_proj\.lora_A\.weight", "layer", is_partial=True),
+    _rule(_LAYER + r"(self_attn\.o|mlp\.down)_proj\.lora_B\.weight", "layer", is_partial=True),
+)
 _STACK = r"(encoder|decoder)\.layers\.\d+\."
 SEQ2SEQ_RULES: tuple[Placement, ...] = (
     _rule(_STACK + r"(self|cross)_attn\.q_proj\.weight", "layer", "q", 0),
@@ -127,7 +143,7 @@ COPY_RULES: tuple[Placement, ...] = (
 
 def placement_of(name: str) -> Placement:
     """The one rule that covers a canonical name; KeyError where none does."""
-    for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
+    for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *LORA_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
         if rule.pattern.fullmatch(name):
             return rule
     raise KeyError(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.lora.spec import owned_shapes
 
 
 def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -37,6 +38,8 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         if head.has_pooler:
             shapes |= {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
         shapes |= {"task_head.weight": (len(head.labels), hidden), "task_head.bias": (len(head.labels),)}
+    if config.lora is not None:
+        shapes |= owned_shapes(config, config.lora)
     return shapes
 
 

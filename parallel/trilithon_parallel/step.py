@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from trilithon_parallel.backend import Backend, Forgetful
 from trilithon_parallel.buckets import BUCKET_ELEMENTS, Buckets
 from trilithon_parallel.collectives import all_reduce, broadcast_
 from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.dropout import DropoutRates as DropoutRates  # part of what this module offers
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
+from trilithon_parallel.lora.spec import LoraSpec
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.models.seq2seq import Stack
 from trilithon_parallel.models.stage import Trunk
@@ -31,14 +33,6 @@ from trilithon_parallel.optimizer import AdamWSettings, Optimizer
 from trilithon_parallel.precision import LossScale
 from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.schedule import schedule, with_messages
-
-
-@dataclass(frozen=True)
-class DropoutRates:
-    """Shares that are dropped while training: of the residual stream's inputs, and of attention weights."""
-
-    hidden: float = 0.0
-    attention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class ModelChunk:
         dropout = None
         if self.dropout is not None:
             rates, seed, step = self.dropout
-            dropout = dropout_of(batch, self.grid, self.config, rates.hidden, rates.attention, seed=seed, step=step)
+            dropout = dropout_of(batch, self.grid, self.config, rates, seed=seed, step=step)
         with self.backend.autocast():
             if self.per_token is not None:
                 return predict(self.stage, batch, received, grid=self.grid, per_token=self.per_token)
@@ -87,8 +81,9 @@ class TrainingModel:
     Args:
         bucket_elements: gradients that are summed over dp together, and parameters that are gathered together.
         rate_of: canonical name -> factor of the learning rate, at least 0 (a new head may learn faster than the rest).
+        lora: train an adapter beside the weights, which are frozen then; `config` of the model says so too.
     Raises:
-        ModelError: `layout_invalid`, the layout does not fit the model.
+        ModelError: `layout_invalid`, the layout does not fit the model; `lora_invalid`, the adapter doesn't.
     """
 
     def __init__(
@@ -105,9 +100,14 @@ class TrainingModel:
         seed: int = 0,
         bucket_elements: int = BUCKET_ELEMENTS,
         rate_of: Callable[[str], float] = lambda name: 1.0,
+        lora: LoraSpec | None = None,
     ) -> None:
+        rates = DropoutRates() if dropout is None else dropout
+        if lora is not None:
+            lora.check(config)
+            config, rates = replace(config, lora=lora), replace(rates, adapter=lora.dropout)
         self.config, self.grid, self.layout, self.dtype, self.seed = config, grid, layout, dtype, seed
-        self.dropout = dropout if dropout is not None and (dropout.hidden or dropout.attention) else None
+        self.dropout = None if rates == DropoutRates() else rates
         self.chunks: list[ModelChunk] = []
         self._derived: list[Forgetful] = []
         for index in range(layout.virtual):
@@ -132,7 +132,7 @@ class TrainingModel:
         self.optimizer = Optimizer(self.buckets, config, optimizer, loss_scale=scale)
 
     def weights_changed(self) -> None:
-        """Forget what was derived from the weights; after every load and every step."""
+        """Forget what was derived from the weights; after every load. A step does so itself."""
         for part in self._derived:
             part.forget()
 
@@ -149,7 +149,9 @@ class TrainingModel:
         dropout = None if self.dropout is None else (self.dropout, self.seed, step)
         losses = self._run(batches, self.layout.schedule, scale=scale / num_tokens, dropout=dropout)
         outcome = self.optimizer.step(learning_rate)
-        self.weights_changed()
+        for part in self._derived:
+            if part.is_trained:
+                part.forget()
         return StepResult(self._sum(losses) / scale, outcome.grad_norm, num_tokens, outcome.is_skipped)
 
     def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:

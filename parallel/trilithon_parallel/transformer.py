@@ -16,6 +16,7 @@ from trilithon_parallel.attention import AttentionView
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import Product
+from trilithon_parallel.lora.adapter import columns, row
 from trilithon_parallel.placement import local_sizes, sum_terms
 
 if TYPE_CHECKING:
@@ -89,10 +90,11 @@ def join(
     row_linear: nn.Module, x_TK: Tensor, residual_TH: Tensor, *, layer: int, site: str, view: AttentionView
 ) -> Tensor:
     """The residual stream after a part's last product, with dropout between the two where the view has any."""
-    if view.dropout is None:
-        result: Tensor = row_linear(x_TK, residual_TH)
-        return result
-    return residual_TH + view.dropout.hidden(row_linear(x_TK, None), layer=layer, site=site)
+    if view.dropout is None or view.dropout.hidden_rate == 0.0:
+        return row(row_linear, x_TK, residual_TH, layer=layer, view=view)
+    return residual_TH + view.dropout.hidden(
+        row(row_linear, x_TK, None, layer=layer, view=view), layer=layer, site=site
+    )
 
 
 class Attention(nn.Module):
@@ -122,8 +124,8 @@ class Attention(nn.Module):
         else:
             x_TH = self.backend.enter_columns(x_TH, self.grid)
             # A backend's products may gather their input themselves: they say how many tokens there are.
-            parts = (part(x_TH) for part in (self.q_proj, self.k_proj, self.v_proj))
-            q_TAC, k_TGC, v_TGC = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+            parts = columns((self.q_proj, self.k_proj, self.v_proj), x_TH, layer=layer, view=view)
+            q_TAC, k_TGC, v_TGC = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
             qk_TAC = torch.cat((q_TAC, k_TGC), 1)
         if rope is not None:
             qk_TAC = rotate(qk_TAC, rope)
@@ -162,7 +164,9 @@ class MLP(nn.Module):
             gate_TF, up_TF = y_TF.chunk(2, -1) if self.gate_proj is not None else (None, y_TF)
         else:
             x_TH = self.backend.enter_columns(x_TH, self.grid)
-            gate_TF, up_TF = self.gate_proj(x_TH) if self.gate_proj is not None else None, self.up_proj(x_TH)
+            parts = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+            *gate, up_TF = columns(parts, x_TH, layer=layer, view=view)
+            gate_TF = gate[0] if gate else None
         if gate_TF is None:
             hidden_TF = self.activate(up_TF)
         elif self.gate_up is not None:

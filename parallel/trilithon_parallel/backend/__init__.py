@@ -24,6 +24,11 @@ BackendName = Literal["torch", "te", "auto"]
 class Forgetful(Protocol):
     """Something derived from weights."""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer moves the weights."""
+        ...
+
     def forget(self) -> None:
         """The weights have changed."""
         ...

@@ -88,6 +88,11 @@ class TrainingProduct:
         self.weight, self.bias, self._terms, self._wide = weight, bias, terms, wide
         self._packed: NativeProduct | None = None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer moves the weights."""
+        return self.weight.requires_grad
+
     def forget(self) -> None:
         """The weights have changed: pack them again before the next product."""
         self._packed = None
@@ -111,18 +116,18 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x_TK: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, product: TrainingProduct
     ) -> Tensor:
-        ctx.save_for_backward(x_TK)
+        ctx.save_for_backward(*([x_TK] if ctx.needs_input_grad[1] else []))  # of a frozen weight nothing is kept
+        ctx.dtype = x_TK.dtype
         ctx.weight = weight  # not saved: its storage is the optimizer's, which updates it in place between steps
         return product.packed()(x_TK, residual)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TK,) = ctx.saved_tensors
         residual = grad_TO if ctx.needs_input_grad[3] else None
         if grad_TO.dtype == torch.float64:  # a share of a sum that tp makes
-            grad_TO = grad_TO.to(x_TK.dtype)
-        x = matmul(grad_TO, ctx.weight).to(x_TK.dtype) if ctx.needs_input_grad[0] else None
-        weight = add_weight_gradient(ctx.weight, grad_TO, x_TK) if ctx.needs_input_grad[1] else None
+            grad_TO = grad_TO.to(ctx.dtype)
+        x = matmul(grad_TO, ctx.weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        weight = add_weight_gradient(ctx.weight, grad_TO, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None
         bias = grad_TO.sum(0) if ctx.needs_input_grad[2] else None
         return x, weight, bias, residual, None
 

@@ -177,7 +177,7 @@ class TorchBackend:
                 terms: Sequence[int] = part.terms
                 is_wide = self.batch_invariant or part.weight.dtype == torch.float32
             elif isinstance(part, ColumnParallelLinear):
-                bias, terms, is_wide = part.bias, even_terms(part.weight.shape[1]), False
+                bias, terms, is_wide = part.bias, part.terms or even_terms(part.weight.shape[1]), False
             else:
                 continue
             if part.weight.device.type == "cpu" and native_product.takes(part.weight.dtype, terms):

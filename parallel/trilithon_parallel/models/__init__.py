@@ -7,6 +7,7 @@ import torch
 from trilithon_parallel.backend import Backend
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
+from trilithon_parallel.lora.adapter import attach
 from trilithon_parallel.models.causal import CausalStage
 from trilithon_parallel.models.encoder import EncoderStage
 from trilithon_parallel.models.seq2seq import Seq2SeqStage
@@ -32,7 +33,10 @@ def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: tor
         )
     check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
     kind = CausalStage if config.is_causal else EncoderStage
-    return kind(config, grid=grid, backend=backend, dtype=dtype)
+    stage = kind(config, grid=grid, backend=backend, dtype=dtype)
+    if config.lora is not None:
+        attach(stage, stage.model.layers, config=config, grid=grid, dtype=dtype)
+    return stage
 
 
 def build_seq2seq(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> Seq2SeqStage:
