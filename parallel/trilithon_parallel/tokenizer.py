@@ -7,9 +7,9 @@ built on it, so it is kept by a law that the tests check: joining the bytes of t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ import sentencepiece
 import tokenizers
 
 from trilithon_parallel.config import ModelError
+from trilithon_parallel.literals import LiteralEncoder, Ranges, alternation, special_ranges
 from trilithon_parallel.pieces import METASPACE, piece_table, spelling_of
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -54,6 +55,16 @@ class Tokenizer(Protocol):
 
     def encode_with_offsets(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and, for each, the half-open range of characters it came from; (0, 0) for added tokens."""
+        ...
+
+    def encode_with_literals(self, text: str, literals: Ranges) -> tuple[list[int], list[tuple[int, int]]]:
+        """
+        As `encode_with_offsets` without added tokens, but within the half-open ranges of characters `literals` special
+        tokens are not read: their text is text.
+
+        Raises:
+            ValueError: the text holds characters that cannot be told from marks; the message goes on from "the text".
+        """
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -203,6 +214,15 @@ class HuggingFaceTokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
+    @functools.cached_property
+    def _literal(self) -> LiteralEncoder:
+        return LiteralEncoder(self._tokenizer.to_str(), self.special_ids)
+
+    def encode_with_literals(self, text: str, literals: Ranges) -> tuple[list[int], list[tuple[int, int]]]:
+        if not literals:
+            return self.encode_with_offsets(text, add_special_tokens=False)
+        return self._literal.encode(text, literals)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
         # Skipping is done here: the library skips only what the file itself marks as special.
@@ -262,9 +282,7 @@ class SentencePieceTokenizer:
         verbatim = added | {i: pieces[i] for i in special}
         self._bytes = piece_table("metaspace", self._pieces, verbatim)
         self._verbatim_ids = {content: token_id for token_id, content in verbatim.items() if content}
-        # Longest first, so that a token that begins with another one wins.
-        ordered = sorted(self._verbatim_ids, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
+        self._verbatim = alternation(self._verbatim_ids)
         names = json.dumps([sorted(added.items()), self._add_bos, self._add_eos]).encode()
         self.digest: str = hashlib.sha256(raw + names).hexdigest()
 
@@ -277,19 +295,27 @@ class SentencePieceTokenizer:
         if add_special_tokens and self._add_bos and self.bos_id is not None:
             ids.append(self.bos_id)
             offsets.append((0, 0))
-        start = 0
-        for part in self._split.split(text) if self._split else [text]:
-            if part in self._verbatim_ids:
-                ids.append(self._verbatim_ids[part])
-                offsets.append((start, start + len(part)))
-            elif part:
-                mapping = self._model.EncodeAsOffsetMapping(part)
-                ids += mapping["ids"]
-                offsets += [(start + begin, start + end) for begin, end in mapping["offsets"]]
-            start += len(part)
+        text_ids, text_offsets = self.encode_with_literals(text, ())
+        ids += text_ids
+        offsets += text_offsets
         if add_special_tokens and self._add_eos and self.eos_ids:
             ids.append(self.eos_ids[0])
             offsets.append((0, 0))
+        return ids, offsets
+
+    def encode_with_literals(self, text: str, literals: Ranges) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for start, end in [*special_ranges(self._verbatim, text, literals), (len(text), len(text))]:
+            if at < start:
+                mapping = self._model.EncodeAsOffsetMapping(text[at:start])
+                ids += mapping["ids"]
+                offsets += [(at + begin, at + stop) for begin, stop in mapping["offsets"]]
+            if start < end:
+                ids.append(self._verbatim_ids[text[start:end]])
+                offsets.append((start, end))
+            at = end
         return ids, offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:

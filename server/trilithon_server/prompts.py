@@ -11,6 +11,7 @@ from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine.request import blocks_held, longest_answer
 from trilithon_server.sampling import SamplingParams
 from trilithon_server.served import ServedModel
+from trilithon_server.text.chat import Rendered, encode_chat, render_chat
 from trilithon_server.text.detokenizer import decode_all
 from trilithon_server.validation import Bounds, Broken, Violations, invalid, is_text, nearest, shown, token_id
 
@@ -68,7 +69,7 @@ async def prepare(
         if params.add_bos and bos is not None and (not ids or ids[0] != bos):
             ids = [bos, *ids]
     elif isinstance(prompt, Conversation):
-        ids = await encode(model, render(model, prompt, field=field), special=False, field=field)
+        ids = await encode_conversation(model, render(model, prompt, field=field), field=field)
     else:
         ids = check_ids(prompt, bounds, field=field)
     limit = params.truncate_prompt_tokens
@@ -83,15 +84,36 @@ async def encode(model: ServedModel, text: str, *, special: bool, field: str) ->
     Raises:
         InvalidArgument: it is not sound Unicode, or has more characters than any fitting prompt.
     """
+    check_text(model, text, field=field)
+    if len(text) <= INLINE_CHARS:
+        return model.tokenizer.encode(text, add_special_tokens=special)
+    return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens=special)
+
+
+def check_text(model: ServedModel, text: str, *, field: str) -> None:
+    """
+    Raises:
+        InvalidArgument: it is not sound Unicode, or has more characters than any fitting prompt.
+    """
     most = model.max_context * model.limits.max_prompt_chars_per_token
     if len(text) > most:
         rule = f"must have at most {most} characters"
         raise invalid(field, rule, given=f"{len(text)} characters", code="prompt_too_long")
     if not is_text(text):
         raise invalid(field, "must be sound Unicode (it holds half of a surrogate pair)")
-    if len(text) <= INLINE_CHARS:
-        return model.tokenizer.encode(text, add_special_tokens=special)
-    return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens=special)
+
+
+async def encode_conversation(model: ServedModel, rendered: Rendered, *, field: str) -> list[int]:
+    """
+    Token ids of a rendered conversation, in which no message can spell a special token.
+
+    Raises:
+        InvalidArgument: as `encode`.
+    """
+    if not rendered.literals:
+        return await encode(model, rendered.text, special=False, field=field)
+    check_text(model, rendered.text, field=field)
+    return (await asyncio.to_thread(encode_chat, model.tokenizer, rendered))[0]
 
 
 def check_ids(ids: Sequence[Any], bounds: Bounds, *, field: str) -> list[int]:
@@ -111,9 +133,9 @@ def check_ids(ids: Sequence[Any], bounds: Bounds, *, field: str) -> list[int]:
     return out
 
 
-def render(model: ServedModel, chat: Conversation, *, field: str = "messages") -> str:
+def render(model: ServedModel, chat: Conversation, *, field: str = "messages") -> Rendered:
     """
-    The text that the model's template makes of a conversation.
+    What the model's template makes of a conversation.
 
     Raises:
         InvalidArgument: no template, bad messages, or the template refuses them.
@@ -125,8 +147,13 @@ def render(model: ServedModel, chat: Conversation, *, field: str = "messages") -
     if opening and chat.continue_final:
         raise invalid("continue_final_message", "must be false when `add_generation_prompt` is true", given=True)
     messages = [{**message, "content": content_text(message.get("content"))} for message in chat.messages]
-    return model.template.render(
-        messages, tools=chat.tools, add_generation_prompt=opening, continue_final_message=chat.continue_final
+    return render_chat(
+        model.template,
+        model.tokenizer,
+        messages,
+        tools=chat.tools,
+        add_generation_prompt=opening,
+        continue_final_message=chat.continue_final,
     )
 
 

@@ -12,10 +12,11 @@ from trilithon_server.assembly import TokenInfo, engine_error, token_info
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Usage
-from trilithon_server.prompts import Conversation, Prompt, check_ids, encode, prepare, render
+from trilithon_server.prompts import Conversation, Prompt, check_ids, encode, encode_conversation, prepare, render
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
+from trilithon_server.text.chat import Rendered
 from trilithon_server.validation import Bounds, Violations, invalid
 
 
@@ -106,11 +107,8 @@ async def _readings(
     where = f"items[{index}]"
     out: list[_Reading] = []
     context = item.context
-    if isinstance(context, Conversation):
-        text: str | None = render(model, context, field=f"{where}.context")
-        special = False
-    else:
-        text, special = (context, True) if isinstance(context, str) else (None, True)
+    rendered = render(model, context, field=f"{where}.context") if isinstance(context, Conversation) else None
+    text = rendered.text if rendered is not None else context if isinstance(context, str) else None
     if context is None:
         if model.tokenizer.bos_id is None:
             todo = "Give a context."
@@ -118,8 +116,10 @@ async def _readings(
                 f"{where}.context", "must be set: this model has no begin token", code="empty_prompt", todo=todo
             )
         head: list[int] = [model.tokenizer.bos_id]
+    elif rendered is not None:
+        head = await encode_conversation(model, rendered, field=f"{where}.context")
     elif text is not None:
-        head = await encode(model, text, special=special, field=f"{where}.context")
+        head = await encode(model, text, special=True, field=f"{where}.context")
     else:
         head = list((await prepare(model, context, params, bounds, field=f"{where}.context")).ids)
     for j, continuation in enumerate(item.continuations):
@@ -128,7 +128,11 @@ async def _readings(
             raise invalid(name, "must not be empty", given="")
         if text is not None:
             # Tokenised together: a token may span the seam, and then belongs to the continuation.
-            ids = await encode(model, text + continuation, special=special, field=name)
+            if rendered is not None:
+                whole = Rendered(text + continuation, rendered.literals)
+                ids = await encode_conversation(model, whole, field=name)
+            else:
+                ids = await encode(model, text + continuation, special=True, field=name)
             start = _common(head, ids)
         else:
             ids = [*head, *await encode(model, continuation, special=False, field=name)]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trilithon_server.prompts import Conversation, encode, render
+from trilithon_server.prompts import Conversation, encode, encode_conversation, render
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.text.detokenizer import decode_all
@@ -114,8 +114,8 @@ async def render_chat(
     model = service.model(model_name, call=call)
     if found is not None:
         found.raise_if_any()
-    text = render(model, chat)
-    return model, text, await encode(model, text, special=False, field="messages")
+    rendered = render(model, chat)
+    return model, rendered.text, await encode_conversation(model, rendered, field="messages")
 
 
 def page(service: Service, *, after: str = "", limit: int = 0, kind: str = "") -> tuple[list[ServedModel], bool]:

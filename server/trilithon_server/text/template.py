@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,17 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 
 from trilithon.errors import InvalidArgument
+from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.validation import invalid
 
 Message = dict[str, Any]
 """One message as templates read it: `role`, `content`, and what else OpenAI's shape has."""
 
 TEMPLATE_FILE = "chat_template.jinja"
+
+RENDERER_VERSION = 1
+"""Raised when the same template and messages give another text or other tokens than before."""
+
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -60,11 +67,15 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self._tokens = dict(tokens or {})
+        self.tokens = dict(tokens or {})
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise TemplateError(f"{where} is not a chat template: {error}. Fix it or remove it.") from None
+        marks = environment.extensions[_Generation.identifier]
+        assert isinstance(marks, _Generation)
+        self.marks_generation = marks.used
+        """Whether it says itself, in `{% generation %}` blocks, what training learns from."""
 
     def render(
         self,
@@ -89,14 +100,45 @@ class ChatTemplate:
         Raises:
             InvalidArgument: the template refuses the messages.
         """
+        text = self._run(messages, tools, add_generation_prompt, _Recording())
+        return _cut_after_final(text, messages[-1]) if continue_final_message else text
+
+    def generated(
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """
+        A whole conversation, and where its `{% generation %}` blocks stand, as half-open ranges of characters.
+
+        Raises:
+            InvalidArgument: the template refuses the messages, or has such a block in a macro.
+        """
+        recording = _Recording()
+        text = self._run(messages, tools, False, recording)
+        if any(text[start : start + len(body)] != body for start, body in recording.blocks):
+            raise invalid(
+                "messages", "cannot be learned: the template marks text in a macro", code="chat_template_failed"
+            )
+        return text, [(start, start + len(body)) for start, body in recording.blocks]
+
+    def _run(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        recording: _Recording,
+    ) -> str:
+        token = _RECORDING.set(recording)
+        parts = []
         try:
-            text = self._template.render(
+            for part in self._template.generate(
                 messages=list(messages),
                 tools=list(tools) if tools else None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._tokens,
-            )
+                **self.tokens,
+            ):
+                parts.append(part)
+                recording.length += len(part)
         except _RefusedByTemplate as error:
             raise invalid("messages", f"are refused by the model's chat template: {error}", code="chat_roles") from None
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -106,7 +148,16 @@ class ChatTemplate:
             raise invalid(
                 "messages", "make the chat template's output too large", code="chat_template_failed"
             ) from None
-        return _cut_after_final(text, messages[-1]) if continue_final_message else text
+        finally:
+            _RECORDING.reset(token)
+        return "".join(parts)
+
+
+def template_digest(template: ChatTemplate, tokenizer: Tokenizer) -> str:
+    """SHA-256 (hex) of what decides the tokens of a conversation: template, special tokens, this renderer."""
+    special = sorted((token, tokenizer.id_to_piece(token)) for token in tokenizer.special_ids)
+    document = [RENDERER_VERSION, template.source, sorted(template.tokens.items()), special]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def load_template(model_dir: Path, override: Path | None = None) -> ChatTemplate | None:
@@ -182,12 +233,30 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+@dataclass
+class _Recording:
+    """How long the text is so far, and the blocks in it with their places."""
+
+    length: int = 0
+    blocks: list[tuple[int, str]] = field(default_factory=list)
+
+
+_RECORDING: ContextVar[_Recording] = ContextVar("recording")
+
+
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks what training learns from; for a prompt it is only its body."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja2 declares it as a plain class attribute
+    used = False
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        self.used = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        return nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
+
+    def _record(self, caller: Callable[[], str]) -> str:
+        recording, body = _RECORDING.get(), caller()
+        recording.blocks.append((recording.length, body))
+        return body
