@@ -1,0 +1,1 @@
+"""The fronts of finetuning jobs and files, as an extension of the server. No torch."""

@@ -1,0 +1,152 @@
+"""
+What becomes of a job's result: a zip file for its owner, or an alias that points to it.
+
+An export is the directory that the job made (or a checkpoint's, without its optimizer state) as one zip file, stored
+without compression, since weights do not shrink, and with fixed dates, so that the same directory is the same file.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trilithon.errors import Conflict, FailedPrecondition, NotFound
+from trilithon_finetune.api.door import Door
+from trilithon_finetune.jobs.records import Checkpoint, File, Job
+from trilithon_finetune.jobs.states import JobState
+from trilithon_server.catalog import CatalogConflict
+from trilithon_server.validation import invalid, shown
+
+MOVES = 8
+"""Times that an alias is read again when somebody else moves it in between."""
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip file can hold
+_ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_NOT_EXPORTED = ("manifest.json", "optim.safetensors.index.json")
+
+
+def export(door: Door, job_id: str, *, tenant: str, step: int | None, format: str | None) -> File:
+    """
+    A zip file of purpose `fine-tune-results`. Blocks.
+
+    Args:
+        step: of a checkpoint; None: what the job made.
+        format: `peft` or `model`; None: as the job made it.
+    Raises:
+        NotFound: the job or the checkpoint.
+        FailedPrecondition: there is no result yet, it has another format, or its files are gone.
+    """
+    job = door.jobs.get(job_id, tenant=tenant)
+    made = "peft" if _kind(job) == "lora" else "model"
+    if format not in (None, made):
+        raise FailedPrecondition(
+            f"the result of {job_id} is of format {made}. Given: {format}.",
+            code="format_unavailable",
+            hint="Merge an adapter with `trilithon finetune export --format model`." if made == "peft" else "",
+        )
+    if step is None:
+        _require_result(job)
+        directory = door.paths.job(job_id).export
+    else:
+        _checkpoint(door, job, step, tenant=tenant)
+        directory = door.paths.job(job_id).run / f"step_{step:08d}"
+    files = [path for path in _files(directory) if path.is_file()]
+    if not files:
+        raise FailedPrecondition(f"the files of {_what(job, step)} are gone.", code="result_gone")
+    with tempfile.TemporaryFile(dir=door.paths.root) as target:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for path in files:
+                info = zipfile.ZipInfo(path.name, _EPOCH)
+                with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+        target.seek(0)
+        name = f"{job_id}.zip" if step is None else f"{job_id}-step-{step}.zip"
+        return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
+
+
+def deploy(door: Door, job_id: str, *, tenant: str, step: int | None, alias: str) -> tuple[str, str]:
+    """
+    Point an alias to what a job made, or to one of its checkpoints. Blocks.
+
+    Returns:
+        The model's name, and where the alias pointed before (empty: nowhere).
+    Raises:
+        NotFound: the job or the checkpoint.
+        FailedPrecondition: it is not served under a name of its own.
+        Conflict: the alias is a model's name, or others keep moving it.
+    """
+    job = door.jobs.get(job_id, tenant=tenant)
+    if step is None:
+        _require_result(job)
+        model = job.name
+    else:
+        model = _checkpoint(door, job, step, tenant=tenant).model
+    if door.catalog.get(model, tenant=tenant) is None:
+        raise FailedPrecondition(
+            f"{_what(job, step)} is not served. Checkpoints are, where the job has `deploy.on: checkpoint`.",
+            code="not_servable",
+        )
+    for _ in range(MOVES):
+        known = door.catalog.alias(alias, tenant=tenant)
+        mine = known.target if known is not None and known.tenant == tenant else ""
+        try:
+            door.catalog.move_alias(alias, model, tenant=tenant, expected=mine)
+        except CatalogConflict as error:
+            reason = str(error)
+            continue
+        return model, mine
+    raise Conflict(reason)
+
+
+def check_alias(alias: str) -> None:
+    """Raises InvalidArgument: it is no name of an alias."""
+    if not _ALIAS.fullmatch(alias):
+        raise invalid("alias", "must be 1 to 64 of a-z, 0-9, ., _ and -, a letter or digit first", given=alias)
+
+
+def _kind(job: Job) -> str:
+    tuning = (job.resolved or job.config).get("tuning") or {}
+    return str(tuning.get("kind") or "")
+
+
+def _require_result(job: Job) -> None:
+    if job.state is not JobState.SUCCEEDED:
+        raise FailedPrecondition(
+            f"job {job.id} must have succeeded. Given: {job.state.value}. Name the `step` of a checkpoint instead.",
+            code="job_not_succeeded",
+        )
+
+
+def _checkpoint(door: Door, job: Job, step: int, *, tenant: str) -> Checkpoint:
+    known: list[Checkpoint] = []
+    after: str | None = None
+    while True:
+        page = door.jobs.checkpoints(job.id, tenant=tenant, after=after, limit=100)
+        for item in page.data:
+            if item.step == step:
+                return item
+        known += page.data
+        if not page.has_more:
+            break
+        after = page.data[-1].id
+    steps = ", ".join(str(item.step) for item in known[:16]) or "none"
+    raise NotFound(
+        f"job {job.id} has no checkpoint of step {shown(step)}. Steps: {steps}.", code="checkpoint_not_found"
+    )
+
+
+def _what(job: Job, step: int | None) -> str:
+    return f"the result of {job.id}" if step is None else f"step {step} of {job.id}"
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    if not directory.is_dir():
+        return
+    for path in sorted(directory.iterdir()):
+        hidden = path.name.startswith((".", "optim-"))
+        if not hidden and path.name not in _NOT_EXPORTED:
+            yield path
