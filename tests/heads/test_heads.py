@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import safetensors.torch
 import torch
 from hub_heads import CLASSES, loss_of, said_by
 from task_models import MODELS, SETTINGS, batch_of, batches_of, make_model, relative, sequences, weights_of
-from torch import Tensor
 
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.backend import select
@@ -68,36 +69,57 @@ def test_E10_exports_open_in_transformers(kind: str, tmp_path: Path) -> None:
         assert tuple(theirs.config.id2label.values()) == config.task_head.labels
 
 
+def even(name: str) -> float:
+    """Every parameter learns alike."""
+    return 1.0
+
+
+def uneven(name: str) -> float:
+    """The head learns ten times as fast, norms half as fast, the embedding not at all."""
+    if name.startswith(("task_head.", "pooler.")):
+        return 10.0
+    return 0.0 if name.startswith("model.embed_tokens") else 0.5 if "norm" in name else 1.0
+
+
+@pytest.mark.parametrize("rate_of", [even, uneven])
 @pytest.mark.parametrize("kind", KINDS)
-def test_E8_a_step_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_E8_a_step_is_that_of_transformers(kind: str, rate_of: Callable[[str], float], tmp_path: Path) -> None:
     """
-    Loss and weights after two steps in fp64 are those of transformers' model under torch's AdamW.
+    Loss and weights after two steps in fp64 are those of transformers' model under torch's AdamW and its groups.
 
     Inverse: the mean over all tokens in place of the labelled ones; ends' loss added and not averaged; a span's softmax
-    over the question too.
+    over the question too; a factor that scales the decay's rate alone.
     """
     settings = replace(SETTINGS, clip_norm=None)
-    model = make_model(MODELS[kind], optimizer=settings)
+    model = make_model(MODELS[kind], optimizer=settings, rate_of=rate_of)
     theirs = opened(kind, written(model, tmp_path / "model")).double()
+    parameters, table = dict(theirs.named_parameters()), name_table(model.config)
+    named = {name: parameters[table.spellings(source.file_name)[0]] for name, source in table.sources.items()}
+    assert len(named) == len(parameters)
     groups = [
-        {"params": [p for p in theirs.parameters() if (p.dim() > 1) == decays], "weight_decay": 0.1 * decays}
-        for decays in (True, False)
+        {"params": [parameter], "weight_decay": 0.1 * (parameter.dim() > 1), "lr": 1e-2 * rate_of(name)}
+        for name, parameter in named.items()
     ]
-    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(settings.beta1, settings.beta2), eps=settings.eps)
+    adamw = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), eps=settings.eps)
     for step in range(2):
         adamw.zero_grad()
         loss = loss_of(theirs, kind, sequences(kind, step))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's is untyped
+        loss.backward()
         adamw.step()
         layout = Layout(micro_batch_size=2)
         result = model.train_step(batches_of(kind, step, layout, 0), learning_rate=1e-2, step=step)
         assert abs(result.loss - loss.item()) <= EXACT
 
-    parameters, table = dict(theirs.named_parameters()), name_table(model.config)
     for name, ours in weights_of(model).items():
-        expected: Tensor = parameters[table.spellings(table.sources[name].file_name)[0]].detach()
-        place = tuple(slice(0, size) for size in expected.shape)  # without the rows that pad a vocabulary
-        assert relative(ours[place], expected) <= EXACT, name
+        place = tuple(slice(0, size) for size in named[name].shape)  # without the rows that pad a vocabulary
+        assert relative(ours[place], named[name].detach()) <= EXACT, name
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_R11_a_rate_that_is_none_is_refused(rate: float) -> None:
+    """The error names the parameter and the value."""
+    with pytest.raises(ValueError, match=rf"learning-rate factor of [a-z_.]+ must be .*Given: {rate}"):
+        make_model(MODELS["tokens"], rate_of=lambda name: rate)
 
 
 def test_a_span_without_context_is_transformers_own_loss(tmp_path: Path) -> None:
@@ -142,7 +164,7 @@ def test_E4_served_logits_are_those_of_training(kind: str, models: Path) -> None
     trained = training.task_logits(hidden_TH, batch.cu_seqlens).detach()
     served = []
     with torch.no_grad():
-        for start, stop in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+        for start, stop in pairwise(batch.cu_seqlens):
             assert batch.types_T is not None
             part, bounds = slice(start, stop), [0, stop - start]
             hidden_SH = serving(
