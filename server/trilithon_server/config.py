@@ -216,6 +216,14 @@ class LimitsConfig(_Node):
         default=16, ge=1, description="prompt characters per token of context, checked before tokenising"
     )
     max_embedding_inputs: int = Field(default=256, ge=1, description="inputs of one embedding request")
+    max_extract_texts: int = Field(default=64, ge=1, description="texts of one extraction request")
+    max_extract_chars: Size = Field(
+        default=262_144, ge=1, description="characters of one extraction request, checked before tokenising"
+    )
+    max_extract_windows: int = Field(
+        default=256, ge=1, description="sequences that the texts of one extraction request may become"
+    )
+    max_extract_pairs: int = Field(default=200, ge=1, description="pairs of mentions of one request for relations")
     max_n: int = Field(default=16, ge=1, le=128, description="n and best_of")
     max_beam: int = Field(default=16, ge=1, le=64, description="beam_width")
     max_stop: int = Field(default=16, ge=0, description="stop strings")

@@ -208,12 +208,14 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     """
     from trilithon_parallel.config import load_config
     from trilithon_parallel.tokenizer import load_tokenizer
-    from trilithon_server.tasks import read_task
+    from trilithon_server.task_model import load_task
     from trilithon_server.text.template import load_template
 
     directory = Path(engine.model)
     model = load_config(directory)
     override = Path(engine.chat_template) if engine.chat_template is not None else None
+    tokenizer = load_tokenizer(directory)
+    max_context = min(engine.max_context or model.max_context, model.max_context)
     limits = config.limits
     checker = ConstraintChecker(
         directory, compile_s=limits.constraint_compile_s, memory_bytes=limits.constraint_memory_bytes
@@ -221,15 +223,15 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     return ServedModel(
         name=engine.served_name or engine.name,
         engine=client,
-        tokenizer=load_tokenizer(directory),
+        tokenizer=tokenizer,
         template=load_template(directory, override),
         limits=limits,
         checker=checker if model.is_causal else None,
-        task=read_task(directory) if model.task_head is not None else None,
+        task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,
-        max_context=min(engine.max_context or model.max_context, model.max_context),
+        max_context=max_context,
         vocab_size=model.vocab_size,
     )
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,26 +19,14 @@ from trilithon_server.engine.constraint_check import ConstraintChecker
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
-from trilithon_server.tasks import TaskFormat
-from trilithon_server.tasks.classes import ClassFormat
-from trilithon_server.tasks.relations import RelationFormat
-from trilithon_server.tasks.spans import SpanFormat
-from trilithon_server.tasks.tagging import TaggingFormat
+from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate
 from trilithon_server.validation import Bounds
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-Capability = Literal["generate", "chat", "score", "embed", "tokenize", "annotate", "relations", "answer", "classify"]
-
-TASK_CAPABILITIES: Mapping[type[TaskFormat], Capability] = {
-    TaggingFormat: "annotate",
-    RelationFormat: "relations",
-    SpanFormat: "answer",
-    ClassFormat: "classify",
-}
-"""What an encoder can do by the format of its task."""
+Capability = Literal["generate", "chat", "score", "embed", "tokenize"] | TaskCapability
 
 
 @dataclass(kw_only=True)
@@ -53,7 +41,7 @@ class ServedModel:
         template: its chat template, or None.
         limits: of the server.
         checker: compiles constraints before they are admitted; None for encoders.
-        task: what its head was trained for, from `task.json`; None for models without one.
+        task: what its head was trained for; None for models without one.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -66,7 +54,7 @@ class ServedModel:
     template: ChatTemplate | None
     limits: LimitsConfig
     checker: ConstraintChecker | None = None
-    task: TaskFormat | None = None
+    task: TaskModel | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True
@@ -87,7 +75,7 @@ class ServedModel:
     def capabilities(self) -> tuple[Capability, ...]:
         """What it can do."""
         if self.encoder:
-            task = () if self.task is None else (TASK_CAPABILITIES[type(self.task)],)
+            task: tuple[Capability, ...] = () if self.task is None else (self.task.capability,)
             return (*task, "embed", "tokenize")
         chat: tuple[Capability, ...] = ("chat",) if self.template is not None else ()
         return ("generate", *chat, "score", "tokenize")

@@ -123,6 +123,14 @@ class Service:
         """The first model that can do something, for requests that cannot name one; empty when there is none."""
         return next((name for name, model in self.models.items() if capability in model.capabilities), "")
 
+    def able(self, capability: Capability) -> list[str]:
+        """Every served model that can do something."""
+        return [name for name, model in self.models.items() if capability in model.capabilities]
+
+    async def resolve(self, name: str, call: Call) -> ServedModel:
+        """The model that a call means, as `model` finds it."""
+        return self.model(name, call=call)
+
     def fingerprint(self, hello: wire.Hello) -> str:
         """Version, layout and configuration: answers repeat only while it is the same."""
         parts = f"{hello.model_digest} {hello.dtype} {hello.device} {hello.max_batch_tokens} {hello.block_size}"
@@ -286,12 +294,14 @@ class Service:
         limit_s: float,
         sampling: wire.Sampling | None = None,
         pooling: wire.Pooling | None = None,
+        types: Sequence[int] = (),
     ) -> EngineStream:
-        """Put one prompt into the bounded queue; raises `Overloaded` or `Unavailable`."""
+        """Put one prompt (and its token types) into the bounded queue; raises `Overloaded` or `Unavailable`."""
         return model.engine.submit(
             wire.Submit(
                 request_id=call.request_id,
                 prompt=ids,
+                types=types,
                 sampling=sampling,
                 pooling=pooling,
                 cache_salt=model.salt(call.principal, params.cache_salt),

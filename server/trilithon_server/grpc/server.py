@@ -18,6 +18,8 @@ from trilithon.api.v1 import (
     admin_pb2_grpc,
     embed_pb2,
     embed_pb2_grpc,
+    extract_pb2,
+    extract_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     models_pb2,
@@ -27,6 +29,7 @@ from trilithon.api.v1 import (
 )
 from trilithon_server.config import ServeConfig, ServerConfig, authority
 from trilithon_server.extension import Extension
+from trilithon_server.grpc.extract import Extractions
 from trilithon_server.grpc.gate import Gate
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
 from trilithon_server.listeners import ListenError
@@ -45,6 +48,7 @@ SERVICES: tuple[str, ...] = tuple(
         (generation_pb2, "GenerationService"),
         (tokenize_pb2, "TokenizeService"),
         (embed_pb2, "EmbedService"),
+        (extract_pb2, "ExtractService"),
         (models_pb2, "ModelsService"),
         (admin_pb2, "AdminService"),
     )
@@ -122,6 +126,7 @@ async def build_server(service: Service, *, config: ServeConfig, extensions: Seq
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(Generations(service), server)
     tokenize_pb2_grpc.add_TokenizeServiceServicer_to_server(Tokens(service), server)
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(Embeddings(service), server)
+    extract_pb2_grpc.add_ExtractServiceServicer_to_server(Extractions(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
     services = [*SERVICES]

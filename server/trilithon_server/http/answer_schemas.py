@@ -60,6 +60,9 @@ _OPENAI_CHOICE = {
 
 _EXTRAS = ("prompt_logprobs", "token_ids", "prompt_token_ids")
 
+_TOLD = {"usage": _ref("Usage"), "model": _STR, "timings": _ref("Timings")}
+_PROBS: dict[str, Any] = {"type": "object", "additionalProperties": _NUM}
+
 ANSWERS: dict[str, dict[str, Any]] = {
     "Health": _object({"status": {"enum": ["ok", "unavailable"]}, "reason": _STR}),
     "StopDetail": _object(
@@ -215,6 +218,41 @@ ANSWERS: dict[str, dict[str, Any]] = {
     ),
     "DetokenizeAnswer": _object({"texts": _list(_STR)}),
     "RenderAnswer": _object({"text": _STR, "ids": _list(_INT), "template_digest": _STR}),
+    "Entity": _object({"start": _INT, "end": _INT, "type": _STR, "text": _STR, "score": _NUM}),
+    "EntitiesAnswer": _object(
+        {"documents": _list(_object({"entities": _list(_ref("Entity"))})), **_TOLD},
+    ),
+    "RelationsAnswer": _object(
+        {
+            "relations": _list(
+                _object(
+                    {
+                        "label": _STR,
+                        "score": _NUM,
+                        "probs": _PROBS,
+                        "pair": _object({"a": _ref("Entity"), "b": _ref("Entity")}),
+                    }
+                )
+            ),
+            "negative_label": _STR,
+            "pairs_dropped": _INT,
+            **_TOLD,
+        }
+    ),
+    "SpansAnswer": _object(
+        {
+            "answers": _list(_object({"text": _STR, "probability": _NUM, "context": _INT, "start": _INT, "end": _INT})),
+            "no_answer_probability": _NUM,
+            "no_answer": _BOOL,
+            **_TOLD,
+        }
+    ),
+    "ClassesAnswer": _object(
+        {
+            "results": _list(_object({"label": _STR, "score": _NUM, "probs": _PROBS, "truncated": _BOOL})),
+            **_TOLD,
+        }
+    ),
     "AbortAnswer": _object({"was_running": _BOOL}),
     "MegatronAnswer": _object(
         {"text": _list(_STR), "segments": _list(_list(_STR)), "logprobs": _list(_list(_maybe(_NUM)))},

@@ -15,6 +15,7 @@ Source: the input form of BioBERT for ChemProt (Lee et al. 2020).
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
@@ -90,15 +91,19 @@ class RelationFormat:
     def candidates(self, text: str, entities: Sequence[M]) -> list[tuple[M, M]]:
         """Pairs of entities of one sentence that may be related and do not overlap; in the order of `entities`."""
         sentences = split_sentences(text)
+        starts = [start for start, _ in sentences]
         allowed = set(self.pairs)
+        places = [bisect_right(starts, entity.start) - 1 for entity in entities]
+        together: dict[int, list[M]] = {}
+        for entity, place in zip(entities, places, strict=True):
+            if place >= 0 and entity.end <= sentences[place][1]:
+                together.setdefault(place, []).append(entity)
         return [
             (a, b)
-            for a in entities
-            for b in entities
-            if (a.type, b.type) in allowed
-            and a is not b
-            and (a.end <= b.start or b.end <= a.start)
-            and any(start <= min(a.start, b.start) and max(a.end, b.end) <= end for start, end in sentences)
+            for a, place in zip(entities, places, strict=True)
+            if place >= 0 and a.end <= sentences[place][1]
+            for b in together[place]
+            if (a.type, b.type) in allowed and a is not b and (a.end <= b.start or b.end <= a.start)
         ]
 
     def decode(self, logits_L: Logits) -> Classified:

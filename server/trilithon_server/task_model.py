@@ -1,0 +1,80 @@
+"""What the server knows of an encoder that was finetuned for a task: its text format and its words, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.tasks import TASK_FILE, TaskFormat, read_task
+from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.pieces import WordPieces
+from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.tagging import TaggingFormat
+
+TaskCapability = Literal["annotate", "relations", "answer", "classify"]
+
+CAPABILITIES: Mapping[type[TaskFormat], TaskCapability] = {
+    TaggingFormat: "annotate",
+    RelationFormat: "relations",
+    SpanFormat: "answer",
+    ClassFormat: "classify",
+}
+_HEADS = {TaggingFormat: "tokens", RelationFormat: "sequence", SpanFormat: "span", ClassFormat: "sequence"}
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """
+    Attributes:
+        format: how texts are written and answers read.
+        pieces: the tokenizer, word by word.
+        num_labels: columns of the head's logits.
+    """
+
+    format: TaskFormat
+    pieces: WordPieces
+    num_labels: int
+
+    @property
+    def capability(self) -> TaskCapability:
+        """What requests call it."""
+        return CAPABILITIES[type(self.format)]
+
+
+def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> TaskModel | None:
+    """
+    The task of a model directory; None where it has no head or no task file, and so only embeds.
+
+    Args:
+        max_context: tokens that the model may be given here.
+    Raises:
+        ModelError: `task_invalid`, the task file is broken, or is not this model's; `task_tokenizer`.
+    """
+    head = config.task_head
+    task = read_task(directory) if head is not None else None
+    if head is None or task is None:
+        return None
+    labels = head.labels if isinstance(task, SpanFormat) else task.labels
+    size = task.max_tokens
+    rules: tuple[tuple[str, bool, str, object], ...] = (
+        ("task", _HEADS[type(task)] == head.kind, f"must fit a model that labels {head.kind}", type(task).__name__),
+        ("labels", labels == head.labels, f"must be those of config.json, {', '.join(head.labels)}", list(labels)),
+        ("max_tokens", 8 <= size <= max_context, f"must be from 8 to {max_context}, the window", size),
+    )
+    if isinstance(task, RelationFormat):
+        ids = sorted(task.markers.values())
+        fits = bool(ids) and ids[0] >= 0 and ids[-1] < config.vocab_size
+        rules = (*rules, ("markers", fits, f"must be token ids below {config.vocab_size}", dict(task.markers)))
+    for name, holds, rule, given in rules:
+        if not holds:
+            raise ModelError(
+                f"{TASK_FILE} {name} {rule}. Given: {given}.",
+                code="task_invalid",
+                hint="Export the model again, or copy the file that came with it.",
+            )
+    return TaskModel(task, WordPieces(tokenizer), len(head.labels))
