@@ -317,12 +317,16 @@ class Trainer:
         goal = self.plan.goal
         return goal is not None and goal.patience is not None and self.cursor.not_better >= goal.patience
 
-    def resume(self, found: Found) -> None:
-        """Go on from a checkpoint, of whatever layout: weights, moments, loss scale, cursor."""
+    def resume(self, found: Found, *, base_digest: str | None = None) -> None:
+        """
+        Go on from a checkpoint, of whatever layout: weights, moments, loss scale, cursor.
+
+        `base_digest`: of the model beneath an adapter, whose weights are there already; None without an adapter.
+        """
         optimizer, manifest = self.model.optimizer, found.manifest
         load(
             found.directory, list(optimizer.targets()), config=self.model.config, axis=self.model.grid.world,
-            verified=manifest,
+            verified=manifest, base_digest=base_digest,
         )  # fmt: skip
         state = manifest.state
         optimizer.num_steps = int(_number(state["optimizer_steps"]))

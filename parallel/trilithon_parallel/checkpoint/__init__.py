@@ -3,6 +3,7 @@ Training checkpoints: safetensors by global names, weights as a model directory 
 state beside them; saved while training goes on, published whole or not at all, loaded at any layout.
 """
 
+from trilithon_parallel.checkpoint.adapter import Base
 from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.loading import load
 from trilithon_parallel.checkpoint.manifest import Manifest, read_manifest, verify
@@ -14,6 +15,7 @@ from trilithon_parallel.checkpoint.table import optimizer_names
 from trilithon_parallel.checkpoint.transfer import export, import_base, import_model_directory
 
 __all__ = [
+    "Base",
     "CheckpointError",
     "Found",
     "Manifest",

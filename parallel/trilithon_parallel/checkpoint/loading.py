@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from trilithon_parallel.checkpoint.adapter import check_adapter
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
 from trilithon_parallel.checkpoint.describe import check_config
-from trilithon_parallel.checkpoint.errors import agree, together
+from trilithon_parallel.checkpoint.errors import CheckpointError, agree, together
 from trilithon_parallel.checkpoint.manifest import Manifest, verify
 from trilithon_parallel.checkpoint.piece import Piece, read_block
 from trilithon_parallel.checkpoint.table import Stored, read_table
@@ -20,7 +21,13 @@ from trilithon_parallel.grid import Axis
 
 
 def load(
-    directory: Path, targets: Sequence[Piece], *, config: ModelConfig, axis: Axis, verified: Manifest | None = None
+    directory: Path,
+    targets: Sequence[Piece],
+    *,
+    config: ModelConfig,
+    axis: Axis,
+    verified: Manifest | None = None,
+    base_digest: str | None = None,
 ) -> Manifest:
     """
     Fill `targets` from a checkpoint, bit for bit. Collective.
@@ -35,6 +42,7 @@ def load(
         config: of the run that resumes.
         axis: all ranks that load together: `grid.world`.
         verified: what `find_latest` or `verify` returned for this directory; None verifies it here.
+        base_digest: of the model beneath the adapter that the run trains, as its `Base` has it; None without one.
     Returns:
         The checkpoint's manifest: step, samples, the trainer's state.
     Raises:
@@ -44,7 +52,11 @@ def load(
     tensors: dict[str, Stored] = {}
     error: BaseException | None = None
     try:
-        check_config(directory, config)
+        _check_base(directory, manifest, base_digest)
+        if config.lora is None:
+            check_config(directory, config)
+        else:
+            check_adapter(directory, config)
         tensors.update(read_table(directory, config))
         check_pieces(targets, tensors)
     except (ValueError, OSError) as caught:
@@ -53,6 +65,16 @@ def load(
     check_coverage(targets, tensors, axis=axis, exactly_once=False)
     together(lambda: _fill(directory, targets, tensors), axis, label="checkpoint.load")
     return manifest
+
+
+def _check_base(directory: Path, manifest: Manifest, base_digest: str | None) -> None:
+    if manifest.base_digest != base_digest:
+        raise CheckpointError(
+            f"{directory.name} is of an adapter of another base model: its digest must be {base_digest!r} here. "
+            f"Given: {manifest.base_digest!r}.",
+            code="checkpoint_mismatch",
+            hint="Resume with the base model that the run began with.",
+        )
 
 
 def _fill(directory: Path, targets: Sequence[Piece], tensors: dict[str, Stored]) -> None:

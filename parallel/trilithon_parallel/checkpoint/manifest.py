@@ -72,6 +72,7 @@ class Manifest(_Strict):
         seed: of the run.
         data_hash: of the data mix; a resume with another one is the trainer's to refuse.
         state: whatever else the trainer needs to continue: RNG, loss scale, ramps.
+        base_digest: of the model beneath an adapter; None where all weights are trained, and in the files.
         files: every file but this one, by its path within the directory.
     """
 
@@ -87,6 +88,7 @@ class Manifest(_Strict):
     seed: int
     data_hash: str
     state: dict[str, JsonValue]
+    base_digest: str | None = None
     files: dict[str, FileEntry]
 
 

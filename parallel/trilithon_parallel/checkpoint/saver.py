@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from pydantic import JsonValue
 
+from trilithon_parallel.checkpoint.adapter import Base, adapter_files, check_adapter
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
 from trilithon_parallel.checkpoint.describe import check_config, encoded, model_files, write_files
 from trilithon_parallel.checkpoint.errors import CheckpointError, Task, agree, all_done
@@ -63,11 +64,16 @@ from trilithon_parallel.weights.loader import dtype_name
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is the same in every checkpoint of a run: its seed, the hash of its data mix, chunks of layers a rank."""
+    """
+    What is the same in every checkpoint of a run: its seed, the hash of its data mix, chunks of layers a rank.
+
+    `base`: of a run that trains an adapter, the model beneath.
+    """
 
     seed: int
     data_hash: str
     virtual: int = 1
+    base: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ class Saver:
         facts: of the run.
         dtype: of the parameters.
         retention: what stays when a new checkpoint is there.
-        side_files_from: a model directory whose tokenizer and chat template go along; None for none.
+        side_files_from: a model directory whose tokenizer and chat template go along, of an adapter the template alone;
+            None for none.
         max_shard_bytes: size of a file.
     Attributes:
         protected: steps whose checkpoints stay whatever the retention; rank 0's counts.
@@ -132,6 +139,7 @@ class Saver:
     ) -> None:
         self._run_dir, self._config, self._grid, self._facts = run_dir, config, grid, facts
         self._dtype, self._retention, self._side_files_from = dtype, retention, side_files_from
+        assert (config.lora is None) == (facts.base is None), "a run has a base beneath it where it trains an adapter"
         self.protected: set[int] = set()
         self._table: Table = make_table(config, dtype=dtype, max_shard_bytes=max_shard_bytes)
         self._save: _Save | None = None
@@ -177,7 +185,7 @@ class Saver:
         host: list[Piece] = []
         try:
             if self._leads:
-                small = self._prepare(temporary)
+                small = self._prepare(temporary, progress)
             host = [Piece(piece.name, piece.slices, _to_host(piece.tensor)) for piece in pieces]
         except (OSError, ValueError, RuntimeError) as caught:  # RuntimeError: torch has no memory for the copy
             error = caught
@@ -241,21 +249,39 @@ class Saver:
     def _leads(self) -> bool:
         return self._grid.rank == 0
 
-    def _prepare(self, temporary: Path) -> dict[str, FileEntry]:
+    def _prepare(self, temporary: Path, progress: Progress) -> dict[str, FileEntry]:
         """Make the directory with every small file written and every tensor file in full length."""
         if any(is_complete(path) for path in steps(self._run_dir).values()):
             # Not before: a run may have died between a first checkpoint's last byte and its name.
             remove_leftovers(self._run_dir)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        small = model_files(self._config, dtype=self._dtype, side_files_from=self._side_files_from)
+        small = self._describe(progress)
         for index, weight_map in self._table.indexes.items():
             small[index] = encoded({"metadata": {"total_size": self._table.num_bytes[index]}, "weight_map": weight_map})
         write_files(temporary, small)
-        check_config(temporary, self._config)  # what config.json cannot say is found now, not when the run resumes
+        # What the files cannot say is found now, not when the run resumes.
+        (check_config if self._config.lora is None else check_adapter)(temporary, self._config)
         for file, header in self._table.headers.items():
             _preallocate(temporary / file, header, self._table.sizes[file])
         return {name: file_entry(temporary / name) for name in small}
+
+    def _describe(self, progress: Progress) -> dict[str, bytes]:
+        """The small files of a model directory, or of an adapter's."""
+        if self._config.lora is None:
+            return model_files(self._config, dtype=self._dtype, side_files_from=self._side_files_from)
+        assert self._facts.base is not None
+        layout = self._layout().model_dump()
+        return adapter_files(
+            self._config,
+            base=self._facts.base,
+            facts={"step": progress.step, "layout": layout},
+            side_files_from=self._side_files_from,
+        )
+
+    def _layout(self) -> SavedLayout:
+        grid = self._grid
+        return SavedLayout(tp=grid.tp.size, pp=grid.pp.size, dp=grid.dp.size, virtual=self._facts.virtual)
 
     def _write(self, temporary: Path, pieces: list[Piece]) -> None:
         """In a thread, on every rank: each of this rank's pieces to its place; its memory is given back at once."""
@@ -267,9 +293,10 @@ class Saver:
                 if stored.file not in fds:
                     fds[stored.file] = os.open(temporary / stored.file, os.O_WRONLY | os.O_CLOEXEC)
                     opened.callback(os.close, fds[stored.file])
-                where, transpose = stored.place(piece.slices)
-                block = piece.tensor.t().contiguous() if transpose else piece.tensor
-                write_block(fds[stored.file], stored.start, stored.file_shape, where, block)
+                for place in (stored, *stored.copies):
+                    where, transpose = place.place(piece.slices)
+                    block = piece.tensor.t().contiguous() if transpose else piece.tensor
+                    write_block(fds[stored.file], place.start, place.file_shape, where, block)
             for fd in fds.values():
                 os.fsync(fd)
 
@@ -305,7 +332,7 @@ class Saver:
             step=progress.step,
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_tokens,
-            layout=SavedLayout(tp=grid.tp.size, pp=grid.pp.size, dp=grid.dp.size, virtual=self._facts.virtual),
+            layout=self._layout(),
             vocab=Vocabulary(true_size=config.vocab_size, padded_size=padded),
             rope_layout="half_split" if config.position == "rope" else None,
             dtypes={"weights": dtype_name(self._dtype), "optimizer": "float32"},
@@ -313,6 +340,7 @@ class Saver:
             seed=self._facts.seed,
             data_hash=self._facts.data_hash,
             state=dict(progress.state),
+            base_digest=None if self._facts.base is None else self._facts.base.digest,
             files=dict(sorted(files.items())),
         )
 

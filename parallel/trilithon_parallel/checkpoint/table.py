@@ -2,13 +2,14 @@
 What a checkpoint's files hold and where, from the model's config alone: every rank computes the same table.
 
 Weights lie in `model-0000i-of-0000n.safetensors` under the names and in the layout that `transformers` and our loader
-read; optimizer state lies in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes.
+read; where an adapter is trained, it alone lies in `adapter_model.safetensors`, as PEFT reads it. Optimizer state lies
+in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ import torch
 from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.piece import Slices
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.lora.files import TENSORS_FILE, file_layout
+from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.lora.spec import owned_shapes
 from trilithon_parallel.placement import global_shapes
 from trilithon_parallel.weights.directory import INDEX_FILE, WeightFiles, and_more
 from trilithon_parallel.weights.loader import check_weights, dtype_name
-from trilithon_parallel.weights.names import Direct, Source, file_shape, file_slices, name_table
-from trilithon_parallel.weights.safetensors_io import TensorSpec, header_bytes, split_shards
+from trilithon_parallel.weights.names import Direct, Place, file_shape, file_slices, name_table
+from trilithon_parallel.weights.safetensors_io import SafetensorsFile, TensorSpec, header_bytes, split_shards
 
 OPTIM_INDEX_FILE = "optim.safetensors.index.json"
 
@@ -34,6 +38,7 @@ class Stored:
     One global tensor in a file: `start` is the byte at which the data of the file's tensor begins.
 
     `shape` is the canonical one, `file_shape` that of the file's tensor, which may be its transpose or hold others too.
+    `copies`: where else in the files the same values stand.
     """
 
     file: str
@@ -41,7 +46,8 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     file_shape: tuple[int, ...]
-    source: Source
+    source: Place
+    copies: tuple[Stored, ...] = ()
 
     def place(self, slices: Slices) -> tuple[Slices, bool]:
         """Where a canonical block lies in the file's tensor, and whether it is transposed there."""
@@ -81,13 +87,13 @@ def optimizer_names(name: str, dtype: torch.dtype) -> list[str]:
 
 def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int) -> Table:
     """The table of a checkpoint to be written: weights in `dtype`, files of at most `max_shard_bytes`. Pure."""
-    names = name_table(config)
-    shapes = global_shapes(config)
-    weights: dict[str, TensorSpec] = {}
-    named: dict[str, str] = {}
-    for name, source in names.sources.items():
-        named[name] = names.spellings(source.file_name)[0]
-        weights[named[name]] = TensorSpec(named[name], dtype, file_shape(source, shapes[name]))
+    shapes = trained_shapes(config)
+    places = _places(config)
+    weights = {
+        place.file_name: TensorSpec(place.file_name, dtype, file_shape(place, shapes[name]))
+        for name, held in places.items()
+        for place in held
+    }
     states = [
         TensorSpec(state, torch.float32, shape)
         for name, shape in shapes.items()
@@ -97,33 +103,58 @@ def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int)
     sizes: dict[str, int] = {}
     starts: dict[str, tuple[str, int]] = {}
     indexes: dict[str, dict[str, str]] = {}
-    for stem, index, specs in (("model", INDEX_FILE, [*weights.values()]), ("optim", OPTIM_INDEX_FILE, states)):
-        indexes[index] = _lay_out(stem, split_shards(specs, max_bytes=max_shard_bytes), headers, sizes, starts)
-    tensors = {
-        name: Stored(*starts[named[name]], dtype, shapes[name], weights[named[name]].shape, source)
-        for name, source in names.sources.items()
-    }
+    num_bytes: dict[str, int] = {}
+    if config.lora is not None:
+        _lay_out({TENSORS_FILE: [*weights.values()]}, headers, sizes, starts)
+    for stem, index, specs in (
+        ("model", INDEX_FILE, [] if config.lora is not None else [*weights.values()]),
+        ("optim", OPTIM_INDEX_FILE, states),
+    ):
+        if specs:
+            shards = split_shards(specs, max_bytes=max_shard_bytes)
+            files = {f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+            indexes[index] = _lay_out(files, headers, sizes, starts)
+            num_bytes[index] = sum(spec.num_bytes for spec in specs)
+    tensors: dict[str, Stored] = {}
+    for name, held in places.items():
+        first, *copies = [
+            Stored(*starts[place.file_name], dtype, shapes[name], weights[place.file_name].shape, place)
+            for place in held
+        ]
+        tensors[name] = replace(first, copies=tuple(copies))
     tensors |= {
         spec.name: Stored(*starts[spec.name], spec.dtype, spec.shape, spec.shape, Direct(spec.name)) for spec in states
-    }
-    num_bytes = {
-        INDEX_FILE: sum(spec.num_bytes for spec in weights.values()),
-        OPTIM_INDEX_FILE: sum(spec.num_bytes for spec in states),
     }
     return Table(tensors, headers, sizes, indexes, num_bytes)
 
 
+def trained_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The tensors that a checkpoint holds, with their true shapes: the adapter's where one is trained, else all."""
+    return global_shapes(config) if config.lora is None else owned_shapes(config, config.lora)
+
+
+def _places(config: ModelConfig) -> Mapping[str, tuple[Place, ...]]:
+    """Where each of them is written, under the names of the files: a shared A in several places."""
+    if config.lora is not None:
+        layout = file_layout(config, config.lora)
+        names = owned_shapes(config, config.lora)
+        return {name: (layout.places[name], *layout.copies.get(name, ())) for name in names}
+    table = name_table(config)
+    return {
+        name: (replace(source, file_name=table.spellings(source.file_name)[0]),)
+        for name, source in table.sources.items()
+    }
+
+
 def _lay_out(
-    stem: str,
-    shards: Sequence[Sequence[TensorSpec]],
+    files: Mapping[str, Sequence[TensorSpec]],
     headers: dict[str, bytes],
     sizes: dict[str, int],
     starts: dict[str, tuple[str, int]],
 ) -> dict[str, str]:
-    """Give every tensor of `shards` its file and first byte; tensor name -> file."""
+    """Give every tensor of `files` its first byte; tensor name -> file."""
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+    for file, shard in files.items():
         headers[file] = header_bytes(shard)
         at = len(headers[file])
         for spec in shard:
@@ -142,15 +173,8 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
         ModelError: a file is missing or broken, a tensor is missing, one too many, or of another shape or dtype than
             `config` implies; file and tensor are named.
     """
-    check_weights(directory, config=config)
-    names, shapes = name_table(config), global_shapes(config)
-    tensors: dict[str, Stored] = {}
-    with WeightFiles(directory) as files:
-        for name, source in names.sources.items():
-            spelled = next(item for item in names.spellings(source.file_name) if item in files.tensors)
-            entry = files.tensors[spelled]
-            file = files.file_of(spelled).path.name
-            tensors[name] = Stored(file, entry.start, entry.dtype, shapes[name], entry.shape, source)
+    shapes = trained_shapes(config)
+    tensors = _read_model(directory, config) if config.lora is None else _read_adapter(directory, config)
     expected = {state: name for name in shapes for state in optimizer_names(name, tensors[name].dtype)}
     with WeightFiles(directory, stem="optim") as files:
         _check_names(files, expected)
@@ -170,6 +194,29 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
                     hint="Optimizer state is kept in full precision: use the checkpoint as it was saved.",
                 )
             tensors[state] = Stored(file, entry.start, entry.dtype, entry.shape, entry.shape, Direct(state))
+    return tensors
+
+
+def _read_model(directory: Path, config: ModelConfig) -> dict[str, Stored]:
+    check_weights(directory, config=config)
+    names, shapes = name_table(config), global_shapes(config)
+    tensors: dict[str, Stored] = {}
+    with WeightFiles(directory) as files:
+        for name, source in names.sources.items():
+            spelled = next(item for item in names.spellings(source.file_name) if item in files.tensors)
+            entry = files.tensors[spelled]
+            file = files.file_of(spelled).path.name
+            tensors[name] = Stored(file, entry.start, entry.dtype, shapes[name], entry.shape, source)
+    return tensors
+
+
+def _read_adapter(directory: Path, config: ModelConfig) -> dict[str, Stored]:
+    read_adapter(directory, config=config)
+    shapes, tensors = trained_shapes(config), {}
+    with SafetensorsFile(directory / TENSORS_FILE) as file:
+        for name, (place, *_) in _places(config).items():
+            entry = file.tensors[place.file_name]
+            tensors[name] = Stored(TENSORS_FILE, entry.start, entry.dtype, shapes[name], entry.shape, place)
     return tensors
 
 

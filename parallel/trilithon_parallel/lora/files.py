@@ -54,7 +54,7 @@ MODULES: Final[Mapping[Family, Mapping[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """
     The tensors of one adapter.
 
@@ -71,7 +71,7 @@ class Layout:
     spellings: Mapping[str, str]
 
 
-def file_layout(config: ModelConfig, spec: LoraSpec) -> Layout:
+def file_layout(config: ModelConfig, spec: LoraSpec) -> FileLayout:
     """The layout of an adapter's tensors. Pure."""
     places: dict[str, Place] = {}
     copies: dict[str, tuple[Place, ...]] = {}
@@ -93,7 +93,7 @@ def file_layout(config: ModelConfig, spec: LoraSpec) -> Layout:
         owner = owner_name(name, spec)
         if owner != name and place != places[owner]:
             copies[owner] = (*copies.get(owner, ()), place)
-    return Layout(places, copies, shapes, spellings)
+    return FileLayout(places, copies, shapes, spellings)
 
 
 def _in_attention(

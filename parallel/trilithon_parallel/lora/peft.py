@@ -1,5 +1,5 @@
 """
-Adapter directories in the layout of PEFT: read strictly, written as they are read, merged into a model directory.
+Adapter directories in the layout of PEFT: read strictly, and written as they are read.
 
 An adapter may come from a stranger. Only `adapter_config.json`, `adapter_model.safetensors` and `trilithon.json` are
 opened, each once and only where it lies in the directory; nothing is unpickled, and every tensor has its place.
@@ -21,7 +21,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.lora.described import foreign_spec, own_spec
 from trilithon_parallel.lora.files import (
     CONFIG_FILE,
@@ -29,15 +29,14 @@ from trilithon_parallel.lora.files import (
     FACTS_FORMAT,
     TEMPLATE_FILE,
     TENSORS_FILE,
-    Layout,
+    FileLayout,
     file_layout,
     small_files,
 )
 from trilithon_parallel.lora.peft_config import invalid, parse_config, read_document
-from trilithon_parallel.lora.spec import LoraSpec, lora_shapes, owner_name, products
+from trilithon_parallel.lora.spec import LoraSpec, lora_shapes, owner_name
 from trilithon_parallel.weights.directory import PICKLED, and_more
-from trilithon_parallel.weights.export import export_model
-from trilithon_parallel.weights.loader import dtype_name, load_state
+from trilithon_parallel.weights.loader import dtype_name
 from trilithon_parallel.weights.names import Block, Slices, file_slices
 from trilithon_parallel.weights.safetensors_io import SafetensorsFile, TensorSpec, bytes_of, write_safetensors
 
@@ -59,7 +58,7 @@ class AdapterFiles:
     base_model: str
     facts: Mapping[str, Any]
     _shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    _layout: Layout = field(repr=False)
+    _layout: FileLayout = field(repr=False)
     _tensors: Mapping[str, Tensor] = field(repr=False)
 
     def fill(self, out: Tensor, name: str, slices: Slices) -> None:
@@ -167,7 +166,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _read_tensors(file: SafetensorsFile, layout: Layout) -> dict[str, Tensor]:
+def _read_tensors(file: SafetensorsFile, layout: FileLayout) -> dict[str, Tensor]:
     """Every tensor by the name that is written, after names, shapes and dtypes were found right."""
     spelled = {layout.spellings.get(key, key): key for key in file.tensors}
     missing = [name for name in layout.shapes if name not in spelled]
@@ -213,7 +212,7 @@ def _read_tensors(file: SafetensorsFile, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_blocks(tensors: Mapping[str, Tensor], layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_blocks(tensors: Mapping[str, Tensor], layout: FileLayout, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Beside the blocks of a shared file tensor there must be zeros."""
     inside: dict[str, Tensor] = {}
     for name, place in layout.places.items():
@@ -230,7 +229,7 @@ def _check_blocks(tensors: Mapping[str, Tensor], layout: Layout, shapes: Mapping
             )
 
 
-def _check_copies(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+def _check_copies(tensors: Mapping[str, Tensor], layout: FileLayout) -> None:
     """A shared A must be the same under each name."""
     for owner, copies in layout.copies.items():
         for copy in copies:
@@ -315,33 +314,6 @@ def write_adapter(
         _sync(made)
         made.rename(directory)
     _sync(directory.parent)
-
-
-def merge_adapter(model_dir: Path, adapter_dir: Path, out_dir: Path) -> None:
-    """
-    Write a model directory whose products are W + scale * B A, added in fp64 and rounded once to the dtype of W.
-
-    Args:
-        model_dir: of the base model; its tokenizer and chat template go along.
-        adapter_dir: as for `read_adapter`.
-        out_dir: must not exist yet.
-    Raises:
-        ModelError: as for `read_adapter`, `load_state` and `export_model`.
-    """
-    config = load_config(model_dir)
-    adapter = read_adapter(adapter_dir, config=config)
-    state = load_state(model_dir, config=config)
-    for leaf in adapter.spec.targets:
-        path = products(config)[leaf][0]
-        for layer in range(config.num_layers):
-            product = f"model.layers.{layer}.{path}"
-            down, up = (adapter.tensor(f"{product}.lora_{half}.weight").double() for half in "AB")
-            weight = state[f"{product}.weight"]
-            weight.copy_(weight.double() + adapter.spec.scale_of(leaf) * (up @ down))
-    template = TEMPLATE_FILE if (adapter_dir / TEMPLATE_FILE).is_file() else None
-    export_model(state, config, out_dir, side_files_from=model_dir)
-    if template is not None:
-        shutil.copyfile(adapter_dir / template, out_dir / template)
 
 
 def _sync(directory: Path) -> None:

@@ -78,6 +78,10 @@ class LoraSpec:
         group = next((group for group in SHARED if leaf in group), (leaf,))
         return leaf if self.layout == "per_projection" else next(name for name in group if name in self.targets)
 
+    def described(self) -> dict[str, tuple[int, float, str]]:
+        """What its tensors are: leaf name -> (rank, alpha, leaf that names its A). Dropout is not part of it."""
+        return {leaf: (self.rank_of(leaf), self.alpha_of(leaf), self.owner_of(leaf)) for leaf in self.targets}
+
     def check(self, config: ModelConfig) -> None:
         """
         Refuse a description that does not fit the model. Pure.
