@@ -12,6 +12,8 @@
 #define MAX_ROWS (WIDTH == 16 ? 8 : 4)
 #define PANEL (2 * WIDTH)
 #define MAX_RANK 256
+#define MAX_LANES 4
+#define MAX_PARTS 3
 #define INLINE static inline __attribute__((always_inline))
 
 /* One adapter's factors for one product; rank 0 where it has none. */
@@ -40,29 +42,63 @@ int32_t lora_rows(void) { return MAX_ROWS; }
 int32_t lora_rank(void) { return MAX_RANK; }
 int32_t lora_width(void) { return WIDTH; }
 
-/* Rows times one panel of A, all terms: sums in fp64 from term to term. */
-INLINE void shrink(const struct site *s, const float *const *x, const float *w, double *sums, const int rows,
-                   const int is_bf16) {
-    int64_t at = 0;
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < WIDTH; o++) sums[r * WIDTH + o] = 0.0;
-    for (int t = 0; t < s->num_terms; t++) {
-        const int64_t stop = at + s->terms[t];
-        vec total[MAX_ROWS];
+/* A term of a panel of A: one accumulator a row. Several run at once, for each waits on its own last addition. */
+struct lane {
+    const float *w;
+    int64_t from, words; /* of the inputs */
+    double *sums;        /* [rows, WIDTH] of the panel */
+};
+
+INLINE void run_some(const struct lane *lanes, const float *const *x, const int num_lanes, const int rows,
+                     const int is_bf16) {
+    vec total[MAX_LANES][MAX_ROWS];
+#pragma GCC unroll 4
+    for (int i = 0; i < num_lanes; i++)
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) total[r] = (vec){};
-        for (; at < stop; at++) {
-            const vec column = load(w + at * WIDTH);
+        for (int r = 0; r < rows; r++) total[i][r] = (vec){};
+    for (int64_t k = 0; k < lanes->words; k++)
+#pragma GCC unroll 4
+        for (int i = 0; i < num_lanes; i++) {
+            const vec column = load(lanes[i].w + k * WIDTH);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) total[r] = multiply_add(total[r], x[r][at], column, is_bf16);
+            for (int r = 0; r < rows; r++)
+                total[i][r] = multiply_add(total[i][r], x[r][lanes[i].from + k], column, is_bf16);
         }
+#pragma GCC unroll 4
+    for (int i = 0; i < num_lanes; i++)
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             float term[WIDTH];
-            memcpy(term, &total[r], sizeof term);
-            for (int o = 0; o < WIDTH; o++) sums[r * WIDTH + o] += term[o];
+            memcpy(term, &total[i][r], sizeof term);
+            for (int o = 0; o < WIDTH; o++) lanes[i].sums[r * WIDTH + o] += term[o];
         }
-    }
+}
+
+INLINE void run_lanes(const struct lane *lanes, const float *const *x, int num_lanes, const int rows, const int is_bf16) {
+    if (num_lanes == 1) run_some(lanes, x, 1, rows, is_bf16);
+    else if (num_lanes == 2) run_some(lanes, x, 2, rows, is_bf16);
+    else if (num_lanes == 3) run_some(lanes, x, 3, rows, is_bf16);
+    else if (num_lanes == 4) run_some(lanes, x, 4, rows, is_bf16);
+}
+
+/* Rows times A of every product of the site: sums in fp32 inside a term, in fp64 from term to term. */
+INLINE void shrink(const struct site *s, const struct factors *f, const float *const *x, double *sums, const int rows,
+                   const int is_bf16) {
+    const int most = rows > 4 ? 2 : MAX_LANES; /* what registers hold */
+    struct lane lanes[MAX_LANES];
+    int held = 0;
+    for (int part = 0; part < s->num_parts; part++)
+        for (int64_t panel = 0; panel < f[part].rank; panel += WIDTH, sums += MAX_ROWS * WIDTH) {
+            memset(sums, 0, (size_t)rows * WIDTH * sizeof *sums);
+            for (int64_t t = 0, from = 0; t < s->num_terms; from += s->terms[t++]) {
+                if (held == most || (held && lanes->words != s->terms[t])) {
+                    run_lanes(lanes, x, held, rows, is_bf16);
+                    held = 0;
+                }
+                lanes[held++] = (struct lane){f[part].a + panel * s->words + from * WIDTH, from, s->terms[t], sums};
+            }
+        }
+    run_lanes(lanes, x, held, rows, is_bf16);
 }
 
 /* Rows of u times one panel of B: at most `MAX_RANK` words, one term. */
@@ -104,45 +140,32 @@ INLINE void add_to(const struct site *s, void *y, int64_t at, const vec v[2], in
     }
 }
 
-/* One adapter's part of some rows: u = scale * A x in a buffer of this thread, then y += B u. */
-INLINE void add_part(const struct site *s, const struct factors *f, int part, const float *const *x, char *const *y,
-                     const int rows, const int is_bf16) {
-    float u[MAX_ROWS * MAX_RANK] __attribute__((aligned(64)));
-    for (int64_t from = 0; from < f->rank; from += WIDTH) {
-        double sums[MAX_ROWS * WIDTH];
-        shrink(s, x, f->a + from * s->words, sums, rows, is_bf16);
-        const int here = (int)(f->rank - from < WIDTH ? f->rank - from : WIDTH);
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < here; o++) {
-                const float value = (float)sums[r * WIDTH + o];
-                if (is_bf16) ((uint16_t *)(u + r * MAX_RANK))[from + o] = narrow(widen(narrow(value)) * f->scale);
-                else u[r * MAX_RANK + from + o] = value * f->scale;
-            }
-    }
-    const int64_t words = is_bf16 ? f->rank / 2 : f->rank, outputs = s->starts[part + 1] - s->starts[part];
-    const float *w = f->b;
-    for (int64_t output = 0; output < outputs; output += PANEL, w += words * PANEL) {
-        vec total[MAX_ROWS][2];
-        expand(u, w, words, total, rows, is_bf16);
-        const int count = (int)(outputs - output < PANEL ? outputs - output : PANEL);
-        for (int r = 0; r < rows; r++) add_to(s, y[r], s->starts[part] + output, total[r], count);
-    }
-}
-
-static void add_rows(const struct site *s, const struct factors *f, int part, const float *const *x, char *const *y,
-                     int rows) {
-    while (rows > 0) {
-        const int now = rows >= MAX_ROWS ? MAX_ROWS : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-        switch (now * 2 + s->is_bf16) {
-#define CASE(N)                                                 \
-    case 2 * N: add_part(s, f, part, x, y, N, 0); break;        \
-    case 2 * N + 1: add_part(s, f, part, x, y, N, 1); break;
-            CASE(1) CASE(2) CASE(4)
-#if WIDTH == 16
-            CASE(8)
-#endif
+/* One adapter's share of some rows: u = scale * A x in buffers of this thread, then y += B u. */
+INLINE void adapt(const struct site *s, const struct factors *f, const float *const *x, char *const *y, const int rows,
+                  const int is_bf16) {
+    double sums[MAX_PARTS * MAX_RANK * MAX_ROWS];
+    shrink(s, f, x, sums, rows, is_bf16);
+    const double *panel = sums;
+    for (int part = 0; part < s->num_parts; part++, f++) {
+        float u[MAX_ROWS * MAX_RANK] __attribute__((aligned(64)));
+        for (int64_t from = 0; from < f->rank; from += WIDTH, panel += MAX_ROWS * WIDTH) {
+            const int here = (int)(f->rank - from < WIDTH ? f->rank - from : WIDTH);
+            for (int r = 0; r < rows; r++)
+                for (int o = 0; o < here; o++) {
+                    const float value = (float)panel[r * WIDTH + o];
+                    if (is_bf16) ((uint16_t *)(u + r * MAX_RANK))[from + o] = narrow(widen(narrow(value)) * f->scale);
+                    else u[r * MAX_RANK + from + o] = value * f->scale;
+                }
         }
-        rows -= now, x += now, y += now;
+        if (!f->rank) continue;
+        const int64_t words = is_bf16 ? f->rank / 2 : f->rank, stop = s->starts[part + 1];
+        const float *w = f->b;
+        for (int64_t output = s->starts[part]; output < stop; output += PANEL, w += words * PANEL) {
+            vec total[MAX_ROWS][2];
+            expand(u, w, words, total, rows, is_bf16);
+            const int count = (int)(stop - output < PANEL ? stop - output : PANEL);
+            for (int r = 0; r < rows; r++) add_to(s, y[r], output, total[r], count);
+        }
     }
 }
 
@@ -159,9 +182,19 @@ void lora(const struct site *s, const struct group *groups, int64_t num_groups, 
             from[i] = x + rows[g->first + i] * stride;
             to[i] = (char *)y + rows[g->first + i] * s->width * size;
         }
-        for (int part = 0; part < s->num_parts; part++) {
-            const struct factors *f = s->slots + g->slot * s->num_parts + part;
-            if (f->rank) add_rows(s, f, part, from, to, (int)g->count);
+        const struct factors *f = s->slots + g->slot * s->num_parts;
+        for (int done = 0, left = (int)g->count; left > 0;) {
+            const int now = left >= MAX_ROWS ? MAX_ROWS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            switch (now * 2 + s->is_bf16) {
+#define CASE(N)                                                               \
+    case 2 * N: adapt(s, f, from + done, to + done, N, 0); break;             \
+    case 2 * N + 1: adapt(s, f, from + done, to + done, N, 1); break;
+                CASE(1) CASE(2) CASE(4)
+#if WIDTH == 16
+                CASE(8)
+#endif
+            }
+            done += now, left -= now;
         }
     }
 }
