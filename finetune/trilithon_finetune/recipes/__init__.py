@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from trilithon_finetune.recipes.answer_qa import AnswerQa
 from trilithon_finetune.recipes.base import Recipe
+from trilithon_finetune.recipes.causal_lm import CausalLm
+from trilithon_finetune.recipes.chat import Chat
 from trilithon_finetune.recipes.classify import Classify
+from trilithon_finetune.recipes.mlm import MaskedTokens
+from trilithon_finetune.recipes.preference import Preference
 from trilithon_finetune.recipes.relation import Relation
 from trilithon_finetune.recipes.span_qa import SpanQa
 from trilithon_finetune.recipes.token_tagging import TokenTagging
+from trilithon_finetune.recipes.yes_no_maybe import YesNoMaybe
 
 RECIPES: dict[str, Recipe] = {
+    "lm": CausalLm(),
+    "sft": Chat(),
+    "dpo": Preference(),
+    "mlm": MaskedTokens(),
+    "answer_qa": AnswerQa(),
+    "yes_no_maybe": YesNoMaybe(),
     "ner": TokenTagging(),
     "relation": Relation(),
     "classify": Classify(),

@@ -73,7 +73,7 @@ def render_chat(
         )
 
     text = render(messages, tools)
-    pattern = special_pattern(tokenizer)  # type: ignore[arg-type]  # tokenizers are told apart by identity
+    pattern = special_pattern(tokenizer)
     if pattern is None or not any(spelled(pattern, item) for item in (messages, tools)):
         return Rendered(text)
     # The same conversation with letters in the place of each such text: where the two differ, a message stands.
@@ -127,10 +127,9 @@ def assistant_turns(
         yield Turn(i, len(prompt), len(closed))
 
 
-@functools.lru_cache(maxsize=16)
 def special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """What finds the texts of a tokenizer's special tokens."""
-    return alternation(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
+    return _pattern_of(tokenizer)  # type: ignore[arg-type]  # tokenizers are told apart by identity
 
 
 def spelled(pattern: re.Pattern[str], value: Any) -> str | None:
@@ -140,6 +139,11 @@ def spelled(pattern: re.Pattern[str], value: Any) -> str | None:
         return found.group() if found else None
     items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
     return next((text for item in items if (text := spelled(pattern, item))), None)
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    return alternation(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
 
 
 def _blotted(pattern: re.Pattern[str], value: Any) -> Any:
