@@ -19,6 +19,8 @@ from trilithon.api.v1 import (
     common_pb2,
     embed_pb2,
     embed_pb2_grpc,
+    extract_pb2,
+    extract_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
     models_pb2,
@@ -178,6 +180,32 @@ EVENTS = (("started", STARTED), ("delta", CHOICE), ("finished", FINISHED))
 MODEL = {"id": "m", "kind": "base", "state": "ready", "max_context_tokens": 64, "tp": 2, "pp": 1, "dtype": "float32"}
 
 
+_GENE = {"start": 0, "end": 3, "type": "GENE", "text": "p53", "score": 0.5}
+_EXTRACT_TOLD = {"model": "t", "usage": {"prompt_tokens": 5}, "timings": {"total_ms": 2.5}}
+EXTRACTED: Mapping[str, Any] = {
+    "Annotate": {"documents": [{"entities": [_GENE]}], **_EXTRACT_TOLD},
+    "ExtractRelations": {
+        "relations": [
+            {"label": "binds", "score": 0.75, "probs": {"binds": 0.75, "false": 0.25}, "pair": {"a": _GENE, "b": _GENE}}
+        ],
+        "negative_label": "false",
+        "pairs_dropped": 1,
+        **_EXTRACT_TOLD,
+    },
+    "Answer": {
+        "answers": [{"text": "p53", "probability": 0.5, "context": 0, "start": 0, "end": 3}],
+        "no_answer_probability": 0.25,
+        "no_answer": False,
+        **_EXTRACT_TOLD,
+    },
+    "Classify": {
+        "results": [{"label": "yes", "score": 0.75, "probs": {"yes": 0.75, "no": 0.25}, "truncated": True}],
+        **_EXTRACT_TOLD,
+    },
+}
+"""Answers of ExtractService by method; their fields are those of the JSON bodies."""
+
+
 def contract(asked: Asked) -> Reply:
     """What a server of the contract answers over HTTP, with fixed values; `answers` of gRPC are the same ones."""
     body = asked.body or {}
@@ -211,6 +239,10 @@ def contract(asked: Asked) -> Reply:
             "/v1/tokenize": {"results": [{"ids": [1, 2], "pieces": ["a", "b"], "count": 2}], "max_context_tokens": 64},
             "/v1/detokenize": {"texts": ["ab"]},
             "/v1/render": {"text": "<user>hi", "ids": [3]},
+            "/v1/extract/entities": EXTRACTED["Annotate"],
+            "/v1/extract/relations": EXTRACTED["ExtractRelations"],
+            "/v1/extract/spans": EXTRACTED["Answer"],
+            "/v1/extract/classes": EXTRACTED["Classify"],
             "/v1/models": {"object": "list", "data": [{"object": "model", **MODEL}]},
             "/v1/models/m": MODEL,
             "/v1/requests/req_1": {"was_running": True},
@@ -268,6 +300,10 @@ _ANSWERS: Mapping[str, Any] = {
     ),
     "Detokenize": tokenize_pb2.DetokenizeResponse(texts=["ab"]),
     "RenderChat": tokenize_pb2.RenderChatResponse(text="<user>hi", ids=[3]),
+    "Annotate": extract_pb2.AnnotateResponse(**EXTRACTED["Annotate"]),
+    "ExtractRelations": extract_pb2.RelationsResponse(**EXTRACTED["ExtractRelations"]),
+    "Answer": extract_pb2.SpanAnswerResponse(**EXTRACTED["Answer"]),
+    "Classify": extract_pb2.ClassifyResponse(**EXTRACTED["Classify"]),
     "ListModels": models_pb2.ListModelsResponse(
         data=[
             models_pb2.Model(
@@ -335,6 +371,7 @@ def grpc_server(uds: str | None = None) -> Iterator[GrpcScripted]:
     for add, base in (
         (generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation_pb2_grpc.GenerationServiceServicer),
         (embed_pb2_grpc.add_EmbedServiceServicer_to_server, embed_pb2_grpc.EmbedServiceServicer),
+        (extract_pb2_grpc.add_ExtractServiceServicer_to_server, extract_pb2_grpc.ExtractServiceServicer),
         (tokenize_pb2_grpc.add_TokenizeServiceServicer_to_server, tokenize_pb2_grpc.TokenizeServiceServicer),
         (models_pb2_grpc.add_ModelsServiceServicer_to_server, models_pb2_grpc.ModelsServiceServicer),
     ):

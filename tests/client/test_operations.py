@@ -13,6 +13,7 @@ from scripted import contract, grpc_server, http_server
 from trilithon import AsyncClient, AsyncStream, Client, Completion, Completions, Delta, Stream
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
+GENE: Any = {"start": 0, "end": 3, "type": "GENE", "text": "p53"}
 CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "generate": ("generate", ("Once",), {"max_tokens": 1, "logprobs": 1, "stop": "."}),
     "generate_ids": ("generate", ([1, 2],), {"n": 1, "constraint": {"choice": ["a"]}}),
@@ -23,6 +24,11 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "detokenize": ("detokenize", ([[1, 2]],), {}),
     "render": ("render", (MESSAGES,), {}),
     "abort": ("abort", ("req_1",), {}),
+    "annotate": ("extract.annotate", (["p53 binds"],), {"types": ["GENE"], "timeout": 60.0}),
+    "relations": ("extract.relations", ("p53 binds",), {"pairs": [(GENE, GENE)], "timeout": 60.0}),
+    "relations_found": ("extract.relations", ("p53 binds",), {"entities": [GENE], "tagger": "t"}),
+    "answer": ("extract.answer", ("who?", ["p53 binds"]), {"n_best": 2}),
+    "classify": ("extract.classify", (["p53"],), {"text_pairs": ["binds"]}),
     "models.list": ("models.list", (), {}),
     "models.get": ("models.get", ("m",), {}),
 }
@@ -151,7 +157,8 @@ async def test_unix_sockets(tmp_path: Path) -> None:
 def test_signatures_are_twins() -> None:
     """Every public method of the asynchronous client takes what its twin takes, by the same names and defaults."""
     renamed = {"close": "aclose"}
-    for plain, twin in ((Client, AsyncClient), (type(Client().models), type(AsyncClient().models))):
+    parts = [(type(getattr(Client(), name)), type(getattr(AsyncClient(), name))) for name in ("models", "extract")]
+    for plain, twin in ((Client, AsyncClient), *parts):
         names = [name for name, value in vars(plain).items() if not name.startswith("_") and callable(value)]
         assert names
         for name in names:

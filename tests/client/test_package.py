@@ -47,7 +47,7 @@ def test_exports_are_on_purpose() -> None:
     }
 
     assert list(trilithon.__all__) == sorted(trilithon.__all__)
-    assert public | {"__version__", "PromptInput"} == set(trilithon.__all__)
+    assert public | {"__version__", "EntityInput", "PromptInput"} == set(trilithon.__all__)
     tree = [name for name, value in vars(trilithon.errors).items() if isinstance(value, type)]
     assert [name for name in tree if name not in trilithon.__all__ and name[0].isupper()] in ([], ["Sequence"])
 

@@ -20,6 +20,7 @@ from trilithon.api.v1 import (
     admin_pb2,
     common_pb2,
     embed_pb2,
+    extract_pb2,
     finetune_pb2,
     generation_pb2,
     models_pb2,
@@ -108,7 +109,7 @@ def test_wire_only_grows() -> None:
 
 
 def _described() -> list[str]:
-    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, models_pb2, admin_pb2, finetune_pb2)
+    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, extract_pb2, models_pb2, admin_pb2, finetune_pb2)
     lines = []
     for module in modules:
         file: Any = descriptor_pool.Default().FindFileByName(module.DESCRIPTOR.name)

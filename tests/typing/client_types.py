@@ -2,7 +2,23 @@
 
 from typing import assert_type
 
-from trilithon import AsyncClient, AsyncStream, Client, Completion, Completions, Delta, Message, Model, Scores, Stream
+from trilithon import (
+    Annotations,
+    AsyncClient,
+    AsyncStream,
+    Classifications,
+    Client,
+    Completion,
+    Completions,
+    Delta,
+    Entity,
+    Message,
+    Model,
+    Relations,
+    Scores,
+    SpanAnswers,
+    Stream,
+)
 
 
 def plain(client: Client, messages: list[Message], n: int) -> None:
@@ -17,6 +33,12 @@ def plain(client: Client, messages: list[Message], n: int) -> None:
     assert_type(client.chat([{"role": "user", "content": "hi"}], stream=True), Stream)
     assert_type(client.score([{"context": "a", "continuations": ["b"]}], timeout=1.0), Scores)
     assert_type(client.models.list(), tuple[Model, ...])
+    assert_type(client.extract.annotate(["a"]), Annotations)
+    assert_type(client.extract.annotate(["a"])[0].entities, tuple[Entity, ...])
+    found = Entity(start=0, end=1, type="x")
+    assert_type(client.extract.relations("a", pairs=[(found, {"start": 0, "end": 1, "type": "x"})]), Relations)
+    assert_type(client.extract.answer("a", ["b"], n_best=2, model="m"), SpanAnswers)
+    assert_type(client.extract.classify(["a"]), Classifications)
     for delta in client.generate("a", stream=True):
         assert_type(delta, Delta)
         assert_type(delta.finish_reason, str | None)

@@ -11,6 +11,19 @@ Importing it loads neither the HTTP nor the gRPC library: the first client does.
 
 from trilithon._async_client import AsyncClient, AsyncModels
 from trilithon._client import Client, Models
+from trilithon._extract import AsyncExtract, EntityInput, Extract, Mention
+from trilithon._extract_types import (
+    AnnotatedText,
+    Annotations,
+    Classifications,
+    Classified,
+    Entity,
+    EntityPair,
+    Relation,
+    Relations,
+    SpanAnswer,
+    SpanAnswers,
+)
 from trilithon._parameters import (
     CallOptions,
     ChatOptions,
@@ -68,7 +81,10 @@ from trilithon.errors import (
 
 __all__ = [
     "AlreadyExists",
+    "AnnotatedText",
+    "Annotations",
     "AsyncClient",
+    "AsyncExtract",
     "AsyncModels",
     "AsyncStream",
     "BodyTooLarge",
@@ -76,6 +92,8 @@ __all__ = [
     "Cancelled",
     "ChatOptions",
     "Choice",
+    "Classifications",
+    "Classified",
     "Client",
     "Completion",
     "Completions",
@@ -87,6 +105,10 @@ __all__ = [
     "Delta",
     "Embedding",
     "Embeddings",
+    "Entity",
+    "EntityInput",
+    "EntityPair",
+    "Extract",
     "FailedPrecondition",
     "Finished",
     "GenerationOptions",
@@ -94,6 +116,7 @@ __all__ = [
     "Internal",
     "InvalidArgument",
     "ItemScore",
+    "Mention",
     "Message",
     "Model",
     "Models",
@@ -103,9 +126,13 @@ __all__ = [
     "PromptInput",
     "ProtocolError",
     "RateLimited",
+    "Relation",
+    "Relations",
     "Rendered",
     "ScoreItem",
     "Scores",
+    "SpanAnswer",
+    "SpanAnswers",
     "Started",
     "Stream",
     "Texts",

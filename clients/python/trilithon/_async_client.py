@@ -10,6 +10,7 @@ from trilithon import _requests
 from trilithon._address import settings_for
 from trilithon._client import DEFAULT_TIMEOUT_S
 from trilithon._decode import decode
+from trilithon._extract import AsyncExtract
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
@@ -80,6 +81,7 @@ class AsyncClient:
         self._max_retries = max_retries
         self._transport = transport or _connect(self._settings)
         self.models = AsyncModels(self)
+        self.extract = AsyncExtract(self)
 
     @overload
     async def generate(

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from trilithon._parameters import PROTO_FIELDS
 from trilithon._transport import Fields
-from trilithon.api.v1 import common_pb2, embed_pb2, generation_pb2, models_pb2, tokenize_pb2
+from trilithon.api.v1 import common_pb2, embed_pb2, extract_pb2, generation_pb2, models_pb2, tokenize_pb2
 from trilithon.errors import InvalidArgument, Violation
 
 _EARLY = {
@@ -106,6 +106,30 @@ def render_request(fields: Fields) -> tokenize_pb2.RenderChatRequest:
     return tokenize_pb2.RenderChatRequest(model=fields.get("model", ""), chat=chat(fields["messages"], fields))
 
 
+def relations_request(fields: Fields) -> extract_pb2.RelationsRequest:
+    """Pairs, or entities, of a text."""
+    return extract_pb2.RelationsRequest(
+        meta=_meta(fields),
+        text=fields["text"],
+        pairs=[
+            extract_pb2.EntityPair(a=extract_pb2.Entity(**pair["a"]), b=extract_pb2.Entity(**pair["b"]))
+            for pair in fields.get("pairs") or ()
+        ],
+        entities=[extract_pb2.Entity(**entity) for entity in fields.get("entities") or ()],
+        tagger=fields.get("tagger") or "",
+    )
+
+
+def _with_meta(kind: Callable[..., Message]) -> Callable[[Fields], Message]:
+    """A message whose fields are the request's own, but for those of the call."""
+
+    def build(fields: Fields) -> Message:
+        own = {name: value for name, value in fields.items() if name not in ("model", "time_limit_ms")}
+        return kind(meta=_meta(fields), **own)
+
+    return build
+
+
 REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "generate": generate_request,
     "score": score_request,
@@ -114,6 +138,10 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "tokenize": lambda fields: tokenize_pb2.TokenizeRequest(**fields),
     "detokenize": detokenize_request,
     "render": render_request,
+    "annotate": _with_meta(extract_pb2.AnnotateRequest),
+    "relations": relations_request,
+    "answer": _with_meta(extract_pb2.SpanAnswerRequest),
+    "classify": _with_meta(extract_pb2.ClassifyRequest),
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
 }
@@ -127,6 +155,10 @@ RESPONSES: Mapping[str, type[Message]] = {
     "tokenize": tokenize_pb2.TokenizeResponse,
     "detokenize": tokenize_pb2.DetokenizeResponse,
     "render": tokenize_pb2.RenderChatResponse,
+    "annotate": extract_pb2.AnnotateResponse,
+    "relations": extract_pb2.RelationsResponse,
+    "answer": extract_pb2.SpanAnswerResponse,
+    "classify": extract_pb2.ClassifyResponse,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
 }

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
 from trilithon._types import (
     Aborted,
     Completions,
@@ -51,11 +52,23 @@ EMBED = Operation("embed", "POST /v1/embeddings", f"{_V1}EmbedService/Embed", Em
 TOKENIZE = Operation("tokenize", "POST /v1/tokenize", f"{_V1}TokenizeService/Tokenize", Tokenization)
 DETOKENIZE = Operation("detokenize", "POST /v1/detokenize", f"{_V1}TokenizeService/Detokenize", Texts)
 RENDER = Operation("render", "POST /v1/render", f"{_V1}TokenizeService/RenderChat", Rendered)
+_EXTRACT = f"{_V1}ExtractService"
+ANNOTATE = Operation(
+    "annotate", "POST /v1/extract/entities", f"{_EXTRACT}/Annotate", Annotations, takes_time_limit=True
+)
+RELATE = Operation(
+    "relations", "POST /v1/extract/relations", f"{_EXTRACT}/ExtractRelations", Relations, takes_time_limit=True
+)
+ANSWER = Operation("answer", "POST /v1/extract/spans", f"{_EXTRACT}/Answer", SpanAnswers, takes_time_limit=True)
+CLASSIFY = Operation(
+    "classify", "POST /v1/extract/classes", f"{_EXTRACT}/Classify", Classifications, takes_time_limit=True
+)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
-    GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, LIST_MODELS, GET_MODEL, HEALTH,
+    GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, LIST_MODELS,
+    GET_MODEL, HEALTH,
 )  # fmt: skip
 
 
