@@ -182,6 +182,9 @@ class ServerConfig(_Node):
     on_rank_loss: Literal["restart", "exit"] = Field(
         default="restart", description="what follows the loss of a rank: restart or exit (code 6)"
     )
+    catalog: str | None = Field(
+        default=None, min_length=1, description="directory of the finetuned models that are served beside the engines"
+    )
     max_hosted_models: int = Field(
         default=4, ge=1, le=64, description="finetuned models that run at once beside the engines, started on demand"
     )

@@ -22,6 +22,7 @@ from trilithon.errors import DeadlineExceeded, NotFound
 from trilithon_server.assembly import Choice
 from trilithon_server.auth import Keyring
 from trilithon_server.calls import CallDetails, Calls
+from trilithon_server.catalog import Catalog
 from trilithon_server.config import ServeConfig, environment_api_keys
 from trilithon_server.constraint_rules import Constraint
 from trilithon_server.engine import wire_pb2 as wire
@@ -71,6 +72,7 @@ class Service:
         self.models = {model.name: model for model in models}
         self.metrics = metrics
         self.hosting = hosting
+        self.catalog = Catalog(Path(config.server.catalog)) if config.server.catalog is not None else None
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())
         self.limiter = KeyLimiter(config.limits)
@@ -128,8 +130,20 @@ class Service:
         return [name for name, model in self.models.items() if capability in model.capabilities]
 
     async def resolve(self, name: str, call: Call) -> ServedModel:
-        """The model that a call means, as `model` finds it."""
-        return self.model(name, call=call)
+        """
+        The model that a call means: a configured one, or one of the catalogue, started when it does not run.
+
+        Raises:
+            NotFound: `model_not_found`, naming the choices.
+            TrilithonError: what `Hosting.ensure` raises.
+        """
+        if name in self.models or not name or self.catalog is None:
+            return self.model(name, call=call)
+        entry = await asyncio.to_thread(self.catalog.get, name, tenant=call.principal.tenant)
+        if entry is None or entry.kind != "model" or self.hosting is None:
+            return self.model(name, call=call)
+        call.record.model = entry.name
+        return await self.hosting.ensure(entry, call)
 
     def fingerprint(self, hello: wire.Hello) -> str:
         """Version, layout and configuration: answers repeat only while it is the same."""
@@ -169,7 +183,7 @@ class Service:
             TrilithonError: refused; nothing was admitted.
         """
         violations = found if found is not None else Violations()
-        model = self.model(model_name, call=call)
+        model = await self.resolve(model_name, call)
         model.require("generate")
         hello = model.ready()
         bounds = model.bounds(call.principal, hello, default_max_tokens=default_max_tokens)
