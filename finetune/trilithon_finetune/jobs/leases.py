@@ -8,13 +8,14 @@ the end of.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from trilithon.errors import Unavailable
 from trilithon_finetune.jobs.moves import Ending, LeaseLost
-from trilithon_finetune.jobs.queue import Claim, Move, Queue
+from trilithon_finetune.jobs.queue import Claim, Move, NewCheckpoint, Queue
 from trilithon_finetune.jobs.records import Desired, Job
 
 _AGAIN_S = 0.25  # between two tries while the database is away
@@ -37,6 +38,8 @@ class Lease:
         self.queue, self.claim = queue, claim
         self._lease_s, self._renew_s, self._look_s = lease_s, renew_s, look_s
         self._began = self._renewed = self._looked = since
+        self.job = claim.job
+        """As it was at the newest write."""
         self.desired: Desired = claim.job.desired
 
     @property
@@ -73,6 +76,11 @@ class Lease:
                 self.check()
                 time.sleep(_AGAIN_S)
 
+    def look(self) -> Desired:
+        """What the owner wants, and that the lease is held, read now. Raises LeaseLost."""
+        self.desired = self.insist(lambda: self.queue.look(self.claim))
+        return self.desired
+
     def write(
         self,
         *moves: Move,
@@ -80,10 +88,18 @@ class Lease:
         wait_s: float | None = None,
         release: bool = False,
         ending: Ending | None = None,
+        verified: int | None = None,
     ) -> Job:
-        """`Queue.write`, insisting."""
-        job = self.insist(
-            lambda: self.queue.write(self.claim, *moves, values=values, wait_s=wait_s, release=release, ending=ending)
-        )
-        self.desired = job.desired
+        """`Queue.write`, insisting. Raises LeaseLost."""
+        used = {"used_ms": int(self.used_s * 1000)} if release else {}
+        write = functools.partial(self.queue.write, self.claim, *moves, values={**(values or {}), **used})
+        more = functools.partial(write, wait_s=wait_s, release=release, ending=ending, verified=verified)
+        return self._note(self.insist(more))
+
+    def write_news(self, move: Move, *, values: Mapping[str, Any], offset: int, saved: Sequence[NewCheckpoint]) -> Job:
+        """`Queue.write` of what a phase said, once. Raises LeaseLost, Unavailable."""
+        return self._note(self.queue.write(self.claim, move, values=values, offset=offset, saved=saved))
+
+    def _note(self, job: Job) -> Job:
+        self.job, self.desired = job, job.desired
         return job

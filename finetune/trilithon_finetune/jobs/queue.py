@@ -79,7 +79,7 @@ class Queue:
             "next_attempt": jobs.c.next_attempt + 1,
             "events_offset": case((jobs.c.attempt == jobs.c.next_attempt, jobs.c.events_offset), else_=0),
         }
-        events = [NewEvent(kind="claimed", message=f"A worker has taken the job ({owner}).")]
+        events = [NewEvent(kind="claimed", message="A worker has taken the job.")]
         if target is JobState.PREPARING:
             events.append(NewEvent(kind="prepare_started", message="The data is being prepared."))
         return self._take(free, values, events, owner=owner, lease_s=lease_s)
@@ -118,6 +118,7 @@ class Queue:
         ending: Ending | None = None,
         offset: int | None = None,
         saved: Sequence[NewCheckpoint] = (),
+        verified: int | None = None,
     ) -> Job:
         """
         Write what a worker did, in one transaction. The second try of a write whose answer was lost changes nothing.
@@ -129,7 +130,7 @@ class Queue:
             release: end the lease.
             ending: of the attempt.
             offset: of the attempt's events.jsonl behind the events of these moves.
-            saved: rows of checkpoints.
+            saved: rows of checkpoints. verified: step of the one whose export was verified.
         Raises:
             LeaseLost: somebody else has the job.
         """
@@ -159,6 +160,9 @@ class Queue:
             )
             for checkpoint in saved:
                 self._save(connection, claim, checkpoint)
+            if verified is not None:
+                key = {"job_id": claim.job.id, "step": verified}
+                connection.execute(update(checkpoints).filter_by(**key).values(verified=True))
             self._thin(connection, claim, [event.step for event in last.events if event.step is not None])
             return job_of(row)
 

@@ -23,9 +23,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +70,8 @@ def local(
     num_threads: int | None = None,
     environment: Mapping[str, str] | None = None,
     output: BinaryIO | None = None,
+    log: Callable[[int], Path] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> int:
     """
     Run `nproc` ranks of `command` on this host until they are done, and return the exit code.
@@ -89,6 +92,8 @@ def local(
             cores shared out.
         environment: variables for the ranks, over those of this process.
         output: where lines go, standard output by default.
+        log: the file of each rank, by its number, to which its output is appended instead.
+        pass_fds: descriptors that the ranks hold too.
 
     Returns:
         0 when every rank ended with 0; otherwise the code of the first cause (128 + n for signal n).
@@ -103,18 +108,24 @@ def local(
     if not command:
         raise LaunchError("launch command must name a program. Given: nothing.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    screen = Screen(output or sys.stdout.buffer, live=output is None and sys.stdout.isatty())
+    screen = Screen(output or sys.stdout.buffer, live=output is None and log is None and sys.stdout.isatty())
     env = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_RANKS}
     env |= {"OMP_NUM_THREADS": str(num_threads or env.get("OMP_NUM_THREADS") or max(1, _num_cores() // nproc))}
     env |= {"TORCHELASTIC_MAX_RESTARTS": str(max_restarts), "PYTHONUNBUFFERED": "1", **(environment or {})}
-    with _Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_Stop())
+        files = [] if log is None else [stack.enter_context(log(rank).open("ab", buffering=0)) for rank in range(nproc)]
         for attempt in itertools.count():
-            group = _Group(command, nproc=nproc, env=env, attempt=attempt, screen=screen)
+            sinks = [functools.partial(_append, file) for file in files] or [
+                functools.partial(screen.take, rank) for rank in range(nproc)
+            ]
+            group = _Group(command, sinks=sinks, env=env, attempt=attempt, screen=screen, pass_fds=pass_fds)
             result = group.run(stop, stop_s=stop_s, kill_s=kill_s)
             if isinstance(result, int):
                 return result
             screen.say(str(result))
-            _record(run_dir, result, attempt)
+            with contextlib.suppress(OSError):  # a full disk: the cause was said
+                _record(run_dir, result, attempt)
             if stop.signals or result.exit_code in EXITS_INVALID or attempt == max_restarts:
                 return result.exit_code
             pause_s = min(backoff_s * 2**attempt, MAX_BACKOFF_S)
@@ -128,9 +139,17 @@ class _Group:
     """The ranks of one attempt, which live and die together."""
 
     def __init__(
-        self, command: Sequence[str], *, nproc: int, env: Mapping[str, str], attempt: int, screen: Screen
+        self,
+        command: Sequence[str],
+        *,
+        sinks: Sequence[Callable[[bytes], None]],
+        env: Mapping[str, str],
+        attempt: int,
+        screen: Screen,
+        pass_fds: Sequence[int],
     ) -> None:
-        self._command, self._nproc, self._screen = command, nproc, screen
+        self._command, self._screen, self._sinks, self._pass_fds = command, screen, sinks, pass_fds
+        nproc = len(sinks)
         self._env = {**env, "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
         self._env |= {"MASTER_PORT": str(_free_port()), "TORCHELASTIC_RESTART_COUNT": str(attempt)}
         self._ranks: list[Rank] = []
@@ -170,11 +189,11 @@ class _Group:
             self._end(grace_s)
 
     def _start(self) -> None:
-        for number in range(self._nproc):
+        for number, sink in enumerate(self._sinks):
             env = {**self._env, "RANK": str(number), "LOCAL_RANK": str(number)}
             env |= self._screen.terminal_env() if number == 0 else {}
             try:
-                rank = Rank(number, self._command, env=env, on_output=functools.partial(self._screen.take, number))
+                rank = Rank(number, self._command, env=env, on_output=sink, pass_fds=self._pass_fds)
             except OSError as error:
                 raise LaunchError(
                     f"launch command {self._command[0]!r} cannot be started: {error.strerror or error}."
@@ -274,6 +293,11 @@ class _Stop:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self.signals.append(number)
+
+
+def _append(file: RawIOBase, piece: bytes) -> None:
+    with contextlib.suppress(OSError):  # a full disk: training goes on without its log
+        file.write(piece)
 
 
 def _exit_code(code: int) -> int:

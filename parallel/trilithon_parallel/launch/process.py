@@ -43,10 +43,17 @@ class Rank:
         command: program and arguments.
         env: its whole environment.
         on_output: called with each piece of its stdout and stderr, as it arrives.
+        pass_fds: descriptors that it holds too.
     """
 
     def __init__(
-        self, rank: int, command: Sequence[str], *, env: Mapping[str, str], on_output: Callable[[bytes], None]
+        self,
+        rank: int,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        on_output: Callable[[bytes], None],
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.rank = rank
         self.exit_code: int | None = None
@@ -54,13 +61,6 @@ class Rank:
         self._tail: deque[bytes] = deque(maxlen=_TAIL_LINES)
         self._rest = b""
         launcher = os.getpid()
-
-        def die_with_launcher() -> None:
-            if _prctl is not None:
-                _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher:  # it died before the call above
-                os._exit(1)
-
         self._process = subprocess.Popen(  # one thread runs here; the hook makes two calls
             list(command),
             env=dict(env),
@@ -68,7 +68,8 @@ class Rank:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_launcher,
+            preexec_fn=lambda: die_with(launcher),
+            pass_fds=tuple(pass_fds),
         )
         assert self._process.stdout is not None
         self._output = self._process.stdout
@@ -198,6 +199,14 @@ class Keeper:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+
+def die_with(parent: int) -> None:
+    """From now on the kernel kills this process when the thread of `parent` that started it ends, however that is."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
 
 
 def describe_exit(code: int) -> str:

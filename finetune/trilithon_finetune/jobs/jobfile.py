@@ -1,0 +1,104 @@
+"""The files by which a worker tells a phase what to do, and that it may."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from trilithon import _store
+from trilithon.errors import NotFound
+from trilithon_finetune.errors import JobError
+from trilithon_finetune.jobs.outcome import AttemptFailed
+from trilithon_finetune.jobs.records import Job
+from trilithon_finetune.jobs.service import Jobs
+from trilithon_server.catalog import Catalog
+
+LEASE_FILE = "lease"
+"""In the directory of an attempt: while it is there, the attempt may run and move pointers."""
+LOCK_FILE = "lock"
+"""In the directory of a job: held by every process that runs for it."""
+
+
+def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path]) -> None:
+    """
+    Write `job.json`: where a phase finds the job's configuration, its model and its data.
+
+    Raises:
+        AttemptFailed: `model_not_found`, or a file of the job is gone.
+    """
+    paths = jobs.paths.job(job.id)
+    validation = None if job.validation_file is None else str(_file(jobs, job, job.validation_file, "validation"))
+    document = {
+        "job_id": job.id,
+        "tenant": job.tenant,
+        "name": job.name,
+        "config": job.resolved or job.config,
+        "model_dir": str(model_directory(job, catalog=catalog, models=models)),
+        "training_path": str(_file(jobs, job, job.training_file, "training")),
+        "validation_path": None
+        if job.validation_file is None
+        else str(_file(jobs, job, job.validation_file, "validation")),
+        "store": str(jobs.paths.root),
+        "base_digest": job.base_digest,
+        "data_digest": job.data_digest,
+        "template_digest": job.template_digest,
+    }
+    _replace(paths.spec, json.dumps(document, indent=1))
+
+
+def write_lease(directory: Path, token: int) -> None:
+    """Allow the attempt in `directory` to run, to whoever has this token alone."""
+    _replace(directory / LEASE_FILE, str(token))
+
+
+def revoke_lease(directory: Path) -> None:
+    """From now on no process of the attempt may start, or move a pointer."""
+    (directory / LEASE_FILE).unlink(missing_ok=True)
+
+
+def model_directory(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> Path:
+    """The directory of a job's base model. Raises AttemptFailed."""
+    name = job.model
+    if name in models:
+        return models[name].resolve()
+    entry = catalog.get(name, tenant=job.tenant)
+    if entry is not None:
+        if entry.kind == "model":
+            return entry.path
+        message = f"model must be a whole model. Given: {name!r}, an adapter of {entry.base!r}."
+        raise AttemptFailed(JobError(code="model_not_found", param="model", message=message, hint="Name its base."))
+    if os.path.isabs(name) and Path(name).is_dir():
+        return Path(name).resolve()
+    held = {model.name: model for model in _store.list_models() if not model.problem}
+    if name in held:
+        return held[name].path.resolve()
+    near = difflib.get_close_matches(name, [*models, *held], n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted({*models, *held})) or 'none'}."
+    raise AttemptFailed(
+        JobError(code="model_not_found", param="model", message=f"model {name[:64]!r} is not known here.", hint=hint)
+    )
+
+
+def _file(jobs: Jobs, job: Job, file_id: str, kind: str) -> Path:
+    try:
+        return jobs.file_path(file_id, tenant=job.tenant)
+    except NotFound:
+        code, message = f"invalid_{kind}_file", f"{kind}_file {file_id} is not there any more."
+        raise AttemptFailed(JobError(code=code, param=f"{kind}_file", message=message)) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

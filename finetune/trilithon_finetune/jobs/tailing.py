@@ -1,0 +1,153 @@
+"""
+What a running phase says, line by line, and what becomes of it: events, rows of checkpoints, numbers of progress.
+
+A phase appends one JSON object a line to `events.jsonl` of its attempt. How far the table has read is a column of the
+job, written in the transaction that stores the events: each line counts exactly once, whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from trilithon_finetune.jobs.moves import NewEvent
+from trilithon_finetune.jobs.queue import NewCheckpoint
+from trilithon_finetune.jobs.records import Level, Progress
+
+PHASE_KINDS = frozenset(
+    {
+        "prepare_progress",
+        "weights_loaded",
+        "worst_batch_ok",
+        "running",
+        "step",
+        "eval",
+        "checkpoint_started",
+        "checkpoint_saved",
+        "checkpoint_deleted",
+        "warning",
+        "early_stopped",
+    }
+)
+"""Kinds that phases write; all others are the worker's own words."""
+
+_READ_BYTES = 1 << 20
+_TIMED_STEPS, _LEAST_STEPS = 50, 10  # a median of the last 50 step times, once there are 10
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a piece of the file says. `offset` is where the next piece begins; `running`: the first step is near."""
+
+    events: tuple[NewEvent, ...]
+    saved: tuple[NewCheckpoint, ...]
+    progress: Progress
+    step_s: tuple[float, ...]
+    running: bool
+    offset: int
+
+
+@dataclass(slots=True)
+class Tail:
+    """A reader of `path` from `offset` on, who counts along."""
+
+    path: Path
+    offset: int
+    progress: Progress
+    step_s: tuple[float, ...] = ()
+
+    def read(self) -> News | None:
+        """The next whole lines; None when there are none. `accept` makes the next call go on behind them."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                piece = file.read(_READ_BYTES)
+        except FileNotFoundError:
+            return None
+        end = piece.rfind(b"\n") + 1
+        if not end and len(piece) == _READ_BYTES:
+            end = len(piece)  # no line is so long: it is told as unreadable, piece by piece
+        if not end:
+            return None
+        events, saved, progress, step_s = [], [], self.progress, self.step_s
+        for line in piece[:end].splitlines():
+            event = _event(line)
+            events.append(event)
+            step_s = (*step_s, *_step_seconds(event))[-_TIMED_STEPS:]
+            progress = _advance(progress, event, step_s)
+            saved += _checkpoints(event)
+        running = any(event.kind in ("running", "step") for event in events)
+        return News(tuple(events), tuple(saved), progress, step_s, running, self.offset + end)
+
+    def accept(self, news: News) -> None:
+        """The news are in the table."""
+        self.offset, self.progress, self.step_s = news.offset, news.progress, news.step_s
+
+
+def _advance(progress: Progress, event: NewEvent, step_s: tuple[float, ...]) -> Progress:
+    data = event.data
+    if event.kind == "prepare_progress":
+        return replace(progress, prepare_fraction=_number(data, "fraction", progress.prepare_fraction))
+    if event.kind == "running":
+        return replace(progress, total_steps=int(_number(data, "total_steps", progress.total_steps)))
+    if event.kind != "step":
+        return progress
+    step = int(_number(data, "step", progress.step))
+    total = int(_number(data, "total_steps", progress.total_steps))
+    known = len(step_s) >= _LEAST_STEPS and total > 0
+    remaining = round(statistics.median(step_s) * max(0, total - step)) if known else None
+    return replace(
+        progress,
+        step=step,
+        total_steps=total,
+        epoch=_number(data, "epoch", progress.epoch),
+        fraction=min(1.0, _number(data, "fraction", step / total if total else 0.0)),
+        seconds_remaining=remaining,
+        trained_tokens=int(_number(data, "trained_tokens", progress.trained_tokens)),
+        supervised_tokens=int(_number(data, "supervised_tokens", progress.supervised_tokens)),
+        tokens_per_second=_number(data, "tokens_per_second", 0.0),
+    )
+
+
+def _step_seconds(event: NewEvent) -> tuple[float, ...]:
+    seconds = _number(event.data, "step_seconds", 0.0) if event.kind == "step" else 0.0
+    return (seconds,) if seconds > 0 else ()
+
+
+def _event(line: bytes) -> NewEvent:
+    try:
+        found = json.loads(line, parse_constant=lambda name: None)  # what is not finite is not known
+        kind, message, level = found["kind"], found["message"], found.get("level", "info")
+        data = found.get("data") or {}
+        if not (isinstance(message, str) and isinstance(data, dict) and level in get_args(Level)):
+            raise ValueError("a field of another kind")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        message = f"A phase wrote {len(line)} bytes that are no event."
+        return NewEvent(kind="warning", level="warn", message=message)
+    if kind not in PHASE_KINDS:
+        message = f"A phase wrote an event of kind {str(kind)[:32]!r}, which is not its to write: {message}"
+        return NewEvent(kind="warning", level="warn", message=message, data=data)
+    step = data.get("step") if kind == "step" else None
+    return NewEvent(kind=kind, level=level, message=message, data=data, step=step if isinstance(step, int) else None)
+
+
+def _checkpoints(event: NewEvent) -> list[NewCheckpoint]:
+    step = event.data.get("step")
+    if event.kind not in ("checkpoint_saved", "checkpoint_deleted") or not isinstance(step, int):
+        return []
+    if event.kind == "checkpoint_deleted":
+        return [NewCheckpoint(step=step, servable=False)]
+    metrics = event.data.get("metrics")
+    given = metrics if isinstance(metrics, dict) else {}
+    numbers = {str(name): _number(given, name, 0.0) for name, value in given.items() if isinstance(value, int | float)}
+    size = int(_number(event.data, "bytes", 0))
+    return [NewCheckpoint(step=step, digest=str(event.data.get("digest", "")), bytes=size, metrics=numbers)]
+
+
+def _number(data: Mapping[str, Any], name: str, default: float) -> float:
+    value = data.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
