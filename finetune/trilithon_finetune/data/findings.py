@@ -10,7 +10,7 @@ import bisect
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,22 +124,44 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def line_ranges(lines: Sequence[int], *, most: int = 6) -> str:
+class LineRanges:
     """
-    Rising line numbers as ranges; what is beyond `most` of them is counted.
+    Rising line numbers as ranges, of which the first few are kept and the rest counted.
 
-    >>> line_ranges([1, 2, 3, 7]), line_ranges([1, 3, 5], most=2)
-    ('1-3, 7', '1, 3 and 1 more')
+    >>> lines = LineRanges()
+    >>> for line in (1, 2, 3, 7):
+    ...     lines.add(line)
+    >>> lines.text()
+    'lines 1-3, 7'
     """
-    ranges: list[tuple[int, int]] = []
-    for line in lines:
-        if ranges and ranges[-1][1] == line - 1:
-            ranges[-1] = (ranges[-1][0], line)
+
+    def __init__(self, *, most: int = 6) -> None:
+        self._most = most
+        self._ranges: list[tuple[int, int]] = []
+        self._more = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._ranges)
+
+    @property
+    def first(self) -> int:
+        """The first line."""
+        return self._ranges[0][0]
+
+    def add(self, line: int) -> None:
+        """Note a line, which is above all that were noted."""
+        if self._ranges and not self._more and self._ranges[-1][1] == line - 1:
+            self._ranges[-1] = (self._ranges[-1][0], line)
+        elif len(self._ranges) < self._most:
+            self._ranges.append((line, line))
         else:
-            ranges.append((line, line))
-    text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[:most])
-    rest = sum(b - a + 1 for a, b in ranges[most:])
-    return f"{text} and {rest:,} more" if rest else text
+            self._more += 1
+
+    def text(self) -> str:
+        """The ranges, for a message."""
+        text = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self._ranges)
+        one = not self._more and len(self._ranges) == 1 and self._ranges[0][0] == self._ranges[0][1]
+        return f"line{'' if one else 's'} {text}" + (f" and {self._more:,} more" if self._more else "")
 
 
 class Findings:
@@ -157,12 +179,15 @@ class Findings:
         self.counts: Counter[str] = Counter()
         """By code."""
         self.by_severity: Counter[Severity] = Counter()
+        self.error_codes: set[str] = set()
 
     def add(self, *items: Finding) -> None:
         """Count findings, and keep those that are among the first."""
         for item in items:
             self.counts[item.code] += 1
             self.by_severity[item.severity] += 1
+            if item.severity == "error":
+                self.error_codes.add(item.code)
             self._added += 1
             bisect.insort(self._kept, (item.line, self._added, item))
             if self._most and len(self._kept) > self._most:
