@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -83,12 +84,15 @@ class FinetuneError(Exception):
     """
     A finetuning request or job that cannot go on; `error` is what its owner is told.
 
-    `findings` holds every broken rule where there are several; the message then names the first.
+    `findings` holds every broken rule where there are several; the message then names the first. `data` is what was
+    found out before: the report of a file that cannot be trained on, for example.
     """
 
-    def __init__(self, error: JobError, *, findings: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, error: JobError, *, findings: tuple[str, ...] = (), data: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(error.message)
-        self.error, self.findings = error, findings
+        self.error, self.findings, self.data = error, findings, dict(data or {})
 
     def __str__(self) -> str:
         return f"{self.error.message} {self.error.hint}" if self.error.hint else self.error.message

@@ -27,6 +27,9 @@ from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.text.template import TemplateError, load_template
 
+PREPARED_FILE = "prepared.json"
+"""In the job's directory, once its data are prepared: {"prepared": digest}."""
+
 
 @dataclass(frozen=True)
 class JobFile:
@@ -38,6 +41,8 @@ class JobFile:
         adapter_dir: the adapter that the job goes on from; None where it begins anew.
         prepared: digest of the tokenised data; empty before `prepare`.
         base_digest, data_digest, template_digest: empty before `validate`.
+        training_name, validation_name: the files' names, as their owner knows them.
+        max_findings: that a check tells; 0 for the usual number.
     """
 
     job_id: str
@@ -56,6 +61,7 @@ class JobFile:
     template_digest: str = ""
     training_name: str = ""
     validation_name: str = ""
+    max_findings: int = 0
 
     @property
     def prepared_dir(self) -> Path:
@@ -72,6 +78,8 @@ def read_job(directory: Path) -> JobFile:
     """
     try:
         raw: dict[str, Any] = json.loads((directory / "job.json").read_text("utf-8"))
+        if (directory / PREPARED_FILE).is_file():
+            raw |= json.loads((directory / PREPARED_FILE).read_text("utf-8"))
         known = {item.name for item in dataclasses.fields(JobFile)}
         given = {name: value for name, value in raw.items() if name in known and value is not None}
         paths = {

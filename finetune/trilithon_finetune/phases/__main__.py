@@ -35,7 +35,8 @@ def main() -> int:
         if job_error.code == "bug":
             traceback.print_exc()
         print(f"{args.phase}: {job_error.message}", file=sys.stderr)
-        write_outcome(outcome, error=replace(job_error, attempt=args.attempt))
+        found = error.data if isinstance(error, FinetuneError) else None
+        write_outcome(outcome, data=found, error=replace(job_error, attempt=args.attempt))
         return 1
 
 

@@ -15,8 +15,8 @@ EVENTS_FILE = "events.jsonl"
 
 def write_outcome(path: Path, *, data: Mapping[str, Any] | None = None, error: JobError | None = None) -> None:
     """Write how a phase ended, whole or not at all."""
-    document = {"ok": True, "data": dict(data or {})} if error is None else {"ok": False, "error": error.to_json()}
-    write_json(path, document)
+    failed = {} if error is None else {"error": error.to_json()}
+    write_json(path, {"ok": error is None, "data": dict(data or {}), **failed})
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trilithon_finetune.data.prepare import prepare, prepared_key
-from trilithon_finetune.phases.outcome import Events
-from trilithon_finetune.setup import JobFile, open_base
+from trilithon_finetune.phases.outcome import Events, write_json
+from trilithon_finetune.setup import PREPARED_FILE, JobFile, open_base
 
 TELL_EVERY = 0.1
 """Share of the data between two events."""
@@ -39,6 +39,7 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
         file=job.training_name,
         on_progress=tell,
     )
+    write_json(job.paths.root / PREPARED_FILE, {"prepared": key})
     message = f"{facts.train.samples} samples of {facts.train.tokens} tokens are ready."
     events.tell("prepared", message, data=facts.to_json())
     return {"prepared": key, "facts": facts.to_json()}

@@ -6,30 +6,41 @@ import contextlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from trilithon_finetune.config import JobConfig
-from trilithon_finetune.data.prepared import Part, Prepared, open_prepared
+from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.errors import FinetuneError, JobError, refuse
 from trilithon_finetune.phases.outcome import Events, write_outcome
-from trilithon_finetune.recipes.base import Context, Recipe
-from trilithon_finetune.resolve import layout_of, lora_spec, task_model
-from trilithon_finetune.setup import JobFile, open_base, read_job, read_rows_of
+from trilithon_finetune.resolve import layout_of, lora_spec
+from trilithon_finetune.setup import read_job, read_rows_of
 from trilithon_finetune.train.evaluation import JobEvaluator, outputs_of
 from trilithon_finetune.train.journal import Journal
-from trilithon_finetune.train.stream import EpochSchedule, JobStream, learning_rate_of, schedule_of
+from trilithon_finetune.train.stream import JobStream, learning_rate_of
+from trilithon_finetune.train.threads import threads_of_a_rank
+from trilithon_finetune.train.work import Work, open_work
 from trilithon_parallel import rendezvous
 from trilithon_parallel.backend import select
-from trilithon_parallel.checkpoint import CheckpointError, Found, Retention, RunFacts, Saver, find_latest, import_base
+from trilithon_parallel.checkpoint import (
+    Base,
+    CheckpointError,
+    Found,
+    Retention,
+    RunFacts,
+    Saver,
+    find_latest,
+    import_base,
+)
 from trilithon_parallel.collectives import CollectiveError, barrier
-from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.config import ModelError
 from trilithon_parallel.costs import model_flops
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.health import HealthError, Signals, agree
+from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.lora.training import begin
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.peak import measured_peak
 from trilithon_parallel.rendezvous import RendezvousError
@@ -91,40 +102,6 @@ def _as_job_error(error: Exception) -> JobError:
     )
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one job's ranks have in common."""
-
-    job: JobFile
-    recipe: Recipe
-    context: Context
-    base: ModelConfig
-    model: ModelConfig
-    prepared: Prepared
-    schedule: EpochSchedule
-
-    @property
-    def config(self) -> JobConfig:
-        """The resolved configuration."""
-        return self.job.config
-
-    @property
-    def beta(self) -> float:
-        """Of preferences."""
-        return float(getattr(self.context.options, "beta", 0.1))
-
-
-def open_work(job: JobFile) -> Work:
-    """Read what a job trains, after it was prepared."""
-    base = open_base(job)
-    prepared = open_prepared(job.prepared_dir)
-    labels = prepared.facts.labels
-    model = task_model(job.config, base.recipe, base.model, labels)
-    context = replace(base.context, labels=labels, validating=True)
-    schedule = schedule_of(job.config, prepared.train.num_units)
-    return Work(job, base.recipe, context, base.model, model, prepared, schedule)
-
-
 def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
     """Everything between the rendezvous and the end of the run."""
     job = read_job(directory)
@@ -133,7 +110,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
         raise refuse("bug", f"{layout.world_size} ranks are needed. Given: {world_size}.", param="parallel")
-    _set_threads()
+    torch.set_num_threads(threads_of_a_rank(job.config))
     dtype: torch.dtype = getattr(torch, job.config.dtype)
     peak = measured_peak(dtype, num_threads=torch.get_num_threads(), device="cpu")
     rendezvous.join(device="cpu", timeout_s=FIRST_TIMEOUT_S)
@@ -159,7 +136,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
             work.prepared.train, work.recipe, work.schedule, grid, config=job.config, beta=work.beta
         )  # fmt: skip
         evaluator = _evaluator(work)
-        saver = open_saver(work, grid, dtype)
+        saver = open_saver(work, model, dtype)
         stack.callback(saver.close)
         trainer = Trainer(
             model, stream, _plan(work), _costs(work, peak), saver=saver, signals=signals, watchdog=None,
@@ -174,7 +151,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
         _try_out(model, stream, events)
         if found is not None:
             _check_same(work, found)
-            trainer.resume(found)
+            trainer.resume(found, base_digest=job.base_digest if model.config.lora is not None else None)
         if grid.rank == 0:
             cursor = trainer.cursor
             journal = Journal(
@@ -250,25 +227,31 @@ NEW_PARTS = ("task_head.", "lm_transform.", "lm_head.")
 def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
     """The weights that training begins from: the base's, and new ones where the base has none."""
     assert work.config.seed is not None
+    job = work.job
+    if model.config.lora is not None:
+        earlier = None if job.adapter_dir is None else read_adapter(job.adapter_dir, config=work.base)
+        begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
+        return
     targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
-    import_base(work.job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
+    import_base(job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
     model.optimizer.publish()
     model.weights_changed()
 
 
-def open_saver(work: Work, grid: Grid, dtype: torch.dtype) -> Saver:
+def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:
     """What writes the job's checkpoints; where each is served, none goes."""
-    config = work.config
+    config, job = work.config, work.job
     assert config.seed is not None
-    served = config.deploy.on == "checkpoint"
+    told = {"job": job.job_id, "data_digest": job.data_digest, "template_digest": job.template_digest}
+    base = Base(config.model, job.base_digest, told) if model.config.lora is not None else None
     return Saver(
-        work.job.paths.run,
-        config=work.model,
-        grid=grid,
-        facts=RunFacts(config.seed, work.job.prepared),
+        job.paths.run,
+        config=model.config,
+        grid=model.grid,
+        facts=RunFacts(config.seed, job.prepared, base=base),
         dtype=dtype,
-        retention=Retention(config.checkpoint.keep, keep_every=1 if served else 0),
-        side_files_from=work.job.model_dir,
+        retention=Retention(config.checkpoint.keep, keep_every=1 if config.deploy.on == "checkpoint" else 0),
+        side_files_from=job.model_dir,
     )
 
 
@@ -385,9 +368,3 @@ def _check_same(work: Work, found: Found) -> None:
 def _dropout(work: Work) -> DropoutRates | None:
     rate = work.config.training.dropout
     return DropoutRates(rate) if rate else None
-
-
-def _set_threads() -> None:
-    """The host's cores, shared out among its ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1,0 +1,143 @@
+"""
+Export: the best checkpoint of a job, or its last, as what a server loads.
+
+An adapter's checkpoint is an adapter directory as it stands, and a model's is a model directory; the export is that
+without the optimizer, with what the task's text format needs beside it. It is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trilithon_finetune.errors import refuse
+from trilithon_finetune.phases.outcome import Events, write_json
+from trilithon_finetune.resolve import lora_spec
+from trilithon_finetune.setup import JobFile
+from trilithon_finetune.train.work import Work, open_work
+from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, find_latest
+from trilithon_parallel.checkpoint.run_dir import step_name, sync_directory
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
+from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.report import read_metrics
+from trilithon_server.engine.startup import model_digest
+from trilithon_server.text.template import TEMPLATE_FILE
+
+TASK_FILE = "task.json"
+
+_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+"""OpenAI's, first and in its order; what is not measured stays empty."""
+
+
+def run(job: JobFile, events: Events) -> dict[str, Any]:
+    """
+    Write the export and the files of numbers.
+
+    Raises:
+        FinetuneError: `export_failed`, `checkpoint_corrupt`.
+    """
+    step, directory = chosen_checkpoint(job)
+    events.tell("export_started", f"Exporting the checkpoint of step {step}.", data={"step": step})
+    work = open_work(job)
+    out = write_export(work, directory, job.paths.export, step=step)
+    digest = export_digest(work, out)
+    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    _write_results(job)
+    kind = "model" if lora_spec(job.config) is None else "adapter"
+    told = {"digest": digest, "bytes": num_bytes, "kind": kind, "step": step}
+    events.tell("exported", f"The {kind} of step {step} is written.", data=told)
+    return told
+
+
+def chosen_checkpoint(job: JobFile) -> tuple[int, Path]:
+    """
+    The best checkpoint by the job's own number, where there was a validation; else the last.
+
+    Raises:
+        FinetuneError: `checkpoint_corrupt`: there is none, or none is whole.
+    """
+    try:
+        found = find_latest(job.paths.run, axis=Grid.single().world)
+    except CheckpointError as error:
+        raise refuse("checkpoint_corrupt", str(error)) from None
+    if found is None:
+        raise refuse("checkpoint_corrupt", f"job {job.job_id} has no checkpoint to export.")
+    best = best_step(found.manifest)
+    step = found.manifest.step if best is None else best
+    return step, job.paths.run / step_name(step)
+
+
+def best_step(manifest: Manifest) -> int | None:
+    """The step of the best evaluation until a checkpoint; None where nothing was evaluated."""
+    best = manifest.state.get("best")
+    return int(best["step"]) if isinstance(best, dict) and isinstance(best["step"], int) else None
+
+
+def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
+    """
+    Write the directory that a server loads, in the place of one that an earlier attempt wrote.
+
+    Returns:
+        `out`.
+    Raises:
+        FinetuneError: `export_failed`.
+    """
+    part = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if lora_spec(work.config) is None:
+            export(checkpoint, part)
+        else:
+            part.mkdir(parents=True)
+            for name in (CONFIG_FILE, TENSORS_FILE, FACTS_FILE):
+                if (checkpoint / name).is_file():
+                    shutil.copy2(checkpoint / name, part / name)
+    except CheckpointError as error:
+        raise refuse("export_failed", f"checkpoint {checkpoint.name} cannot be exported: {error}") from None
+    if task := work.recipe.task_file(work.context):
+        write_json(part / TASK_FILE, task)
+    if work.context.template is not None:
+        (part / TEMPLATE_FILE).write_text(work.context.template.source, encoding="utf-8")
+    sync_directory(part)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+    sync_directory(out.parent)
+    return out
+
+
+def export_digest(work: Work, directory: Path) -> str:
+    """The identity of an export, as the server computes it."""
+    if lora_spec(work.config) is None:
+        return model_digest(directory)
+    return read_adapter(directory, config=work.base).digest
+
+
+def _write_results(job: JobFile) -> None:
+    """`step_metrics.csv` and `report.json`, for people and spreadsheets."""
+    results = job.paths.results
+    results.mkdir(parents=True, exist_ok=True)
+    rows = list(_rows(job.paths.run))
+    names = [*_COLUMNS, *sorted({name for row in rows for name in row} - set(_COLUMNS))]
+    with (results / "step_metrics.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
+    for step in read_metrics(run_dir):
+        row: dict[str, Any] = {
+            "step": step.step,
+            "train_loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "tokens": step.tokens,
+            "step_seconds": step.step_s,
+        }
+        if step.validation_loss is not None:
+            row["valid_loss"] = step.validation_loss
+        yield {**row, **(step.validation or {})}

@@ -1,0 +1,111 @@
+"""
+Validation: configuration, model and data of a job are checked whole, every choice is made, and what it needs is told.
+
+Everything that is wrong with the data is in the report; whether a job may run at all is the outcome.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trilithon_finetune.config import JobConfig
+from trilithon_finetune.data.check import check_file
+from trilithon_finetune.data.report import Report
+from trilithon_finetune.errors import FinetuneError, JobError, UserCode
+from trilithon_finetune.estimate import Workload, estimate, this_machine
+from trilithon_finetune.phases.outcome import Events
+from trilithon_finetune.recipes.base import Recipe
+from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
+from trilithon_finetune.setup import JobFile, open_base
+from trilithon_finetune.train.stream import EpochSchedule, schedule_of
+from trilithon_finetune.train.threads import threads_of_a_rank
+from trilithon_parallel.peak import measured_peak
+from trilithon_server.engine.startup import model_digest
+
+MAX_FINDINGS = 100
+"""Findings that an outcome carries; all are counted."""
+
+
+def run(job: JobFile, events: Events) -> dict[str, Any]:
+    """
+    Check the job.
+
+    Raises:
+        FinetuneError: `invalid_config`, `model_not_found`; with the report `invalid_training_file`,
+            `invalid_validation_file`; with report and estimate `estimate_exceeded`.
+    """
+    base = open_base(job)
+    config = resolve_choices(job.config, base.recipe, base.model, job_id=job.job_id)
+    job = replace(job, config=config)
+    base = open_base(job)
+    most = job.max_findings or MAX_FINDINGS
+    report = check_file(
+        job.training_path,
+        recipe=base.recipe,
+        context=base.context,
+        file=job.training_name,
+        validation=job.validation_path,
+        validation_file=job.validation_name,
+        bad_rows_allowed=config.data.bad_rows_allowed,
+        max_findings=most,
+    )
+    told: dict[str, Any] = {"report": report.to_json()}
+    _require(report, "training_file", "invalid_training_file", told)
+    valid_tokens = round(report.tokens * config.data.validation_share)
+    if job.validation_path is not None:
+        valid = check_file(
+            job.validation_path,
+            recipe=base.recipe,
+            context=replace(base.context, labels=report.labels, validating=True),
+            file=job.validation_name,
+            max_findings=most,
+        )
+        told["validation_report"] = valid.to_json()
+        _require(valid, "validation_file", "invalid_validation_file", told)
+        valid_tokens = valid.tokens
+    schedule = _schedule(config, base.recipe, report)
+    config = resolve_intervals(config, steps_per_epoch=schedule.order.steps_per_epoch)
+    work = Workload(
+        report.tokens,
+        report.supervised_tokens,
+        report.lengths.longest,
+        schedule.order.num_units,
+        valid_tokens,
+        schedule.num_steps,
+    )
+    peak = measured_peak(getattr(torch, config.dtype), num_threads=threads_of_a_rank(config), device="cpu")
+    machine = this_machine(config, job.store.root, peak_flops=peak)
+    needs = estimate(config, task_model(config, base.recipe, base.model, report.labels), work, machine)
+    told |= {
+        "resolved": config.model_dump(mode="json"),
+        "estimate": needs.to_json(),
+        "base_digest": model_digest(job.model_dir),
+        "data_digest": report.data_digest,
+        "template_digest": report.template_digest,
+        "seed": config.seed,
+    }
+    if not needs.allowed:
+        message = "the job does not fit: " + "; ".join(needs.problems)
+        raise FinetuneError(JobError(code="estimate_exceeded", message=message), data=told)
+    events.tell("validated", report.summary, data={"estimate": needs.to_json()})
+    return told
+
+
+def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -> None:
+    if report.ok:
+        return
+    lines = report.lines()
+    message = f"{field} cannot be trained on: {lines[0]}"[:2000]
+    raise FinetuneError(
+        JobError(code=code, message=message, param=field, hint=report.summary), findings=tuple(lines), data=told
+    )
+
+
+def _schedule(config: JobConfig, recipe: Recipe, report: Report) -> EpochSchedule:
+    """The steps that the usable rows make; those that are held out don't count."""
+    unit = 2 if recipe.head == "preference" else 1
+    units = max(1, round(report.samples / unit * (1.0 - config.data.validation_share)))
+    return schedule_of(config, units)
