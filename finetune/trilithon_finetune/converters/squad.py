@@ -31,8 +31,8 @@ def read_squad(document: bytes, *, file: str) -> list[Row] | list[Finding] | Non
     rows: list[Row] = []
     broken: list[Finding] = []
     for path, title, paragraph in _paragraphs(tree, broken, file):
-        for i, question in enumerate(_items(paragraph, "qas", path, broken, file)):
-            row = {"context": paragraph.get("context"), "path": f"{path}.qas[{i}]"}
+        for place, question in _items(paragraph, "qas", path, broken, file):
+            row = {"context": paragraph.get("context"), "path": place}
             row |= {"title": title} if isinstance(title, str) else {}
             row |= {key: question[key] for key in ("id", "question", "is_impossible") if key in question}
             answers = question.get("answers", [])
@@ -54,15 +54,15 @@ def _answer(item: Any) -> Any:
 def _paragraphs(
     tree: Mapping[str, Any], broken: list[Finding], file: str
 ) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    for i, article in enumerate(_items(tree, "data", "", broken, file)):
-        for j, paragraph in enumerate(_items(article, "paragraphs", f"data[{i}]", broken, file)):
-            yield f"data[{i}].paragraphs[{j}]", article.get("title"), paragraph
+    for article_path, article in _items(tree, "data", "", broken, file):
+        for path, paragraph in _items(article, "paragraphs", article_path, broken, file):
+            yield path, article.get("title"), paragraph
 
 
 def _items(
     holder: Mapping[str, Any], key: str, path: str, broken: list[Finding], file: str
-) -> Iterator[Mapping[str, Any]]:
-    """The objects of a list; what is none is a finding."""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a list with their paths; what is none is a finding."""
     name = f"{path}.{key}" if path else key
     items = holder.get(key)
     if not isinstance(items, list):
@@ -70,7 +70,7 @@ def _items(
         return
     for i, item in enumerate(items):
         if isinstance(item, dict):
-            yield item
+            yield f"{name}[{i}]", item
         else:
             rule = f"must be an object. Given: {shown(item)}."
             broken.append(finding("E-DATA-008", rule, file=file, path=f"{name}[{i}]"))
