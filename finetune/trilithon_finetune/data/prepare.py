@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trilithon_finetune.data.check import file_digest
 from trilithon_finetune.data.findings import line_form
 from trilithon_finetune.data.judging import Judge, allowed_rows, with_labels
 from trilithon_finetune.data.prepared import FORMAT, PreparedFacts, open_prepared, write_prepared
-from trilithon_finetune.errors import FinetuneError, JobError
+from trilithon_finetune.errors import FinetuneError, JobError, refuse
 from trilithon_finetune.recipes.base import Context, Recipe, Sample
 from trilithon_server.text.template import template_digest
 
@@ -32,8 +32,7 @@ def prepared_key(
     config: JobConfig, recipe: Recipe, context: Context, train_path: Path, validation_path: Path | None
 ) -> str:
     """SHA-256 (hex) of everything that prepared data depends on: its directory's name."""
-    document = json.dumps(_made_from(config, recipe, context, train_path, validation_path), sort_keys=True)
-    return hashlib.sha256(document.encode()).hexdigest()
+    return _digest(_made_from(config, recipe, context, train_path, validation_path))
 
 
 def prepare(
@@ -59,7 +58,6 @@ def prepare(
         FinetuneError: `invalid_training_file` or `invalid_validation_file`, with the findings.
     """
     made_from = _made_from(config, recipe, context, train_path, validation_path)
-    digest = prepared_key(config, recipe, context, train_path, validation_path)
     if directory.is_dir():
         facts = open_prepared(directory, verify=True).facts
         on_progress(1.0)
@@ -67,7 +65,7 @@ def prepare(
     file = file or train_path.name
     context = with_labels(context, recipe, train_path, file=file)
     known: dict[str, Any] = {
-        "digest": digest,
+        "digest": _digest(made_from),
         "task": recipe.task,
         "labels": context.labels,
         "unit": 2 if recipe.head == "preference" else 1,
@@ -85,8 +83,10 @@ def prepare(
             keep=lambda key: not _held_out(key, share),
             on_bytes=progress.part(0),
         )
-        yield from _samples(judge, train_path)
+        count = yield from _samples(judge, train_path)
         _refuse_bad(judge, config, "invalid_training_file", file)
+        if not count:
+            raise _holds_out("every", judge, share)
         known.update(rows=judge.num_rows, bad_rows=judge.bad_rows, dropped=judge.dropped, truncated=judge.truncated)
 
     def valid() -> Iterator[Sample]:
@@ -102,9 +102,11 @@ def prepare(
             keep=None if validation_path is not None else lambda key: _held_out(key, share),
             on_bytes=progress.part(1),
         )
-        yield from _samples(judge, path)
+        count = yield from _samples(judge, path)
         if validation_path is not None:
             _refuse_bad(judge, config, "invalid_validation_file", name)
+        elif not count:
+            raise _holds_out("no", judge, share)
 
     written = write_prepared(directory, train(), valid(), facts=known)
     on_progress(1.0)
@@ -134,9 +136,26 @@ def _made_from(
     }
 
 
-def _samples(judge: Judge, path: Path) -> Iterator[Sample]:
+def _digest(made_from: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+
+
+def _samples(judge: Judge, path: Path) -> Generator[Sample, None, int]:
+    """The samples of a file; returns how many there were."""
+    count = 0
     for judged in judge.rows_of(path):
+        count += len(judged.samples)
         yield from judged.samples
+    return count
+
+
+def _holds_out(what: str, judge: Judge, share: float) -> FinetuneError:
+    return refuse(
+        "invalid_config",
+        f"data.validation_share {share} holds out {what} row of {judge.usable_rows:,}.",
+        param="data.validation_share",
+        hint="Set another share, or give a validation file.",
+    )
 
 
 def _held_out(key: int, share: float) -> bool:
