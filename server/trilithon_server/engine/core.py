@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from trilithon_server.engine.adapters import AdapterSlots
 from trilithon_server.engine.beam import EARLY, BeamSearch, Candidate, End, Hypothesis
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.constraints import CompileError, ConstraintCompiler, Matcher
@@ -24,6 +25,8 @@ from trilithon_server.engine.request import Request, Sequence, answers_told
 from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, Drawn, Fork
 from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
 from trilithon_server.engine.wire_pb2 import Error, Finish, Stats, Submit, Token
+
+ADAPTER_LOAD_S = 60.0  # that a step may take longer in which ranks wait for each other's reading of an adapter
 
 ABORT_FINISH: dict[str, Finish.ValueType] = {"deadline": Finish.TIME_LIMIT, "shutdown": Finish.SHUTDOWN}
 
@@ -68,6 +71,7 @@ class EngineCore:
         self.scheduler: Scheduler | EncoderScheduler = (
             EncoderScheduler(limits) if facts.is_encoder else Scheduler(limits, BlockPool(facts.num_blocks))
         )
+        self.adapters = AdapterSlots(facts.max_adapters)
         self.draining = False
         self._limits = limits
         self._compiler = compiler
@@ -79,6 +83,7 @@ class EngineCore:
         self._forks: list[Fork] = []
         self._forgotten: list[int] = []
         self._next_plan = 0
+        self._errand: int | None = None  # the number of a plan for adapters alone that is out
         self._next_request = 0
         self._next_sequence = 0
         self._checked_idle = True
@@ -92,14 +97,15 @@ class EngineCore:
         try:
             if self.draining:
                 raise Refusal("engine_lost", "the engine is shutting down.")
-            if len(self._compiling) + len(self.scheduler.waiting) >= self.facts.max_queued_requests:
+            if self._num_waiting >= self.facts.max_queued_requests:
                 raise Refusal("queue_full", f"the engine holds {self.facts.max_queued_requests} waiting requests.")
             check(submit, self.facts)
         except Refusal as refusal:
             error = Error(code=refusal.code, message=str(refusal))
             self.outbox.refuse(connection, submit.handle, error, num_sequences=answers_told(submit))
             return
-        root = root_key(model_digest=self.facts.model_digest, adapter_digest="", salt=submit.cache_salt)
+        adapter_digest = submit.adapter.digest
+        root = root_key(model_digest=self.facts.model_digest, adapter_digest=adapter_digest, salt=submit.cache_salt)
         request = Request(self._next_request, connection, submit, now_s, root=root)
         request.output_bytes = output_bytes(submit, self.facts)
         prompt = list(submit.prompt)
@@ -126,7 +132,7 @@ class EngineCore:
         if submit.sampling.HasField("constraint"):
             self._compiling.append((request, self._compiler.start(submit.sampling.constraint)))
         else:
-            self.scheduler.add(request)
+            self._queue(request)
 
     def abort(self, connection: int, handle: int, index: int, cause: str, now_s: float) -> None:
         """End a request (index -1) or one of its answers; unknown ones have ended already."""
@@ -165,11 +171,15 @@ class EngineCore:
                 self._fail(request, "queue_timeout", f"the request waited {waited_ms} ms without starting.", now_s)
         if self._compiling:
             self._admit_compiled(now_s)
+        for request in self.adapters.admit():
+            self.scheduler.add(request)
+        self.outbox.adapters += self.adapters.events
+        self.adapters.events.clear()
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished or any plan is out."""
-        return bool(self._requests or self._flights)
+        """Whether any request is unfinished, any plan is out or any adapter on its way."""
+        return bool(self._requests or self._flights or self.adapters.is_busy)
 
     @property
     def num_in_flight(self) -> int:
@@ -201,8 +211,21 @@ class EngineCore:
             matchers = self._extras[request.id].matchers
             for sequence in request.live:
                 matchers[sequence.index] = matcher.copy()
-            self.scheduler.add(request)
+            self._queue(request)
         self._compiling = still
+
+    # Adapters -------------------------------------------------------------------------------------------------
+
+    def _queue(self, request: Request) -> None:
+        """To the scheduler, by way of the slots where it needs one."""
+        if request.submit.HasField("adapter"):
+            self.adapters.add(request)
+        else:
+            self.scheduler.add(request)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._compiling) + len(self.adapters.waiting) + len(self.scheduler.waiting)
 
     # Plans ----------------------------------------------------------------------------------------------------
 
@@ -218,6 +241,7 @@ class EngineCore:
         self._fill(plan, batch, now_s)
         self._next_plan += 1
         plan.deadline_s = self.pace.deadline_s(batch.num_tokens)
+        self._command(plan)
         host_s = time.perf_counter() - began_s
         self._flights[plan.number] = _Flight(batch, began_s, host_s)
         return plan
@@ -226,8 +250,23 @@ class EngineCore:
         """A plan without work: a sign of life, or the end."""
         plan = StepPlan(self._next_plan, kind, deadline_s=self.pace.deadline_s(0))
         self._tell_sampler(plan)
+        if kind is Kind.TICK:
+            self._command(plan)
         self._next_plan += 1
         return plan
+
+    def errand(self) -> StepPlan | None:
+        """A plan without work where ranks have adapters to load and no step is due; one at a time."""
+        if not self.adapters.has_errand or self._flights or self._errand is not None:
+            return None
+        plan = self.signal(Kind.TICK)
+        self._errand = plan.number
+        return plan
+
+    def _command(self, plan: StepPlan) -> None:
+        plan.adapters = self.adapters.take_commands()
+        if plan.adapters:
+            plan.deadline_s += ADAPTER_LOAD_S
 
     def _fill(self, plan: StepPlan, batch: Batch, now_s: float) -> None:
         plan.copies = batch.copies
@@ -252,6 +291,8 @@ class EngineCore:
             if self.facts.is_encoder:
                 plan.types += list(request.submit.types) or [0] * item.length
                 plan.pools.append(request.submit.pooling)
+        slots = [self.adapters.slot_of(item.sequence.request) for item in batch.items]
+        plan.slots = slots if any(slot >= 0 for slot in slots) else []
         self._tell_sampler(plan)
 
     def _tell_sampler(self, plan: StepPlan) -> None:
@@ -263,6 +304,11 @@ class EngineCore:
 
     def land(self, output: StepOutput, now_s: float) -> Stats | None:
         """A plan has come back: hand out its tokens. Returns the step's statistics; None for a sign of life."""
+        for failure in self.adapters.land(output.adapters):
+            for request in failure.requests:
+                self._fail(request, failure.code, failure.message, now_s)
+        if output.number == self._errand:
+            self._errand = None
         flight = self._flights.pop(output.number, None)
         if flight is None:
             return None
@@ -287,6 +333,7 @@ class EngineCore:
                     self._finish(item.sequence, Finish.MAX_TOKENS, now_s=now_s)
         if self._check_blocks:
             self.scheduler.check()
+            self.adapters.check()
         ended_s = time.perf_counter()
         local = self._limits.slots == 1
         host_s = ended_s - flight.began_s - output.model_s if local else flight.host_s + ended_s - began_s
@@ -299,6 +346,7 @@ class EngineCore:
             return
         self._checked_idle = True
         self.scheduler.check()
+        self.adapters.check()
         if self.scheduler.pool.num_in_use:
             raise RuntimeError(f"KV blocks leaked: {self.scheduler.pool.num_in_use} in use with no request left.")
 
@@ -467,6 +515,7 @@ class EngineCore:
         if request.started_s is not None:
             self._forgotten.append(sequence.id)
         if not request.live:
+            self.adapters.release(request)
             del self._requests[request.connection, request.submit.handle]
             del self._extras[request.id]
 
@@ -476,7 +525,7 @@ class EngineCore:
 
     def _stats(self, batch: Batch | None, *, step_s: float, host_s: float) -> Stats:
         scheduler, pool = self.scheduler, self.scheduler.pool
-        waiting = len(scheduler.waiting) + len(self._compiling)
+        waiting = self._num_waiting
         return Stats(
             running=len(scheduler.running),
             waiting=waiting,
@@ -492,4 +541,7 @@ class EngineCore:
             step_tokens=batch.num_tokens if batch else 0,
             step_decodes=batch.num_decodes if batch else 0,
             pipeline_bubble_ratio=self.pace.bubble_ratio,
+            adapters_loaded=self.adapters.num_loaded,
+            adapter_loads=self.adapters.loads,
+            adapter_load_failures=self.adapters.failures,
         )

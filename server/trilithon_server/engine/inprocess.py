@@ -44,6 +44,8 @@ class InProcessEngine:
         elif kind == "abort":
             abort = message.abort
             self.core.abort(_CONNECTION, abort.handle, abort.index, abort.cause, now_s)
+        elif kind == "adapter":
+            self.core.adapters.control(message.adapter)
         elif message.control.kind == Control.RESET_PREFIX_CACHE:
             self.core.scheduler.reset_prefix_cache()
         elif message.control.kind == Control.DRAIN:
@@ -55,13 +57,13 @@ class InProcessEngine:
         """Step as long as there is work; yields each step's result, and what refusals and aborts have left."""
         while True:
             self.core.expire(time.monotonic())
-            plan = self.core.plan(time.monotonic())
+            plan = self.core.plan(time.monotonic()) or self.core.errand()
             stats = None
             if plan is not None:
                 output = self.loaded.runner.execute(plan)
                 assert output is not None
                 stats = self.core.land(output, time.monotonic())
-                self._step += 1
+                self._step += stats is not None
             if stats is not None or not self.core.outbox.is_empty:
                 messages = self.core.outbox.take(
                     step=self._step,
@@ -74,7 +76,7 @@ class InProcessEngine:
                 self.core.verify_idle()
                 return
             else:
-                time.sleep(_COMPILE_POLL_S)  # a constraint is being compiled
+                time.sleep(_COMPILE_POLL_S)  # a constraint is being compiled, or an adapter read
 
     def close(self) -> None:
         """Nothing outlives the object."""

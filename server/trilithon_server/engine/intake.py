@@ -28,6 +28,7 @@ class Facts:
     num_blocks: int = 0
     block_size: int = 16
     max_queued_requests: int = 1024
+    max_adapters: int = 0
 
 
 class Refusal(Exception):
@@ -48,6 +49,8 @@ def check(submit: Submit, facts: Facts) -> None:
     if submit.HasField("sampling") == facts.is_encoder or submit.HasField("pooling") != facts.is_encoder:
         wanted = "embeds texts" if facts.is_encoder else "generates text"
         raise Refusal("unsupported_task", f"this engine {wanted}; the request asks for something else.")
+    if submit.HasField("adapter") and not facts.max_adapters:
+        raise Refusal("adapters_unsupported", "this engine serves no adapters. Start it with max_adapters above 0.")
     if facts.is_encoder:
         _check_encoder(submit, facts)
     else:

@@ -81,6 +81,8 @@ class Leader:
                 self._run(plan)
                 if is_busy:
                     break  # its tokens go out before the next plan
+            if not is_busy and (errand := self._core.errand()) is not None:
+                self._run(errand)
             self._answer()
             if not is_busy and now_s - self._last_plan_s >= TICK_S:
                 self._idle_tick()
@@ -113,6 +115,8 @@ class Leader:
         elif kind == "abort":
             abort = message.abort
             self._core.abort(connection, abort.handle, abort.index, abort.cause, now_s)
+        elif kind == "adapter":
+            self._core.adapters.control(message.adapter)
         elif kind == "control":
             if message.control.kind == Control.RESET_PREFIX_CACHE:
                 self._core.scheduler.reset_prefix_cache()

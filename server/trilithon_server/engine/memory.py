@@ -17,13 +17,14 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class MemorySum:
-    """Bytes of one rank: weights + activations (worst case) + kv + overhead must not exceed available."""
+    """Bytes of one rank: weights + adapters + activations (both at worst) + kv + overhead must not exceed available."""
 
     weights: int
     activations: int
     kv: int
     overhead: int
     available: int
+    adapters: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """By name, for events and the hello message."""
@@ -78,6 +79,7 @@ def kv_bytes(
     bytes_per_block: int,
     min_blocks: int,
     max_blocks: int,
+    adapters: int = 0,
 ) -> int:
     """
     Bytes of this rank's KV cache.
@@ -86,6 +88,7 @@ def kv_bytes(
         asked: the size that the user set, or None for `fraction` of what the rest leaves.
         min_blocks: fewer can't serve anything.
         max_blocks: more would never be used; bounds the automatic size only.
+        adapters: what full slots of adapters take.
     Raises:
         ModelError: `memory_insufficient`, the sum does not fit.
 
@@ -93,15 +96,16 @@ def kv_bytes(
     ...          min_blocks=1, max_blocks=100)
     30
     """
-    room = available - weights - activations - overhead
+    room = available - weights - adapters - activations - overhead
     wanted = asked if asked is not None else min(int(max(0, room) * fraction), max_blocks * bytes_per_block)
     blocks = wanted // bytes_per_block
     if wanted <= room and blocks >= min_blocks:
         return blocks * bytes_per_block
     needed = max(wanted, min_blocks * bytes_per_block)
+    slots = f"adapters {_mib(adapters)} + " if adapters else ""
     message = (
-        f"memory must hold weights {_mib(weights)} + activations {_mib(activations)} + KV cache {_mib(needed)} "
-        f"+ overhead {_mib(overhead)} = {_mib(weights + activations + needed + overhead)} on each rank. "
+        f"memory must hold weights {_mib(weights)} + {slots}activations {_mib(activations)} + KV cache {_mib(needed)} "
+        f"+ overhead {_mib(overhead)} = {_mib(weights + adapters + activations + needed + overhead)} on each rank. "
         f"Given: {_mib(available)}."
     )
     if asked is not None and wanted < min_blocks * bytes_per_block:
@@ -112,7 +116,8 @@ def kv_bytes(
     raise ModelError(
         message,
         code="memory_insufficient",
-        hint="Lower --max-batch-tokens, --max-context or --kv-cache-bytes, use more ranks, or a smaller dtype.",
+        hint="Lower --max-batch-tokens, --max-context or --kv-cache-bytes, use more ranks, or a smaller dtype."
+        + (" Or lower max_adapters or max_adapter_rank." if adapters else ""),
     )
 
 

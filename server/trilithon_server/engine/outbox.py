@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.request import Request, Sequence
-from trilithon_server.engine.wire_pb2 import Error, Finish, FromEngine, SequenceDelta, Stats, Token, TopToken
+from trilithon_server.engine.wire_pb2 import (
+    AdapterEvent,
+    Error,
+    Finish,
+    FromEngine,
+    SequenceDelta,
+    Stats,
+    Token,
+    TopToken,
+)
 
 
 class Outbox:
@@ -13,6 +22,7 @@ class Outbox:
     def __init__(self) -> None:
         self._results: dict[int, FromEngine] = {}
         self._deltas: dict[int, SequenceDelta] = {}  # by sequence id
+        self.adapters: list[AdapterEvent] = []  # for every front
 
     def delta(self, sequence: Sequence) -> SequenceDelta:
         """The delta of an answer in the step that is being put together."""
@@ -82,20 +92,22 @@ class Outbox:
         for connection in connections:
             result = self._results.get(connection)
             if result is None:
-                if not everyone:
+                if not (everyone or self.adapters):
                     continue
                 result = FromEngine()
             result.step.step = step
+            result.step.adapters.extend(self.adapters)
             result.step.stats.CopyFrom(stats)
             messages[connection] = result.SerializeToString()
         self._results.clear()
         self._deltas.clear()
+        self.adapters = []
         return messages
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing has happened since the last `take`."""
-        return not self._results
+        return not self._results and not self.adapters
 
 
 def wire_token(info: TokenInfo) -> Token:

@@ -15,6 +15,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from trilithon_server.engine.adapters import Action, Command, Report
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.sampler import Draw, Drawn, Fork
 from trilithon_server.engine.wire_pb2 import Pooling, Submit
@@ -46,7 +47,8 @@ class StepPlan:
     One step. Lists have one entry a sequence but for `tokens` and `types`, which have one a token.
 
     `draws[i].row` is the entry whose last token's logits are drawn from. `starts` are tokens in the cache already;
-    `tables` the blocks of each sequence; `pools` set for encoders. `deadline_s`: a rank that takes longer is hung.
+    `tables` the blocks of each sequence; `pools` set for encoders. `slots` are those of the sequences' adapters, -1 for
+    none; empty where none has any. `adapters` is carried out first. `deadline_s`: a rank that takes longer is hung.
     """
 
     number: int
@@ -63,6 +65,8 @@ class StepPlan:
     registrations: list[tuple[int, Submit]] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    adapters: list[Command] = field(default_factory=list)
     deadline_s: float = 0.0
 
 
@@ -79,6 +83,7 @@ class StepOutput:
     drawn: list[Drawn] = field(default_factory=list)
     scores: list[list[TokenInfo] | None] = field(default_factory=list)
     vectors: list[bytes] = field(default_factory=list)
+    adapters: list[Report] = field(default_factory=list)
     busy_s: float = 0.0
     model_s: float = 0.0
 
@@ -136,7 +141,7 @@ def encode_plan(plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.u
     """Header and payload of a plan."""
     out = _Writer()
     out.put(plan.kind, round(plan.deadline_s * 1e6))
-    for numbers in (plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten):
+    for numbers in (plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten, plan.slots):
         out.put_list(numbers)
     out.put_list([number for copy in plan.copies for number in copy])
     out.put_list([number for fork in plan.forks for number in (fork.sequence_id, fork.parent_id, fork.token)])
@@ -156,6 +161,11 @@ def encode_plan(plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.u
     for first_id, submit in plan.registrations:
         out.put(first_id)
         out.put_bytes(submit.SerializeToString())
+    out.put(len(plan.adapters))
+    for command in plan.adapters:
+        out.put(command.action, command.slot)
+        out.put_bytes(command.digest.encode())
+        out.put_bytes(command.directory.encode())
     return out.finish(plan.number)
 
 
@@ -163,7 +173,9 @@ def decode_plan(number: int, payload: bytes) -> StepPlan:
     """The plan that `encode_plan` was given."""
     source = _Reader(payload)
     plan = StepPlan(number, Kind(source.get()), deadline_s=source.get() * 1e-6)
-    plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten = (source.get_list() for _ in range(5))
+    plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten, plan.slots = (
+        source.get_list() for _ in range(6)
+    )
     copies = source.get_list()
     plan.copies = list(zip(copies[::2], copies[1::2], strict=True))
     forks = source.get_list()
@@ -177,6 +189,9 @@ def decode_plan(number: int, payload: bytes) -> StepPlan:
     for _ in range(source.get()):
         first_id = source.get()
         plan.registrations.append((first_id, Submit.FromString(source.get_bytes())))
+    for _ in range(source.get()):
+        action, slot = Action(source.get()), source.get()
+        plan.adapters.append(Command(action, slot, source.get_bytes().decode(), source.get_bytes().decode()))
     return plan
 
 
@@ -196,6 +211,11 @@ def encode_output(output: StepOutput) -> tuple[npt.NDArray[np.int64], npt.NDArra
     out.put(len(output.vectors))
     for vector in output.vectors:
         out.put_bytes(vector)
+    out.put(len(output.adapters))
+    for report in output.adapters:
+        out.put(report.action, report.slot)
+        out.put_bytes(report.code.encode())
+        out.put_bytes(report.message.encode())
     return out.finish(output.number)
 
 
@@ -211,6 +231,9 @@ def decode_output(number: int, payload: bytes) -> StepOutput:
         is_sound, infos = source.get(), _get_infos(source)
         output.scores.append(infos if is_sound else None)
     output.vectors = [source.get_bytes() for _ in range(source.get())]
+    for _ in range(source.get()):
+        action, slot = Action(source.get()), source.get()
+        output.adapters.append(Report(action, slot, source.get_bytes().decode(), source.get_bytes().decode()))
     return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from trilithon_parallel.attention import BLOCK_SIZE, AttentionView, PackedView, 
 from trilithon_parallel.collectives import Pending, isend, recv
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage, EncoderStage
+from trilithon_server.engine.adapter_reads import AdapterReads
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.plan import Score, StepOutput, StepPlan
 from trilithon_server.engine.sampler import Draw, Sampler
@@ -30,12 +32,21 @@ class Runner:
     Args:
         stage: loaded and prepared.
         cache: this stage's KV cache; None for encoders.
+        adapters: this stage's slots for adapters; None where the engine serves none.
     """
 
-    def __init__(self, stage: CausalStage | EncoderStage, *, grid: Grid, cache: PagedKVCache | None) -> None:
+    def __init__(
+        self,
+        stage: CausalStage | EncoderStage,
+        *,
+        grid: Grid,
+        cache: PagedKVCache | None,
+        adapters: AdapterReads | None = None,
+    ) -> None:
         self._stage = stage
         self._grid = grid
         self.cache = cache
+        self._adapters = adapters
         self._samples = grid.is_last_stage and grid.tp.rank == 0
         self._sampler = Sampler()
         self._sent: deque[Pending] = deque()
@@ -53,6 +64,8 @@ class Runner:
                 self._sampler.register(first_id, submit)
             self._sampler.fork(plan.forks)
         output = StepOutput(plan.number)
+        if self._adapters is not None:
+            output.adapters = self._adapters.run(plan.adapters)
         waited = 0.0
         if plan.tokens:
             with torch.inference_mode():
@@ -81,11 +94,10 @@ class Runner:
             recv(x, self._grid.pp, src=self._grid.prev_rank, label=f"activations of plan {plan.number}")
             waited = time.perf_counter() - began
         began = time.perf_counter()
-        if isinstance(self._stage, EncoderStage):
-            types_T = torch.tensor(plan.types, dtype=torch.int64, device=device) if plan.types else None
+        types_T = torch.tensor(plan.types, dtype=torch.int64, device=device) if plan.types else None
+        adapters = self._adapters
+        with nullcontext() if adapters is None or not plan.slots else adapters.bank.batch(plan.slots, bounds):
             hidden_TH = self._stage(x, positions_T=positions_T, view=view, types_T=types_T)
-        else:
-            hidden_TH = self._stage(x, positions_T=positions_T, view=view)
         output.model_s = time.perf_counter() - began
         if not self._grid.is_last_stage:
             self._hand_on(hidden_TH, plan.number)

@@ -33,6 +33,8 @@ class EngineSpec:
         max_queued_requests: the leader's hard bound on requests it holds unstarted.
         prefix_cache: keep finished blocks for prompts that begin alike.
         batch_invariant: every row bitwise independent of its batch (E2) and of tp (E1), at a cost in speed.
+        max_adapters: adapters that can be loaded at once; 0: the engine serves none.
+        max_adapter_rank: the largest rank of an adapter.
         num_threads: compute threads of each rank; 0 leaves the choice to the rank.
         model_digest: identity of the weights in the prefix-cache key; empty makes the rank compute one.
         timeout_s: how long a rank waits for another before it gives up.
@@ -58,6 +60,8 @@ class EngineSpec:
     block_size: int = BLOCK_SIZE
     prefix_cache: bool = True
     batch_invariant: bool = False
+    max_adapters: int = 0
+    max_adapter_rank: int = 64
     num_threads: int = 0
     model_digest: str = ""
     timeout_s: float = 120.0
@@ -73,6 +77,8 @@ class EngineSpec:
         check("max_context", self.max_context >= 0, "must be 0 (the model's own) or more")
         check("kv_cache_bytes", self.kv_cache_bytes is None or self.kv_cache_bytes > 0, "must be positive")
         check("memory_fraction", 0.0 < self.memory_fraction <= 1.0, "must be above 0 and at most 1")
+        check("max_adapters", self.max_adapters >= 0, "must be 0 (none) or more")
+        check("max_adapter_rank", 1 <= self.max_adapter_rank <= 256, "must be from 1 to 256")
         check("block_size", self.block_size == BLOCK_SIZE, f"must be {BLOCK_SIZE}")
         check("timeout_s", self.timeout_s > 0, "must be positive")
 

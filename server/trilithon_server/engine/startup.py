@@ -21,11 +21,13 @@ from trilithon_parallel.attention import PagedBatch, PagedKVCache, PagedView
 from trilithon_parallel.collectives import all_gather, all_reduce_max, barrier
 from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.grid import Grid
+from trilithon_parallel.lora.bank import AdapterBank, bank_bytes
 from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
 from trilithon_parallel.placement import local_sizes
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_parallel.weights.loader import load_stage
 from trilithon_server.engine import memory
+from trilithon_server.engine.adapter_reads import AdapterReads
 from trilithon_server.engine.constraints import ConstraintCompiler
 from trilithon_server.engine.core import EngineCore
 from trilithon_server.engine.intake import Facts
@@ -57,6 +59,7 @@ class Loaded:
     memory: memory.MemorySum
     model_digest: str
     warmup_s: float
+    max_adapters: int = 0
     startup_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,7 @@ class Loaded:
             num_blocks=self.num_blocks,
             block_size=spec.block_size,
             max_queued_requests=spec.max_queued_requests,
+            max_adapters=self.max_adapters,
         )
         compiler = ConstraintCompiler(lambda: load_tokenizer(Path(spec.model_dir)))
         core = EngineCore(facts, self.limits, compiler=compiler, check_blocks=check_blocks)
@@ -111,6 +115,8 @@ class Loaded:
             hidden_size=config.hidden_size,
             startup_seconds=self.startup_seconds,
             memory_bytes=self.memory.as_dict(),
+            max_adapters=self.max_adapters,
+            max_adapter_rank=spec.max_adapter_rank if self.max_adapters else 0,
             task_labels=len(config.task_head.labels) if config.task_head is not None else 0,
         )
 
@@ -150,6 +156,11 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
         load_stage(stage, model_dir, config=config, grid=grid)
         stage.eval().requires_grad_(False)
         stage.prepare()
+        bank = _bank(spec, config, stage, grid)
+        adapters = 0
+        if bank is not None:
+            slots = {"max_adapters": bank.max_adapters, "max_rank": bank.max_rank}
+            adapters = bank_bytes(config, grid=grid, dtype=stage.dtype, **slots)
         weights = max(0, memory.used_bytes(grid.device) - overhead)
     with phase("warmup"):
         with memory.watch(grid.device) as step:
@@ -174,6 +185,7 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
                 bytes_per_block=per_block,
                 min_blocks=MIN_BLOCKS,
                 max_blocks=_useful_blocks(spec, max_context),
+                adapters=adapters,
             )
             mine = torch.tensor([-(kv // per_block)], dtype=torch.int64)
             num_blocks = -int(all_reduce_max(mine, grid.world, label="blocks").item())
@@ -183,14 +195,22 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
         spec=spec,
         config=config,
         grid=grid,
-        runner=Runner(stage, grid=grid, cache=cache),
+        runner=Runner(stage, grid=grid, cache=cache, adapters=None if bank is None else AdapterReads(bank, grid)),
         max_context=max_context,
         num_blocks=num_blocks,
-        memory=memory.MemorySum(weights, activations, kv, overhead, available),
+        memory=memory.MemorySum(weights, activations, kv, overhead, available, adapters),
         model_digest=digest,
         warmup_s=warmup_s,
+        max_adapters=0 if bank is None else bank.max_adapters,
         startup_seconds=seconds,
     )
+
+
+def _bank(spec: EngineSpec, config: ModelConfig, stage: CausalStage | EncoderStage, grid: Grid) -> AdapterBank | None:
+    """Slots for adapters; none where the spec wants none, or the backend's products take none."""
+    if not spec.max_adapters or stage.backend.name != "torch":
+        return None
+    return AdapterBank(stage, config=config, grid=grid, max_adapters=spec.max_adapters, max_rank=spec.max_adapter_rank)
 
 
 def warm_up(

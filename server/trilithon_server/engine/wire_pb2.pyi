@@ -63,24 +63,89 @@ class ToEngine(google.protobuf.message.Message):
     SUBMIT_FIELD_NUMBER: builtins.int
     ABORT_FIELD_NUMBER: builtins.int
     CONTROL_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     @property
     def submit(self) -> Global___Submit: ...
     @property
     def abort(self) -> Global___Abort: ...
     @property
     def control(self) -> Global___Control: ...
+    @property
+    def adapter(self) -> Global___AdapterControl: ...
     def __init__(
         self,
         *,
         submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
         control: Global___Control | None = ...,
+        adapter: Global___AdapterControl | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["abort", b"abort", "control", b"control", "kind", b"kind", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["abort", b"abort", "control", b"control", "kind", b"kind", "submit", b"submit"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["submit", "abort", "control"] | None: ...
+    def HasField(self, field_name: typing.Literal["abort", b"abort", "adapter", b"adapter", "control", b"control", "kind", b"kind", "submit", b"submit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "adapter", b"adapter", "control", b"control", "kind", b"kind", "submit", b"submit"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["submit", "abort", "control", "adapter"] | None: ...
 
 Global___ToEngine: typing_extensions.TypeAlias = ToEngine
+
+@typing.final
+class Adapter(google.protobuf.message.Message):
+    """A low-rank adapter over the engine's model."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    CHECKED_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    """its identity, in the prefix-cache key too"""
+    directory: builtins.str
+    """PEFT layout; every rank reads its own part of it"""
+    checked: builtins.bool
+    """the digest is that of the files' content: they must still have it"""
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        directory: builtins.str = ...,
+        checked: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checked", b"checked", "digest", b"digest", "directory", b"directory"]) -> None: ...
+
+Global___Adapter: typing_extensions.TypeAlias = Adapter
+
+@typing.final
+class AdapterControl(google.protobuf.message.Message):
+    """Load an adapter before its first request, or drop it once its requests have ended. StepResult.adapters answers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Kind:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _KindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[AdapterControl._Kind.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        LOAD: AdapterControl._Kind.ValueType  # 0
+        UNLOAD: AdapterControl._Kind.ValueType  # 1
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    LOAD: AdapterControl.Kind.ValueType  # 0
+    UNLOAD: AdapterControl.Kind.ValueType  # 1
+
+    KIND_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
+    kind: Global___AdapterControl.Kind.ValueType
+    @property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___AdapterControl.Kind.ValueType = ...,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "kind", b"kind"]) -> None: ...
+
+Global___AdapterControl: typing_extensions.TypeAlias = AdapterControl
 
 @typing.final
 class Submit(google.protobuf.message.Message):
@@ -97,6 +162,7 @@ class Submit(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     QUEUE_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TIME_LIMIT_MS_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     handle: builtins.int
     """chosen by the front, unique on its connection"""
     request_id: builtins.str
@@ -127,6 +193,10 @@ class Submit(google.protobuf.message.Message):
     def pooling(self) -> Global___Pooling:
         """set for an embedding request"""
 
+    @property
+    def adapter(self) -> Global___Adapter:
+        """unset: the base model alone"""
+
     def __init__(
         self,
         *,
@@ -141,9 +211,10 @@ class Submit(google.protobuf.message.Message):
         priority: builtins.int = ...,
         queue_timeout_ms: builtins.int = ...,
         time_limit_ms: builtins.int = ...,
+        adapter: Global___Adapter | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["pooling", b"pooling", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter", "pooling", b"pooling", "sampling", b"sampling"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
 
 Global___Submit: typing_extensions.TypeAlias = Submit
 
@@ -546,6 +617,8 @@ class Hello(google.protobuf.message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: builtins.int
     STARTUP_SECONDS_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    MAX_ADAPTERS_FIELD_NUMBER: builtins.int
+    MAX_ADAPTER_RANK_FIELD_NUMBER: builtins.int
     TASK_LABELS_FIELD_NUMBER: builtins.int
     model_digest: builtins.str
     vocab_size: builtins.int
@@ -562,6 +635,9 @@ class Hello(google.protobuf.message.Message):
     device: builtins.str
     encoder: builtins.bool
     hidden_size: builtins.int
+    max_adapters: builtins.int
+    """that can be loaded at once; 0 = none"""
+    max_adapter_rank: builtins.int
     task_labels: builtins.int
     """columns of task_logits; 0 = the model has no task head"""
     @property
@@ -570,7 +646,7 @@ class Hello(google.protobuf.message.Message):
 
     @property
     def memory_bytes(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """weights, kv, activations, overhead, available"""
+        """weights, adapters, kv, activations, overhead, available"""
 
     def __init__(
         self,
@@ -590,9 +666,11 @@ class Hello(google.protobuf.message.Message):
         hidden_size: builtins.int = ...,
         startup_seconds: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         memory_bytes: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        max_adapters: builtins.int = ...,
+        max_adapter_rank: builtins.int = ...,
         task_labels: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "startup_seconds", b"startup_seconds", "task_labels", b"task_labels", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_adapter_rank", b"max_adapter_rank", "max_adapters", b"max_adapters", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "startup_seconds", b"startup_seconds", "task_labels", b"task_labels", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -603,22 +681,51 @@ class StepResult(google.protobuf.message.Message):
     STEP_FIELD_NUMBER: builtins.int
     DELTAS_FIELD_NUMBER: builtins.int
     STATS_FIELD_NUMBER: builtins.int
+    ADAPTERS_FIELD_NUMBER: builtins.int
     step: builtins.int
     @property
     def deltas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SequenceDelta]: ...
     @property
     def stats(self) -> Global___Stats: ...
+    @property
+    def adapters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdapterEvent]: ...
     def __init__(
         self,
         *,
         step: builtins.int = ...,
         deltas: collections.abc.Iterable[Global___SequenceDelta] | None = ...,
         stats: Global___Stats | None = ...,
+        adapters: collections.abc.Iterable[Global___AdapterEvent] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["stats", b"stats"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "stats", b"stats", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapters", b"adapters", "deltas", b"deltas", "stats", b"stats", "step", b"step"]) -> None: ...
 
 Global___StepResult: typing_extensions.TypeAlias = StepResult
+
+@typing.final
+class AdapterEvent(google.protobuf.message.Message):
+    """An adapter was loaded, dropped, or could not be loaded (error set). Every front is told."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    LOADED_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    loaded: builtins.bool
+    @property
+    def error(self) -> Global___Error: ...
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        loaded: builtins.bool = ...,
+        error: Global___Error | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "error", b"error", "loaded", b"loaded"]) -> None: ...
+
+Global___AdapterEvent: typing_extensions.TypeAlias = AdapterEvent
 
 @typing.final
 class SequenceDelta(google.protobuf.message.Message):
@@ -734,7 +841,8 @@ class Error(google.protobuf.message.Message):
     CODE_FIELD_NUMBER: builtins.int
     MESSAGE_FIELD_NUMBER: builtins.int
     code: builtins.str
-    """While running: constraint_dead_end, numerical_failure, queue_timeout, engine_lost. Instead of running: queue_full, or
+    """While running: constraint_dead_end, numerical_failure, queue_timeout, engine_lost. Instead of running: queue_full,
+    adapter_load_failed, or
     what the front should have refused: invalid_constraint, kv_capacity_exceeded, context_length_exceeded,
     prompt_too_long, empty_prompt, token_id_range, invalid_value, unsupported_task.
     """
@@ -818,6 +926,9 @@ class Stats(google.protobuf.message.Message):
     STEP_TOKENS_FIELD_NUMBER: builtins.int
     STEP_DECODES_FIELD_NUMBER: builtins.int
     PIPELINE_BUBBLE_RATIO_FIELD_NUMBER: builtins.int
+    ADAPTERS_LOADED_FIELD_NUMBER: builtins.int
+    ADAPTER_LOADS_FIELD_NUMBER: builtins.int
+    ADAPTER_LOAD_FAILURES_FIELD_NUMBER: builtins.int
     running: builtins.int
     waiting: builtins.int
     queue_tokens: builtins.int
@@ -837,6 +948,10 @@ class Stats(google.protobuf.message.Message):
     """tokens of this step that were decodes; the rest is prefill"""
     pipeline_bubble_ratio: builtins.float
     """share of stage time spent waiting, moving average"""
+    adapters_loaded: builtins.int
+    adapter_loads: builtins.int
+    """counters, since start"""
+    adapter_load_failures: builtins.int
     def __init__(
         self,
         *,
@@ -854,7 +969,10 @@ class Stats(google.protobuf.message.Message):
         step_tokens: builtins.int = ...,
         step_decodes: builtins.int = ...,
         pipeline_bubble_ratio: builtins.float = ...,
+        adapters_loaded: builtins.int = ...,
+        adapter_loads: builtins.int = ...,
+        adapter_load_failures: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "pipeline_bubble_ratio", b"pipeline_bubble_ratio", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "queue_tokens", b"queue_tokens", "running", b"running", "step_decodes", b"step_decodes", "step_host_seconds", b"step_host_seconds", "step_seconds", b"step_seconds", "step_tokens", b"step_tokens", "waiting", b"waiting"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter_load_failures", b"adapter_load_failures", "adapter_loads", b"adapter_loads", "adapters_loaded", b"adapters_loaded", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_in_use", b"blocks_in_use", "pipeline_bubble_ratio", b"pipeline_bubble_ratio", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prefix_queried_tokens", b"prefix_queried_tokens", "queue_tokens", b"queue_tokens", "running", b"running", "step_decodes", b"step_decodes", "step_host_seconds", b"step_host_seconds", "step_seconds", b"step_seconds", "step_tokens", b"step_tokens", "waiting", b"waiting"]) -> None: ...
 
 Global___Stats: typing_extensions.TypeAlias = Stats
