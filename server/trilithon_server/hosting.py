@@ -253,8 +253,7 @@ class Hosting:
                 self._forget(hosted)
                 return
             hosted.started = True
-            spec = await asyncio.to_thread(self._check, hosted.engine)
-            hosted.model = await asyncio.to_thread(self._load, hosted.engine, hosted.client)
+            spec, hosted.model = await asyncio.to_thread(self._prepare, hosted)
         except (ModelRefused, OSError, ValueError) as error:
             self._fail(hosted, str(error))
             return
@@ -267,10 +266,13 @@ class Hosting:
         await hosted.client.start()
         self._report(event="engine_start", name=hosted.engine.name, spec=spec)
 
-    def _check(self, engine: EngineConfig) -> str:
-        """What can be known without starting anything; the ranks' spec."""
-        check_model(engine)
-        return engine_spec(engine, limits_queue=self._config.limits.max_queue_requests).to_json()
+    def _prepare(self, hosted: _Hosted) -> tuple[str, ServedModel]:
+        """What can be known without starting anything, and what the ranks are told. Encoders run in fp32."""
+        engine = hosted.engine
+        if check_model(engine):
+            engine = engine.model_copy(update={"dtype": "float32"})
+        spec = engine_spec(engine, limits_queue=self._config.limits.max_queue_requests)
+        return spec.to_json(), self._load(engine, hosted.client)
 
     async def _take_slot(self, hosted: _Hosted) -> None:
         async with self._slots:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from engine_driver import Driver
+from extracting import Served, serving_tasks
 from tiny_tasks import Task, tiny_task
 
 from trilithon_server.engine.inprocess import InProcessEngine
@@ -42,3 +43,10 @@ def start() -> Iterator[Start]:
     for engine in engines:
         engine.close()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def served(task_dirs: dict[Task, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for the tests of this folder that change nothing in it."""
+    with serving_tasks(task_dirs, tmp_path_factory.mktemp("served")) as running:
+        yield running
