@@ -95,6 +95,8 @@ class PackedView:
                 parts = (x[start:stop].view(-1, length, *x.shape[1:]) for x in (q_TAC, k_TGC, v_TGC))
                 outputs.append(_dense(*parts, causal=self.causal).flatten(0, 1))
             start = stop
+        if len(outputs) == 1:
+            return outputs[0]
         return torch.cat(outputs) if outputs else q_TAC.new_empty(q_TAC.shape)
 
     def _by_sequence(self, layer: int, q_TAC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:

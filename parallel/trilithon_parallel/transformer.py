@@ -120,16 +120,17 @@ class Attention(nn.Module):
         """Normed input and the residual stream, both [T, H] -> the residual stream after attention."""
         if self.fused is not None:
             qkv_TAC = self.fused(x_TH).view(x_TH.shape[0], -1, self.head_dim)
-            qk_TAC, v_TGC = qkv_TAC[:, : -self.groups], qkv_TAC[:, -self.groups :]
+            q_TAC, k_TGC, v_TGC = torch.split(qkv_TAC, [self.heads, self.groups, self.groups], 1)
         else:
             x_TH = self.backend.enter_columns(x_TH, self.grid)
             # A backend's products may gather their input themselves: they say how many tokens there are.
             parts = columns((self.q_proj, self.k_proj, self.v_proj), x_TH, layer=layer, view=view)
             q_TAC, k_TGC, v_TGC = (part.view(part.shape[0], -1, self.head_dim) for part in parts)
-            qk_TAC = torch.cat((q_TAC, k_TGC), 1)
         if rope is not None:
-            qk_TAC = rotate(qk_TAC, rope)
-        out_TAC = view.attend(layer, qk_TAC[:, : self.heads], qk_TAC[:, self.heads :], v_TGC)
+            # Turned together, as one product gives them: a copy where there were three.
+            qk_TAC = torch.cat((q_TAC, k_TGC), 1) if self.fused is None else qkv_TAC[:, : -self.groups]
+            q_TAC, k_TGC = torch.split(rotate(qk_TAC, rope), [self.heads, self.groups], 1)
+        out_TAC = view.attend(layer, q_TAC, k_TGC, v_TGC)
         return join(self.o_proj, out_TAC.flatten(1), residual_TH, layer=layer, site="attention", view=view)
 
     def prepare(self) -> None:
