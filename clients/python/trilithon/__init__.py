@@ -10,6 +10,7 @@ Importing it loads neither the HTTP nor the gRPC library: the first client does.
 """
 
 from trilithon._async_client import AsyncClient, AsyncModels
+from trilithon._async_jobs import AsyncFiles, AsyncJobs
 from trilithon._client import Client, Models
 from trilithon._extract import AsyncExtract, EntityInput, Extract, Mention
 from trilithon._extract_types import (
@@ -24,6 +25,20 @@ from trilithon._extract_types import (
     SpanAnswer,
     SpanAnswers,
 )
+from trilithon._job_types import (
+    Checkpoint,
+    DatasetReport,
+    Deployed,
+    Estimate,
+    File,
+    Finding,
+    Job,
+    JobEvent,
+    JobFailure,
+    JobProgress,
+    MetricsRow,
+)
+from trilithon._jobs import Files, Jobs
 from trilithon._parameters import (
     CallOptions,
     ChatOptions,
@@ -85,12 +100,15 @@ __all__ = [
     "Annotations",
     "AsyncClient",
     "AsyncExtract",
+    "AsyncFiles",
+    "AsyncJobs",
     "AsyncModels",
     "AsyncStream",
     "BodyTooLarge",
     "CallOptions",
     "Cancelled",
     "ChatOptions",
+    "Checkpoint",
     "Choice",
     "Classifications",
     "Classified",
@@ -101,23 +119,35 @@ __all__ = [
     "ConnectionFailed",
     "Constraint",
     "DataLoss",
+    "DatasetReport",
     "DeadlineExceeded",
     "Delta",
+    "Deployed",
     "Embedding",
     "Embeddings",
     "Entity",
     "EntityInput",
     "EntityPair",
+    "Estimate",
     "Extract",
     "FailedPrecondition",
+    "File",
+    "Files",
+    "Finding",
     "Finished",
     "GenerationOptions",
     "Health",
     "Internal",
     "InvalidArgument",
     "ItemScore",
+    "Job",
+    "JobEvent",
+    "JobFailure",
+    "JobProgress",
+    "Jobs",
     "Mention",
     "Message",
+    "MetricsRow",
     "Model",
     "Models",
     "NotFound",

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from trilithon import _requests
 from trilithon._address import settings_for
+from trilithon._async_jobs import AsyncFiles, AsyncJobs
 from trilithon._client import DEFAULT_TIMEOUT_S
 from trilithon._decode import decode
 from trilithon._extract import AsyncExtract
@@ -81,6 +82,8 @@ class AsyncClient:
         self._max_retries = max_retries
         self._transport = transport or _connect(self._settings)
         self.models = AsyncModels(self)
+        self.jobs = AsyncJobs(self)
+        self.files = AsyncFiles(self)
         self.extract = AsyncExtract(self)
 
     @overload

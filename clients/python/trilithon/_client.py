@@ -11,6 +11,7 @@ from trilithon import _requests
 from trilithon._address import settings_for
 from trilithon._decode import decode
 from trilithon._extract import Extract
+from trilithon._jobs import Files, Jobs
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
@@ -93,6 +94,8 @@ class Client:
         self._max_retries = max_retries
         self._transport = transport or _connect(self._settings)
         self.models = Models(self)
+        self.jobs = Jobs(self)
+        self.files = Files(self)
         self.extract = Extract(self)
 
     @overload

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import grpc
 import grpc.aio
 
 from trilithon._grpc_errors import DETAILS_KEY, from_grpc
+from trilithon._job_messages import upload_messages
 from trilithon._messages import RESPONSES, message_fields, request_message
-from trilithon._transport import Attempt, AttemptFailed, Event, Fields, Operation, Settings
+from trilithon._transport import GENERATE, Attempt, AttemptFailed, Event, Fields, Operation, Settings
 from trilithon._version import __version__
 from trilithon._wire_errors import not_understood
-from trilithon.api.v1 import generation_pb2
+from trilithon.api.v1 import finetune_pb2, generation_pb2
 
 MAX_ANSWER_BYTES = 16 * 2**20
 _OPTIONS = (
@@ -55,14 +56,24 @@ class GrpcTransport:
             raise _failed(error, self._settings, attempt) from None
         return _answer(operation, response)
 
-    def stream(self, fields: Fields, attempt: Attempt) -> GrpcEvents:
-        """One attempt at a streamed generation; whether it was accepted shows with the first event."""
-        method = self._channel.unary_stream(
-            _GENERATE_STREAM, generation_pb2.GenerateRequest.SerializeToString, generation_pb2.GenerateEvent.FromString
-        )
-        request = request_message("generate", fields)
+    def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> GrpcEvents:
+        """One attempt at a stream; whether it was accepted shows with the first event."""
+        path, answer = _stream_of(operation)
+        request = request_message(operation.name, fields)
+        method = self._channel.unary_stream(path, type(request).SerializeToString, answer.FromString)
         metadata = tuple(self._settings.metadata(attempt).items())
         return GrpcEvents(method(request, timeout=attempt.timeout_s, metadata=metadata), self._settings, attempt)
+
+    def upload(self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt) -> Mapping[str, Any]:
+        """One attempt at an upload, in chunks."""
+        serialize = finetune_pb2.UploadFileRequest.SerializeToString
+        method = self._channel.stream_unary(f"/{operation.rpc}", serialize, RESPONSES[operation.name].FromString)
+        metadata = tuple(self._settings.metadata(attempt).items())
+        try:
+            response = method(upload_messages(fields, stream), timeout=attempt.timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            raise _failed(error, self._settings, attempt) from None
+        return _answer(operation, response)
 
     def close(self) -> None:
         """Close the channel."""
@@ -112,14 +123,26 @@ class AsyncGrpcTransport:
             raise _failed(error, self._settings, attempt) from None
         return _answer(operation, response)
 
-    async def stream(self, fields: Fields, attempt: Attempt) -> AsyncGrpcEvents:
-        """One attempt at a streamed generation; whether it was accepted shows with the first event."""
-        method = self._channel.unary_stream(
-            _GENERATE_STREAM, generation_pb2.GenerateRequest.SerializeToString, generation_pb2.GenerateEvent.FromString
-        )
-        request = request_message("generate", fields)
+    async def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> AsyncGrpcEvents:
+        """One attempt at a stream; whether it was accepted shows with the first event."""
+        path, answer = _stream_of(operation)
+        request = request_message(operation.name, fields)
+        method = self._channel.unary_stream(path, type(request).SerializeToString, answer.FromString)
         metadata = tuple(self._settings.metadata(attempt).items())
         return AsyncGrpcEvents(method(request, timeout=attempt.timeout_s, metadata=metadata), self._settings, attempt)
+
+    async def upload(
+        self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt
+    ) -> Mapping[str, Any]:
+        """One attempt at an upload, in chunks."""
+        serialize = finetune_pb2.UploadFileRequest.SerializeToString
+        method = self._channel.stream_unary(f"/{operation.rpc}", serialize, RESPONSES[operation.name].FromString)
+        metadata = tuple(self._settings.metadata(attempt).items())
+        try:
+            response = await method(upload_messages(fields, stream), timeout=attempt.timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            raise _failed(error, self._settings, attempt) from None
+        return _answer(operation, response)
 
     async def aclose(self) -> None:
         """Close the channel."""
@@ -168,7 +191,16 @@ def _answer(operation: Operation, response: Any) -> Mapping[str, Any]:
     return {"ready": status == "serving", "status": status}
 
 
-def _event(message: generation_pb2.GenerateEvent) -> Event:
+def _stream_of(operation: Operation) -> tuple[str, type[Any]]:
+    """The method that streams an operation, and its message."""
+    if operation is GENERATE:
+        return _GENERATE_STREAM, generation_pb2.GenerateEvent
+    return f"/{operation.rpc}", RESPONSES[operation.name]
+
+
+def _event(message: Any) -> Event:
+    if not isinstance(message, generation_pb2.GenerateEvent):
+        return "", message_fields(message)
     name = message.WhichOneof("event")
     return (name, message_fields(getattr(message, name))) if name is not None else ("", {})
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode
 
 import httpx
@@ -49,18 +49,24 @@ class HttpTransport:
                 response.close()
         return answer(operation, response.status_code, response.headers, b"".join(pieces))
 
-    def stream(self, fields: Fields, attempt: Attempt) -> HttpEvents:
-        """One attempt at a streamed generation."""
+    def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> HttpEvents:
+        """One attempt at a stream."""
         deadline = monotonic() + attempt.timeout_s
         with _mapped(self._settings, attempt):
-            response = self._send(GENERATE, fields, attempt, stream=True)
+            response = self._send(operation, fields, attempt, stream=True)
             if not _is_stream(response):
                 try:
                     body = response.read()
                 finally:
                     response.close()
                 raise refused_stream(response, body)
-        return HttpEvents(response, self._settings, attempt, deadline)
+        return HttpEvents(response, self._settings, attempt, deadline, operation)
+
+    def upload(self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt) -> Mapping[str, Any]:
+        """One attempt at an upload, a multipart form that is read as it is sent."""
+        with _mapped(self._settings, attempt):
+            response = self._client.send(_form(self._client, self._settings, operation, fields, stream, attempt))
+        return answer(operation, response.status_code, response.headers, response.content)
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -71,15 +77,18 @@ class HttpTransport:
         sent_at = monotonic()
         response = self._client.send(request, stream=True)
         # httpx limits each read; what the headers took is no longer there for the body.
-        request.extensions["timeout"]["read"] = max(0.001, attempt.timeout_s - (monotonic() - sent_at))
+        request.extensions["timeout"]["read"] = _read_limit_s(operation, attempt, monotonic() - sent_at)
         return response
 
 
 class HttpEvents:
     """Events of one response; closing it closes the connection, which ends the request."""
 
-    def __init__(self, response: httpx.Response, settings: Settings, attempt: Attempt, deadline: float) -> None:
+    def __init__(
+        self, response: httpx.Response, settings: Settings, attempt: Attempt, deadline: float, operation: Operation
+    ) -> None:
         self._response = response
+        self._operation = operation
         self._settings = settings
         self._attempt = attempt
         self._deadline = deadline
@@ -88,7 +97,7 @@ class HttpEvents:
         decoder = SSEDecoder()
         with _mapped(self._settings, self._attempt):
             for received in self._response.iter_bytes():
-                yield from events(decoder, received)
+                yield from events(decoder, received, self._operation)
                 if monotonic() > self._deadline:
                     raise timed_out(self._attempt.timeout_s)
 
@@ -122,18 +131,26 @@ class AsyncHttpTransport:
                 await response.aclose()
         return answer(operation, response.status_code, response.headers, b"".join(pieces))
 
-    async def stream(self, fields: Fields, attempt: Attempt) -> AsyncHttpEvents:
-        """One attempt at a streamed generation."""
+    async def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> AsyncHttpEvents:
+        """One attempt at a stream."""
         deadline = monotonic() + attempt.timeout_s
         with _mapped(self._settings, attempt):
-            response = await self._send(GENERATE, fields, attempt, stream=True)
+            response = await self._send(operation, fields, attempt, stream=True)
             if not _is_stream(response):
                 try:
                     body = await response.aread()
                 finally:
                     await response.aclose()
                 raise refused_stream(response, body)
-        return AsyncHttpEvents(response, self._settings, attempt, deadline)
+        return AsyncHttpEvents(response, self._settings, attempt, deadline, operation)
+
+    async def upload(
+        self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt
+    ) -> Mapping[str, Any]:
+        """One attempt at an upload, a multipart form that is read as it is sent."""
+        with _mapped(self._settings, attempt):
+            response = await self._client.send(_form(self._client, self._settings, operation, fields, stream, attempt))
+        return answer(operation, response.status_code, response.headers, response.content)
 
     async def aclose(self) -> None:
         """Let go of all connections."""
@@ -143,15 +160,18 @@ class AsyncHttpTransport:
         request = _request(self._client, self._settings, operation, fields, attempt, stream=stream)
         sent_at = monotonic()
         response = await self._client.send(request, stream=True)
-        request.extensions["timeout"]["read"] = max(0.001, attempt.timeout_s - (monotonic() - sent_at))
+        request.extensions["timeout"]["read"] = _read_limit_s(operation, attempt, monotonic() - sent_at)
         return response
 
 
 class AsyncHttpEvents:
     """Events of one response; closing it closes the connection, which ends the request."""
 
-    def __init__(self, response: httpx.Response, settings: Settings, attempt: Attempt, deadline: float) -> None:
+    def __init__(
+        self, response: httpx.Response, settings: Settings, attempt: Attempt, deadline: float, operation: Operation
+    ) -> None:
         self._response = response
+        self._operation = operation
         self._settings = settings
         self._attempt = attempt
         self._deadline = deadline
@@ -160,7 +180,7 @@ class AsyncHttpEvents:
         decoder = SSEDecoder()
         with _mapped(self._settings, self._attempt):
             async for received in self._response.aiter_bytes():
-                for event in events(decoder, received):
+                for event in events(decoder, received, self._operation):
                     yield event
                 if monotonic() > self._deadline:
                     raise timed_out(self._attempt.timeout_s)
@@ -196,11 +216,13 @@ def answer(operation: Operation, status: int, headers: Mapping[str, str], conten
         return {"ready": status == 200, **_json_object(content)}
     if not 200 <= status < 300:
         raise from_http(status, headers, content)
+    if operation.text:
+        return {"text": content.decode("utf-8", "replace")}
     parsed = _json_object(content)
-    return _embeddings(parsed) if operation.name == "embed" else parsed
+    return _embeddings(parsed) if operation.name == "embed" else _read(operation, parsed)
 
 
-def events(decoder: SSEDecoder, received: bytes) -> list[Event]:
+def events(decoder: SSEDecoder, received: bytes, operation: Operation = GENERATE) -> list[Event]:
     """The events that these bytes complete. Raises AttemptFailed for an error event."""
     found: list[Event] = []
     for name, data in decoder.feed(received):
@@ -214,7 +236,7 @@ def events(decoder: SSEDecoder, received: bytes) -> list[Event]:
             raise not_understood("a JSON object in each event", data)
         if name == "error" or (not name and "error" in fields):
             raise from_event(fields)
-        found.append((name, fields))
+        found.append((name, _read(operation, fields)))
     return found
 
 
@@ -223,6 +245,11 @@ def refused_stream(response: httpx.Response, content: bytes) -> AttemptFailed:
     if 200 <= response.status_code < 300:
         return not_understood("text/event-stream", response.headers.get("content-type", ""))
     return from_http(response.status_code, response.headers, content)
+
+
+def _read_limit_s(operation: Operation, attempt: Attempt, used_s: float) -> float:
+    """How long one read may take."""
+    return max(0.001, min(operation.silence_s, attempt.timeout_s - used_s))
 
 
 def _is_stream(response: httpx.Response) -> bool:
@@ -243,16 +270,45 @@ def _request(
     names = [piece.partition("}")[0] for piece in path.split("{")[1:]]
     path = path.format_map({name: quote(str(fields[name]), safe="") for name in names})
     headers = {"user-agent": _AGENT, **settings.metadata(attempt)}
+    headers |= {header: str(fields[name]) for name, header in operation.headers.items() if name in fields}
     content: bytes | None = None
+    fields = {name: value for name, value in fields.items() if name not in (*names, *operation.headers)}
+    fields = operation.write(fields) if operation.write is not None else fields
     if method == "POST":
         headers["content-type"] = "application/json"
         try:
             content = json.dumps(body(operation, fields, attempt, stream=stream), allow_nan=False).encode()
         except ValueError:
             raise InvalidArgument("The request must not hold NaN or infinity.", code="invalid_value") from None
-    elif rest := {name: value for name, value in fields.items() if name not in names}:
-        path = f"{path}?{urlencode(rest)}"
+    elif fields:
+        path = f"{path}?{urlencode(fields, doseq=True)}"
     return client.build_request(method, path, headers=headers, content=content, timeout=attempt.timeout_s)
+
+
+def _form(
+    client: httpx.Client | httpx.AsyncClient,
+    settings: Settings,
+    operation: Operation,
+    fields: Fields,
+    stream: BinaryIO,
+    attempt: Attempt,
+) -> httpx.Request:
+    """A multipart form: the fields first, then the file."""
+    method, _, path = operation.http.partition(" ")
+    data = {name: str(value) for name, value in fields.items() if name != "filename"}
+    headers = {"user-agent": _AGENT, **settings.metadata(attempt)}
+    files = {"file": (str(fields["filename"]), stream)}
+    return client.build_request(method, path, headers=headers, data=data, files=files, timeout=attempt.timeout_s)
+
+
+def _read(operation: Operation, parsed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The answer's fields from HTTP's shape of them."""
+    if operation.read is None:
+        return parsed
+    try:
+        return operation.read(parsed)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise not_understood(f"what {operation.name} answers", str(parsed)) from None
 
 
 @contextmanager

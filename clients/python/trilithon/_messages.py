@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from trilithon import _job_messages
 from trilithon._parameters import PROTO_FIELDS
 from trilithon._transport import Fields
 from trilithon.api.v1 import common_pb2, embed_pb2, extract_pb2, generation_pb2, models_pb2, tokenize_pb2
@@ -144,6 +145,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "classify": _with_meta(extract_pb2.ClassifyRequest),
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
+    **_job_messages.REQUESTS,
 }
 """Operation name -> its request message from field values."""
 
@@ -161,6 +163,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "classify": extract_pb2.ClassifyResponse,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
+    **_job_messages.RESPONSES,
 }
 """Operation name -> its answer's message."""
 

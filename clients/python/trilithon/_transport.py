@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
 from trilithon._types import (
@@ -40,6 +40,11 @@ class Operation:
     rpc: str  # service/method
     answer: type[Any]
     takes_time_limit: bool = False  # whether `time_limit_ms` may be sent: HTTP has no deadline of its own
+    write: Callable[[Fields], Mapping[str, Any]] | None = None  # fields to HTTP's JSON, where its shape differs
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None  # and back
+    headers: Mapping[str, str] = field(default_factory=dict)  # fields that HTTP sends as headers, by header name
+    silence_s: float = float("inf")  # a stream over HTTP that is silent for longer is cut off
+    text: bool = False  # whether HTTP answers with plain text, the answer's `text`
 
 
 _V1 = "trilithon.api.v1."
@@ -136,8 +141,12 @@ class Transport(Protocol):
         """One attempt; the answer, JSON-shaped. Raises AttemptFailed."""
         ...
 
-    def stream(self, fields: Fields, attempt: Attempt) -> EventStream:
-        """One attempt at a streamed generation, accepted by the server. Raises AttemptFailed, also later."""
+    def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> EventStream:
+        """One attempt at a stream (a generation, a job's events). Raises AttemptFailed, also later."""
+        ...
+
+    def upload(self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt) -> Mapping[str, Any]:
+        """One attempt at an upload; `fields` has `filename` and `purpose`. Raises AttemptFailed."""
         ...
 
     def close(self) -> None:
@@ -152,8 +161,14 @@ class AsyncTransport(Protocol):
         """One attempt; the answer, JSON-shaped. Raises AttemptFailed."""
         ...
 
-    async def stream(self, fields: Fields, attempt: Attempt) -> AsyncEventStream:
-        """One attempt at a streamed generation, accepted by the server. Raises AttemptFailed, also later."""
+    async def stream(self, fields: Fields, attempt: Attempt, operation: Operation = GENERATE) -> AsyncEventStream:
+        """One attempt at a stream (a generation, a job's events). Raises AttemptFailed, also later."""
+        ...
+
+    async def upload(
+        self, operation: Operation, fields: Fields, stream: BinaryIO, attempt: Attempt
+    ) -> Mapping[str, Any]:
+        """One attempt at an upload; `fields` has `filename` and `purpose`. Raises AttemptFailed."""
         ...
 
     async def aclose(self) -> None:

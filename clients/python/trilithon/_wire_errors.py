@@ -31,6 +31,12 @@ _SHARED_STATUS: Mapping[tuple[int, str], str] = {
     (400, "job_not_running"): "FAILED_PRECONDITION",
     (400, "constraint_dead_end"): "FAILED_PRECONDITION",
     (400, "failed_precondition"): "FAILED_PRECONDITION",
+    (400, "job_finished"): "FAILED_PRECONDITION",
+    (400, "job_cancelling"): "FAILED_PRECONDITION",
+    (400, "job_not_succeeded"): "FAILED_PRECONDITION",
+    (400, "format_unavailable"): "FAILED_PRECONDITION",
+    (400, "not_servable"): "FAILED_PRECONDITION",
+    (400, "result_gone"): "FAILED_PRECONDITION",
     (409, "name_taken"): "ALREADY_EXISTS",
     (500, "checkpoint_corrupt"): "DATA_LOSS",
 }
@@ -44,7 +50,8 @@ _FIRST_OF_STATUS: Mapping[int, type[TrilithonError]] = {
 }
 _BY_GRPC: Mapping[str, type[TrilithonError]] = {error.grpc_status: error for error in reversed(SERVER_ERRORS)}
 _EXHAUSTED: Mapping[str, type[TrilithonError]] = {
-    error.default_code: error for error in (BodyTooLarge, RateLimited, Overloaded)
+    **{error.default_code: error for error in (BodyTooLarge, RateLimited, Overloaded)},
+    **dict.fromkeys(("quota_exceeded", "too_many_streams", "too_many_checks"), Overloaded),
 }
 
 

@@ -75,7 +75,8 @@ def job(record: Job) -> dict[str, Any]:
 
 def seed(record: Job) -> int:
     """Of a job: given, or the one that it gets when it is validated."""
-    return record.seed if record.seed is not None else seed_of(record.id)
+    given = record.seed if record.seed is not None else record.config.get("seed")
+    return seed_of(record.id) if given is None else int(given)
 
 
 def _hyperparameters(record: Job) -> dict[str, Any]:

@@ -84,6 +84,7 @@ def _progress(progress: Progress, queue_position: int | None) -> pb.Progress:
         supervised_tokens=progress.supervised_tokens,
         tokens_per_second=progress.tokens_per_second,
         queue_position=queue_position or 0,
+        prepare_fraction=progress.prepare_fraction,
     )
 
 

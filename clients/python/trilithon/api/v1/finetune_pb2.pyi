@@ -277,6 +277,7 @@ class Progress(google.protobuf.message.Message):
     SUPERVISED_TOKENS_FIELD_NUMBER: builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: builtins.int
     QUEUE_POSITION_FIELD_NUMBER: builtins.int
+    PREPARE_FRACTION_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimizer steps done."""
     total_steps: builtins.int
@@ -294,7 +295,9 @@ class Progress(google.protobuf.message.Message):
     tokens_per_second: builtins.float
     """Over the last steps."""
     queue_position: builtins.int
-    """Jobs that run before this one. Zero: none, or it is not queued."""
+    """From 1 while it is queued. Zero: it is not queued."""
+    prepare_fraction: builtins.float
+    """Share of the data that is prepared, before training: 0 to 1."""
     def __init__(
         self,
         *,
@@ -307,9 +310,10 @@ class Progress(google.protobuf.message.Message):
         supervised_tokens: builtins.int = ...,
         tokens_per_second: builtins.float = ...,
         queue_position: builtins.int = ...,
+        prepare_fraction: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seconds_remaining", b"_seconds_remaining", "seconds_remaining", b"seconds_remaining"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seconds_remaining", b"_seconds_remaining", "epoch", b"epoch", "fraction", b"fraction", "queue_position", b"queue_position", "seconds_remaining", b"seconds_remaining", "step", b"step", "supervised_tokens", b"supervised_tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seconds_remaining", b"_seconds_remaining", "epoch", b"epoch", "fraction", b"fraction", "prepare_fraction", b"prepare_fraction", "queue_position", b"queue_position", "seconds_remaining", b"seconds_remaining", "step", b"step", "supervised_tokens", b"supervised_tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seconds_remaining", b"_seconds_remaining"]) -> typing.Literal["seconds_remaining"] | None: ...
 
 Global___Progress: typing_extensions.TypeAlias = Progress

@@ -1,0 +1,235 @@
+"""Finetuning jobs and files, for an event loop: the same methods, results and errors as in `_jobs`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from trilithon import _job_operations as ops
+from trilithon import _requests
+from trilithon._decode import decode
+from trilithon._following import Following, page_fields
+from trilithon._job_types import (
+    Checkpoint,
+    CheckpointPage,
+    DatasetReport,
+    Deleted,
+    Deployed,
+    Estimate,
+    File,
+    FilePage,
+    Job,
+    JobEvent,
+    JobPage,
+    Logs,
+    MetricsPage,
+    MetricsRow,
+)
+from trilithon._parameters import CallOptions
+from trilithon._transport import AttemptFailed
+
+if TYPE_CHECKING:
+    from trilithon._async_client import AsyncClient
+
+Format = Literal["peft", "model"]
+
+
+class AsyncJobs:
+    """Finetuning jobs; see `Jobs`."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(
+        self, config: Mapping[str, Any] | None = None, *, idempotency_key: str | None = None, **fields: Any
+    ) -> Job:
+        """
+        Queue a job.
+
+        Args:
+            config: the configuration as its YAML file has it: model, training_file, task, tuning, optimizer ...
+            idempotency_key: the same key with the same configuration names the same job for 24 hours.
+            fields: further fields of the configuration, which go before `config`'s.
+        """
+        request = {**ops.job_fields({**(config or {}), **fields}), "idempotency_key": idempotency_key}
+        return await self._client._call(ops.CREATE_JOB, _requests.given(request), {}, Job)
+
+    async def estimate(self, config: Mapping[str, Any] | None = None, **fields: Any) -> Estimate:
+        """What such a job would take; nothing is queued."""
+        request = ops.job_fields({**(config or {}), **fields})
+        return await self._client._call(ops.ESTIMATE_JOB, request, {}, Estimate)
+
+    async def get(self, id: str, **options: Unpack[CallOptions]) -> Job:
+        """One job. Raises NotFound."""
+        return await self._client._call(ops.GET_JOB, {"id": id}, options, Job)
+
+    async def list(self, *, state: str | None = None, **options: Unpack[CallOptions]) -> tuple[Job, ...]:
+        """Every job, newest first, or those in one state."""
+        found: tuple[Job, ...] = ()
+        while True:
+            page = await self._client._call(ops.LIST_JOBS, page_fields(found, state=state), options, JobPage)
+            found += page.data
+            if not page.has_more:
+                return found
+
+    async def cancel(self, id: str, **options: Unpack[CallOptions]) -> Job:
+        """End a job; its last good checkpoint stays. Raises FailedPrecondition when it is over."""
+        return await self._client._call(ops.CANCEL_JOB, {"id": id}, options, Job)
+
+    async def pause(self, id: str, **options: Unpack[CallOptions]) -> Job:
+        """Write a checkpoint and let go of the machine. Raises FailedPrecondition when it is over."""
+        return await self._client._call(ops.PAUSE_JOB, {"id": id}, options, Job)
+
+    async def resume(self, id: str, **options: Unpack[CallOptions]) -> Job:
+        """Go on from the last checkpoint. Raises FailedPrecondition when it is over."""
+        return await self._client._call(ops.RESUME_JOB, {"id": id}, options, Job)
+
+    async def events(
+        self, id: str, *, follow: bool = False, after_seq: int = 0, timeout_s: float | None = None
+    ) -> AsyncIterator[JobEvent]:
+        """
+        Events in their order, each once.
+
+        Args:
+            follow: wait for more until the job is over; a cut connection is made anew, and nothing is lost.
+            after_seq: start after that event.
+            timeout_s: raise DeadlineExceeded after so long.
+        """
+        following = Following(id, after_seq=after_seq, follow=follow, timeout_s=timeout_s)
+        while not following.ended:
+            try:
+                stream = await self._client._transport.stream(following.fields, following.attempt(), ops.WATCH_JOB)
+                try:
+                    async for _, fields in stream:
+                        yield following.seen(decode(JobEvent, fields))
+                finally:
+                    await stream.aclose()
+                following.closed()
+            except AttemptFailed as failed:
+                await _sleep(following.pause_after(failed))
+
+    async def wait(
+        self, id: str, *, timeout_s: float | None = None, on_event: Callable[[JobEvent], None] | None = None
+    ) -> Job:
+        """
+        Wait until a job is over; the job as it is then, whether it has succeeded or not.
+
+        Args:
+            timeout_s: raise DeadlineExceeded after so long; the job goes on.
+            on_event: told of every event, past ones first.
+        """
+        after = 0 if on_event is not None else max(0, (await self.get(id)).last_seq - 1)
+        async for event in self.events(id, follow=True, after_seq=after, timeout_s=timeout_s):
+            if on_event is not None:
+                on_event(event)
+        return await self.get(id)
+
+    async def checkpoints(self, id: str, **options: Unpack[CallOptions]) -> tuple[Checkpoint, ...]:
+        """Every checkpoint, newest first."""
+        found: tuple[Checkpoint, ...] = ()
+        while True:
+            fields = page_fields(found, job_id=id)
+            page = await self._client._call(ops.LIST_CHECKPOINTS, fields, options, CheckpointPage)
+            found += page.data
+            if not page.has_more:
+                return found
+
+    async def metrics(self, id: str, *, after_step: int = 0, **options: Unpack[CallOptions]) -> tuple[MetricsRow, ...]:
+        """The numbers of every step and evaluation after `after_step`."""
+        found: tuple[MetricsRow, ...] = ()
+        while True:
+            fields = {"job_id": id, "after_step": found[-1].step if found else after_step}
+            page = await self._client._call(ops.LIST_METRICS, fields, options, MetricsPage)
+            found += page.data
+            if not page.has_more:
+                return found
+
+    async def logs(self, id: str, *, attempt: int | None = None, rank: int = 0, **options: Unpack[CallOptions]) -> str:
+        """The end of what a rank printed, in the newest attempt unless `attempt` says else."""
+        fields = _requests.given({"job_id": id, "attempt": attempt, "rank": rank})
+        return (await self._client._call(ops.READ_LOGS, fields, options, Logs)).text
+
+    async def export(
+        self, id: str, *, step: int | None = None, format: Format | None = None, **options: Unpack[CallOptions]
+    ) -> File:
+        """What a job made, or a checkpoint of it, as a zip file on the server."""
+        fields = _requests.given({"job_id": id, "step": step, "format": format})
+        return await self._client._call(ops.EXPORT, fields, options, File)
+
+    async def deploy(self, id: str, alias: str, *, step: int | None = None, **options: Unpack[CallOptions]) -> Deployed:
+        """Point an alias at what a job made, or at a checkpoint of it."""
+        fields = _requests.given({"job_id": id, "alias": alias, "step": step})
+        return await self._client._call(ops.DEPLOY, fields, options, Deployed)
+
+
+class AsyncFiles:
+    """Files that jobs read and make."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def upload(
+        self,
+        source: str | Path | bytes,
+        *,
+        purpose: str = "fine-tune",
+        filename: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> File:
+        """
+        Store a file, which is read as it is sent.
+
+        Args:
+            source: a path, or the bytes themselves.
+            purpose: fine-tune, or evidence.
+            filename: its name on the server; of bytes it must be given.
+        """
+        upload = ops.Source(source, filename)
+        fields = {"purpose": purpose, "filename": upload.filename}
+        retries = self._client._retries(options)
+        while True:
+            try:
+                with upload.open() as stream:
+                    answer = await self._client._transport.upload(ops.UPLOAD_FILE, fields, stream, retries.attempt())
+                return decode(File, answer)
+            except AttemptFailed as failed:
+                delay_s = retries.delay_after(failed)
+            await _sleep(delay_s)
+
+    async def get(self, id: str, **options: Unpack[CallOptions]) -> File:
+        """One file. Raises NotFound."""
+        return await self._client._call(ops.GET_FILE, {"id": id}, options, File)
+
+    async def list(self, *, purpose: str | None = None, **options: Unpack[CallOptions]) -> tuple[File, ...]:
+        """Every file, newest first, or those of one purpose."""
+        found: tuple[File, ...] = ()
+        while True:
+            page = await self._client._call(ops.LIST_FILES, page_fields(found, purpose=purpose), options, FilePage)
+            found += page.data
+            if not page.has_more:
+                return found
+
+    async def delete(self, id: str, **options: Unpack[CallOptions]) -> bool:
+        """Remove a file. Raises Conflict while a job that is not over reads it."""
+        return (await self._client._call(ops.DELETE_FILE, {"id": id}, options, Deleted)).deleted
+
+    async def validate(
+        self,
+        id: str,
+        *,
+        model: str,
+        task: str = "sft",
+        max_findings: int | None = None,
+        timeout: float | None = None,
+    ) -> DatasetReport:
+        """Everything that is wrong with a data file for a task and a model."""
+        fields = _requests.given({"file_id": id, "model": model, "task": task, "max_findings": max_findings})
+        options: CallOptions = {} if timeout is None else {"timeout": timeout}
+        return await self._client._call(ops.VALIDATE_FILE, fields, options, DatasetReport)
+
+
+async def _sleep(seconds: float) -> None:
+    import asyncio  # kept out of the import of the package
+
+    await asyncio.sleep(seconds)

@@ -1,0 +1,65 @@
+"""One server with jobs for all tests of this folder; no worker: tests move jobs with the store's own functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import served
+from front_server import ACME, KEYS, MODEL, OTHER, bearer
+from jobs_server import JobsServer
+from served import serving
+from tiny import tiny_llama
+
+from trilithon import Client
+from trilithon_finetune.jobs.service import Jobs
+from trilithon_finetune.paths import StorePaths
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def served_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsServer]:
+    folder = tmp_path_factory.mktemp("jobs")
+    keys = folder / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    store = folder / "store"
+    store.mkdir()
+    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "16MiB", "--jobs", str(store))
+    limits = ("--set", "limits.max_file_bytes=1MiB", "--set", "limits.body_timeout_s=5")
+    env = {"PYTHONPATH": os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "COMMAND", [sys.executable, str(HERE / "serve_with_jobs.py")])
+        with (
+            serving(tiny_llama(folder / MODEL), *flags, *limits, env=env) as server,
+            httpx.Client(base_url=server.url, timeout=60, headers=bearer(ACME)) as http,
+        ):
+            jobs = Jobs(None, StorePaths(store))
+            try:
+                yield JobsServer(server, http, jobs)
+            finally:
+                jobs.close()
+
+
+@pytest.fixture(params=["http", "grpc"])
+def client(request: Any, served_jobs: JobsServer) -> Iterator[Client]:
+    """A client of tenant acme, over each protocol."""
+    server = served_jobs.server
+    url = server.url if request.param == "http" else server.grpc_target
+    with Client(url, api_key=ACME) as made:
+        yield made
+
+
+@pytest.fixture(params=["http", "grpc"])
+def stranger(request: Any, served_jobs: JobsServer) -> Iterator[Client]:
+    """A client of another tenant, over each protocol."""
+    server = served_jobs.server
+    url = server.url if request.param == "http" else server.grpc_target
+    with Client(url, api_key=OTHER) as made:
+        yield made
