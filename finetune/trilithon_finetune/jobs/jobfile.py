@@ -39,9 +39,7 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
         "config": job.resolved or job.config,
         "model_dir": str(model_directory(job, catalog=catalog, models=models)),
         "training_path": str(_file(jobs, job, job.training_file, "training")),
-        "validation_path": None
-        if job.validation_file is None
-        else str(_file(jobs, job, job.validation_file, "validation")),
+        "validation_path": validation,
         "store": str(jobs.paths.root),
         "base_digest": job.base_digest,
         "data_digest": job.data_digest,

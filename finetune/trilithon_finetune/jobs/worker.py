@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_worker(store: Path, database: str | None, settings: WorkerSettings) -> int:
-    """Open the store and work until SIGTERM or SIGINT; call it from the main thread. Returns 0, or 2 where it cannot open."""
+    """Open the store and work until SIGTERM or SIGINT; from the main thread. Returns 0, or 2 where it cannot open."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
