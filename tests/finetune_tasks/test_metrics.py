@@ -7,10 +7,12 @@ import string
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.scheme import IOB2
+from sklearn.metrics import accuracy_score
+from sklearn.metrics import f1_score as peer_f1
 
 from trilithon_finetune.metrics.classification import accuracy, class_scores, macro_f1, positive_scores
 from trilithon_finetune.metrics.retrieval_lists import list_scores
@@ -28,12 +30,14 @@ from trilithon_server.tasks.tagging import labels_of
 
 LABELS = labels_of(["x", "y"])
 TAGS = st.lists(st.lists(st.sampled_from(LABELS), min_size=1, max_size=12), min_size=1, max_size=4)
-ANSWERS = st.text(
+WORDS = st.lists(st.sampled_from(["a", "The", "cat", "cat", "sat.", "1066", "\u00e9t\u00e9", "-"]), max_size=6)
+ANSWERS = WORDS.map(" ".join) | st.text(
     st.one_of(st.sampled_from("aAnthe ,.!-'\u2019\u00a0\t_1"), st.sampled_from(string.ascii_letters), st.characters()),
     max_size=24,
 )
 
 
+@settings(deadline=None)
 @given(gold=TAGS, data=st.data())
 def test_acc_F01_span_f1_equals_seqeval(gold: list[list[str]], data: st.DataObject) -> None:
     """
@@ -70,6 +74,7 @@ def _peer_f1(predicted: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall) if shared else 0.0
 
 
+@settings(deadline=None)
 @given(ANSWERS, ANSWERS)
 def test_answers_are_compared_as_a_second_implementation_does(predicted: str, gold: str) -> None:
     """
@@ -108,6 +113,7 @@ def test_questions_without_answers_are_reported_apart() -> None:
     assert set(evaluate(questions[:2], null_threshold=None)) == {"exact", "f1"}
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from([("a b c",), ()]), st.sampled_from(["b c", "x", ""]), st.integers(-3, 3)), min_size=1
@@ -127,12 +133,10 @@ def test_no_threshold_is_better_than_the_best(cases: list[tuple[tuple[str, ...],
     assert best == pytest.approx(max(tried))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abn"), st.sampled_from("abn")), min_size=1, max_size=30))
 def test_label_scores_equal_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     """Accuracy, macro-F1, and micro-F1 without the negative class are scikit-learn's."""
-    from sklearn.metrics import accuracy_score
-    from sklearn.metrics import f1_score as peer_f1
-
     gold, predicted = [a for a, _ in pairs], [b for _, b in pairs]
     each = class_scores(gold, predicted)
     assert accuracy(gold, predicted) == pytest.approx(accuracy_score(gold, predicted))

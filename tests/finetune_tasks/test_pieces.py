@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import string
+from pathlib import Path
 
 import pytest
 from finetune_tasks.encoder_fixtures import CLS, SEP, UNK
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_parallel.config import ModelError
@@ -35,6 +36,7 @@ def test_words_are_runs_of_letters_and_single_signs(text: str, words: list[str])
     assert words == [text[start:end] for start, end in split_words(text)]
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_words_hold_every_visible_character_once(text: str) -> None:
     """Words lie in order, do not overlap, and what is between them is blank or invisible."""
@@ -46,6 +48,7 @@ def test_words_hold_every_visible_character_once(text: str) -> None:
     assert not any(char.isalnum() or char in string.punctuation for i, char in enumerate(text) if i not in covered)
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_pieces_tile_their_words(pieces: WordPieces, text: str) -> None:
     """Every word has a piece, and its pieces leave none of its characters out."""
@@ -74,14 +77,14 @@ def test_special_tokens_in_a_text_are_text(pieces: WordPieces) -> None:
 
 
 def test_an_accent_of_its_own_belongs_to_its_letter(minilm_pieces: WordPieces) -> None:
-    """MiniLM's own offsets end before a combining accent at the end of a word; ours hold it."""
+    """MiniLM's own offsets end before an accent at the end of a word (seen to fail with them); ours hold it."""
     text = "au cafe\u0301 noir"
     read = minilm_pieces.text(text)
 
     assert [text[a:b] for a, b in zip(read.starts, read.ends, strict=True)] == ["au", "cafe\u0301", "noir"]
 
 
-def test_a_tokenizer_without_a_frame_is_refused(smollm2_dir: object) -> None:
+def test_a_tokenizer_without_a_frame_is_refused(smollm2_dir: Path) -> None:
     """A decoder's tokenizer puts nothing around a text: said in one sentence."""
     with pytest.raises(ModelError, match="an encoder task needs a tokenizer with a token before a text"):
-        WordPieces(load_tokenizer(smollm2_dir))  # type: ignore[arg-type]  # the fixture's path
+        WordPieces(load_tokenizer(smollm2_dir))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from finetune_tasks.encoder_fixtures import CLS, SEP
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_parallel.config import ModelError
@@ -50,6 +50,7 @@ def test_mentions_of_two_sentences_are_read_together(pieces: WordPieces) -> None
     assert TEXT[slice(*sentence_of(TEXT, OLD, ASPIRIN))] == "It is old. Aspirin inhibits COX-2 of pain."
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("aB. \t!(1"), max_size=30))
 def test_sentences_leave_out_nothing_but_blanks(text: str) -> None:
     """Sentences lie in order and hold every character that is no blank; a sentence is one sentence."""
@@ -60,6 +61,7 @@ def test_sentences_leave_out_nothing_but_blanks(text: str) -> None:
     assert all(text[i].isspace() for i in range(len(text)) if i not in covered)
 
 
+@settings(deadline=None)
 @given(before=st.integers(0, 40), between=st.integers(0, 40), after=st.integers(0, 40), room=st.integers(8, 40))
 def test_a_long_sentence_is_cut_around_its_mentions(
     pieces: WordPieces, before: int, between: int, after: int, room: int
@@ -129,6 +131,7 @@ def test_a_pair_of_texts_has_two_types(pieces: WordPieces) -> None:
     assert format_.encode("the pain", pieces).types == ()
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 30), second=st.integers(0, 30), room=st.integers(8, 30))
 def test_the_longer_text_loses_its_end(pieces: WordPieces, first: int, second: int, room: int) -> None:
     """Never too long, full where something is left out, and a text of less than half is whole."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from finetune_tasks.encoder_fixtures import CLS, SEP
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_server.tasks.pieces import WordPieces, split_words
@@ -40,6 +40,7 @@ def test_a_sequence_is_question_and_context_with_their_types(pieces: WordPieces)
     assert window.context == (4, 6)
 
 
+@settings(deadline=None)
 @given(size=st.integers(0, 90), stride=st.integers(1, 40), room=st.integers(8, 60))
 def test_windows_hold_the_whole_context(pieces: WordPieces, size: int, stride: int, room: int) -> None:
     """Each piece of the context is in a window, none is too long, and no window is a part of another."""
@@ -89,6 +90,7 @@ def test_an_answer_outside_the_window_is_none(pieces: WordPieces) -> None:
     assert not all(first for first, _ in targets)
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_gold_logits_decode_to_gold(pieces: WordPieces, data: st.DataObject) -> None:
     """
@@ -111,6 +113,7 @@ def test_gold_logits_decode_to_gold(pieces: WordPieces, data: st.DataObject) -> 
     assert total == pytest.approx(1.0, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_answers_never_reach_into_the_question(pieces: WordPieces, seed: int) -> None:
     """Whatever the logits, candidates are spans of the context, in order, not too long, each once."""
