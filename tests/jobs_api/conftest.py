@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -34,17 +35,14 @@ def served_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsServer
     flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "16MiB", "--jobs", str(store))
     limits = ("--set", "limits.max_file_bytes=1MiB", "--set", "limits.body_timeout_s=5")
     env = {"PYTHONPATH": os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served, "COMMAND", [sys.executable, str(HERE / "serve_with_jobs.py")])
-        with (
-            serving(tiny_llama(folder / MODEL), *flags, *limits, env=env) as server,
-            httpx.Client(base_url=server.url, timeout=60, headers=bearer(ACME)) as http,
-        ):
-            jobs = Jobs(None, StorePaths(store))
-            try:
-                yield JobsServer(server, http, jobs)
-            finally:
-                jobs.close()
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:  # for the start alone: other folders serve in the same session
+            patch.setattr(served, "COMMAND", [sys.executable, str(HERE / "serve_with_jobs.py")])
+            server = stack.enter_context(serving(tiny_llama(folder / MODEL), *flags, *limits, env=env))
+        http = stack.enter_context(httpx.Client(base_url=server.url, timeout=60, headers=bearer(ACME)))
+        jobs = Jobs(None, StorePaths(store))
+        stack.callback(jobs.close)
+        yield JobsServer(server, http, jobs)
 
 
 @pytest.fixture(params=["http", "grpc"])
