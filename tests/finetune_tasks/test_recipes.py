@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from finetune_tasks.encoder_fixtures import CLS, context_for
 from pydantic import ValidationError
 
 from trilithon_finetune.data.findings import Finding, line_form
+from trilithon_finetune.data.reading import Row, read_rows
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import IGNORE, Context, Output, Recipe, Sample
 from trilithon_parallel.tokenizer import Tokenizer
@@ -37,6 +39,8 @@ ASKED = {
 }
 LABELLED = {"text": "the pain", "label": "yes"}
 
+TOKENS_TAGS = "token<TAB>tag"
+
 SOUND = [(NER, TAGGED), (RELATION, RELATED), (CLASSIFY, LABELLED), (SPANS, ASKED)]
 IDS = ["ner", "relation", "classify", "span_qa"]
 
@@ -49,8 +53,11 @@ def _lines(recipe: Recipe, row: Mapping[str, Any]) -> list[str]:
 
 
 def _context(recipe: Recipe, tokenizer: Tokenizer, rows: list[Mapping[str, Any]], **more: Any) -> Context:
+    """Labels are those of the rows, and one besides where that is a single one."""
     options = recipe.Options.model_validate(more.get("options", {}))
-    return context_for(recipe, tokenizer, labels=recipe.labels(rows, options), **more)
+    single = recipe in (RELATION, CLASSIFY) and len({row["label"] for row in rows}) == 1
+    known = [*rows, {"label": "false"}] if single else rows
+    return context_for(recipe, tokenizer, labels=recipe.labels(known, options), **more)
 
 
 def _samples(found: list[Sample] | list[Finding]) -> list[Sample]:
@@ -213,6 +220,26 @@ def test_a_label_that_only_the_validation_has_is_a_finding(
     assert line_form(found).startswith(f"E-DATA-008  f:5  {expected}")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "row", "expected"),
+    [
+        (NER, {"tokens": ["a"], "tags": ["O"]}, "tags: the training file has no entity: every tag is O."),
+        (RELATION, RELATED, 'label: every row of the training file has the label "CPR:4": there is nothing to learn.'),
+        (CLASSIFY, LABELLED, 'label: every row of the training file has the label "yes": there is nothing to learn.'),
+    ],
+    ids=IDS[:3],
+)
+def test_a_file_with_nothing_to_tell_apart_is_a_finding(
+    tokenizer: Tokenizer, recipe: Recipe, row: Mapping[str, Any], expected: str
+) -> None:
+    """No entity at all, or a single label."""
+    context = context_for(recipe, tokenizer, labels=recipe.labels([row], recipe.Options()))
+    (found,) = recipe.encode(row, 1, context, file="f")
+
+    assert isinstance(found, Finding)
+    assert line_form(found).startswith(f"E-DATA-022  f:1  {expected}")
+
+
 def test_entities_become_one_sample_a_window(tokenizer: Tokenizer) -> None:
     """Windows count as parts; every word is supervised once, its other pieces are not."""
     row = {"tokens": ["aspirins", "the"] * 30, "tags": ["B-C", "O"] * 30}
@@ -226,18 +253,16 @@ def test_entities_become_one_sample_a_window(tokenizer: Tokenizer) -> None:
     assert sum(sample.num_supervised for sample in whole) == 90
 
 
-def test_a_conll_file_is_rows_with_their_lines(tokenizer: Tokenizer) -> None:
+def test_a_conll_file_is_rows_with_their_lines(tmp_path: Path) -> None:
     """A finding names the line of the file where the sentence begins, not the number of the sentence."""
-    rows = NER.rows_of(b"aspirin\tB-C\nit\tO\n\npain\tI-C\n", file="f.tsv")
-    assert rows is not None
-    first, second = rows
+    file = tmp_path / "f.tsv"
+    file.write_text("aspirin\tB-C\nit\tO\n\npain\tI-C\n", encoding="utf-8")
+    rows = [item for item in read_rows(file, recipe=NER) if isinstance(item, Row)]
 
-    assert isinstance(first, Mapping)
-    assert isinstance(second, Mapping)
-    assert _lines(NER, first) == []
-    assert _lines(NER, second)[0].startswith('E-DATA-042  f:4  tags[0]: "I-C" must not follow the start.')
+    assert [(row.line, NER.detect(row.value)) for row in rows] == [(1, TOKENS_TAGS), (4, TOKENS_TAGS)]
+    (wrong,) = NER.check(rows[1].value, TOKENS_TAGS, file="f.tsv", line=rows[1].line)
+    assert line_form(wrong).startswith('E-DATA-042  f.tsv:4  tags[0]: "I-C" must not follow the start.')
     assert NER.rows_of(json.dumps(TAGGED).encode(), file="f.txt") is None
-    assert len(_samples(NER.encode(first, 1, _context(NER, tokenizer, [first]), file="f"))) == 1
 
 
 def test_a_nested_squad_file_is_rows_with_their_paths() -> None:

@@ -15,8 +15,9 @@ from trilithon_finetune.converters.conll import read_conll
 from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
 from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
 from trilithon_finetune.converters.questions import json_lines, pubmedqa_row, span_row
-from trilithon_finetune.converters.squad import flat, read_squad
+from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.data.placed import PlacedRow
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -61,7 +62,7 @@ def split_every_fifth(rows: Iterable[T], *, unit: Callable[[T], Hashable] | None
 
 
 def _conll(document: bytes) -> Split:
-    return Split(tuple({key: row[key] for key in ("tokens", "tags")} for row in _sound(read_conll(document, file=""))))
+    return Split(tuple(_sound(read_conll(document, file=""))))
 
 
 def _pubtator(document: bytes) -> Split:
@@ -81,8 +82,8 @@ def _squad(document: bytes) -> Split:
     rows = read_squad(document, file="")
     if rows is None:
         raise ValueError("a SQuAD file must be one JSON object with a list `data`.")
-    train, dev = split_every_fifth(_sound(rows), unit=lambda row: str(row["path"]).partition(".")[0])
-    return Split(tuple(map(flat, train)), tuple(map(flat, dev)))
+    train, dev = split_every_fifth(_sound(rows), unit=lambda row: row.path.partition(".")[0])
+    return Split(tuple(train), tuple(dev))
 
 
 def _qed(document: bytes) -> Split:
@@ -100,7 +101,7 @@ def _pubmedqa(document: bytes) -> Split:
     return Split(tuple(map(pubmedqa_row, train)), tuple(map(pubmedqa_row, dev)))
 
 
-def _sound(rows: Iterable[dict[str, Any] | Finding]) -> list[dict[str, Any]]:
+def _sound(rows: Iterable[PlacedRow | Finding]) -> list[PlacedRow]:
     sound = []
     for row in rows:
         if isinstance(row, Finding):

@@ -10,23 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trilithon_finetune.data.findings import Finding, finding, shown
+from trilithon_finetune.data.placed import PlacedRow
 
-Row = dict[str, Any]
 
-
-def read_conll(document: bytes, *, file: str) -> list[Row] | list[Finding]:
+def read_conll(document: bytes, *, file: str) -> list[PlacedRow] | list[Finding]:
     """
-    Sentences as rows `{"tokens", "tags", "line"}`, `line` being that of the first token; or what is wrong.
+    Sentences as rows `{"tokens", "tags"}` with the line of their first token; or what is wrong.
 
     >>> read_conll(b"In O\\ncolon B-Disease\\n", file="a.tsv")
-    [{'tokens': ['In', 'colon'], 'tags': ['O', 'B-Disease'], 'line': 1}]
+    [{'tokens': ['In', 'colon'], 'tags': ['O', 'B-Disease']}]
     """
     try:
         text = document.decode("utf-8")
     except UnicodeDecodeError as error:
         message = f"byte {document[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
         return [finding("E-DATA-002", message, file=file, line=document.count(b"\n", 0, error.start) + 1)]
-    rows: list[Row] = []
+    rows: list[PlacedRow] = []
     broken: list[Finding] = []
     new = True
     for number, raw in enumerate(text.split("\n"), start=1):
@@ -39,7 +38,7 @@ def read_conll(document: bytes, *, file: str) -> list[Row] | list[Finding]:
             broken.append(finding("E-DATA-008", rule, file=file, line=number))
         else:
             if new:
-                rows.append({"tokens": [], "tags": [], "line": number})
+                rows.append(PlacedRow({"tokens": [], "tags": []}, line=number))
             rows[-1]["tokens"].append(columns[0])
             rows[-1]["tags"].append(columns[-1])
             new = False

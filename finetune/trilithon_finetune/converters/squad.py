@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trilithon_finetune.data.findings import Finding, finding, shown
-
-Row = dict[str, Any]
+from trilithon_finetune.data.placed import PlacedRow
 
 ANSWER_KEYS = ("text", "answer_start")
 
 
-def read_squad(document: bytes, *, file: str) -> list[Row] | list[Finding] | None:
+def read_squad(document: bytes, *, file: str) -> list[PlacedRow] | list[Finding] | None:
     """
-    Questions as flat rows that also have their `path` in the document; or what is wrong with its frame. None where the
+    Questions as flat rows that know their path in the document; or what is wrong with its frame. None where the
     document is not one JSON object with `data`.
     """
     try:
@@ -28,23 +27,19 @@ def read_squad(document: bytes, *, file: str) -> list[Row] | list[Finding] | Non
         return None
     if not isinstance(tree, dict) or "data" not in tree:
         return None
-    rows: list[Row] = []
+    rows: list[PlacedRow] = []
     broken: list[Finding] = []
     for path, title, paragraph in _paragraphs(tree, broken, file):
         for place, question in _items(paragraph, "qas", path, broken, file):
-            row = {"context": paragraph.get("context"), "path": place}
+            row = PlacedRow({"context": paragraph.get("context")}, path=place)
             row |= {"title": title} if isinstance(title, str) else {}
             row |= {key: question[key] for key in ("id", "question", "is_impossible") if key in question}
             answers = question.get("answers", [])
             if isinstance(answers, list):
                 answers = [_answer(item) for item in answers]
-            rows.append(row | {"answers": answers})
+            row["answers"] = answers
+            rows.append(row)
     return broken or rows
-
-
-def flat(row: Mapping[str, Any]) -> Row:
-    """A row of `read_squad` without its place in the document."""
-    return {key: value for key, value in row.items() if key != "path"}
 
 
 def _answer(item: Any) -> Any:

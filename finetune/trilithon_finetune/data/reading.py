@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from trilithon_finetune.data.findings import Finding, count_of, finding
+from trilithon_finetune.data.placed import PlacedRow
 from trilithon_finetune.data.strict_json import RowError, parse_row
 from trilithon_finetune.recipes.base import Recipe
 
@@ -54,7 +55,7 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One object; `line` counts from 1: lines of a file of JSON lines, rows of a document."""
+    """One object; `line` counts from 1: lines of the file, or rows of a document that is one tree."""
 
     line: int
     value: Mapping[str, Any]
@@ -110,11 +111,12 @@ class _FileError(Exception):
 
 
 def _numbered(found: Any, file: str) -> Iterator[Row | Finding]:
-    """Rows of a document, which have no lines of their own, or its findings."""
+    """Rows of a document, by their own lines where they have some, or its findings."""
     if not len(found):
         yield finding("E-DATA-001", "has no rows.", file=file)
     for number, item in enumerate(found, start=1):
-        yield item if isinstance(item, Finding) else Row(number, item)
+        line = (item.line if isinstance(item, PlacedRow) else 0) or number
+        yield item if isinstance(item, Finding) else Row(line, item)
 
 
 def _json_lines(path: Path, file: str, limits: Limits, on_bytes: OnBytes | None) -> Iterator[Row | Finding]:

@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import JsonValue
 
 from trilithon_finetune.config import Section
-from trilithon_finetune.converters.squad import flat, read_squad
+from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding, shown
+from trilithon_finetune.data.placed import PlacedRow
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_finetune.recipes.questions import encode_question
@@ -44,7 +45,7 @@ class AnswerQa(Recipe):
 
     def detect(self, row: Mapping[str, Any]) -> str | None:
         """By a question or answers; rows of a nested document know their path."""
-        if "path" in row:
+        if isinstance(row, PlacedRow):
             return NESTED
         return QUESTION if "question" in row or "answers" in row else None
 
@@ -54,7 +55,7 @@ class AnswerQa(Recipe):
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
         """A question with at least one answer."""
-        check = RowCheck(flat(row), file=file, line=line, prefix=str(row.get("path", "")))
+        check = RowCheck(row, file=file, line=line, prefix=row.path if isinstance(row, PlacedRow) else "")
         check.keys(KEYS)
         check.text("question")
         if "context" in row:

@@ -11,7 +11,7 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.metrics.classification import accuracy, class_scores, macro_f1
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
-from trilithon_finetune.recipes.fields import Best, RowCheck, unknown_label
+from trilithon_finetune.recipes.fields import Best, RowCheck, label_findings
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import word_pieces
 
@@ -56,8 +56,8 @@ class Classify(Recipe):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
         """One sample; of a row that is too long and may be cut, the longer text loses its end."""
-        if row["label"] not in context.labels:
-            return [unknown_label(row["label"], context.labels, path="label", file=file, line=line)]
+        if wrong := label_findings(row["label"], context.labels, file=file, line=line):
+            return wrong
         format_, pieces = ClassFormat(context.labels, context.max_tokens), word_pieces(context.tokenizer)
         encoded = format_.encode(row["text"], pieces, row.get("text_pair"))
         cut = max(0, len(encoded.tokens) - context.max_tokens)

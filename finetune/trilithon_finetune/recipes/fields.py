@@ -70,6 +70,16 @@ def unknown_label(label: str, allowed: Sequence[str], *, path: str, file: str, l
     return finding("E-DATA-008", message, file=file, line=line, path=path, hint=nearest(label, allowed).strip())
 
 
+def label_findings(label: str, labels: Sequence[str], *, file: str, line: int) -> list[Finding]:
+    """What is wrong with a row's label among those of the training file: unknown to it, or its only one."""
+    if label not in labels:
+        return [unknown_label(label, labels, path="label", file=file, line=line)]
+    if len(labels) == 1:
+        rule = f"every row of the training file has the label {shown(label)}: there is nothing to learn."
+        return [finding("E-DATA-022", rule, file=file, line=line, path="label", hint="Add rows of another label.")]
+    return []
+
+
 def outputs_by_row(outputs: Sequence[Output]) -> dict[int, list[npt.NDArray[np.float32]]]:
     """Values of the samples of each row, by line and then by part."""
     rows: dict[int, list[npt.NDArray[np.float32]]] = {}

@@ -17,7 +17,7 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding, shown
 from trilithon_finetune.metrics.classification import class_scores, positive_scores
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
-from trilithon_finetune.recipes.fields import Best, RowCheck, unknown_label
+from trilithon_finetune.recipes.fields import Best, RowCheck, label_findings
 from trilithon_parallel.config import ModelError
 from trilithon_server.tasks.pieces import word_pieces
 from trilithon_server.tasks.relations import RelationFormat, marker_ids
@@ -84,8 +84,8 @@ class Relation(Recipe):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
         """One sample; a long sentence is cut around the mentions."""
-        if row["label"] not in context.labels:
-            return [unknown_label(row["label"], context.labels, path="label", file=file, line=line)]
+        if wrong := label_findings(row["label"], context.labels, file=file, line=line):
+            return wrong
         try:
             format_ = _format(context)
         except ModelError as error:

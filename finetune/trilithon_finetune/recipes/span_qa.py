@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue
 from trilithon_finetune.config import Section
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding, finding, shown
+from trilithon_finetune.data.placed import PlacedRow
 from trilithon_finetune.metrics.squad import Question, evaluate
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck, outputs_by_row
@@ -55,10 +56,10 @@ class SpanQa(Recipe):
     best_metric: Best = ("f1", "max")
 
     def detect(self, row: Mapping[str, Any]) -> str | None:
-        """By a question and a context or answers; rows of a nested document know their path."""
+        """By a question and a context or answers; rows of a nested document know their place."""
         if "question" not in row or not ("context" in row or "answers" in row):
             return None
-        return NESTED if "path" in row else ROWS
+        return NESTED if isinstance(row, PlacedRow) else ROWS
 
     def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | Sequence[Finding] | None:
         """Questions of a nested SQuAD document."""
@@ -66,9 +67,9 @@ class SpanQa(Recipe):
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
         """A context, a question, and answers that stand where they are said to."""
-        prefix = row["path"] if format == NESTED else ""
+        prefix = row.path if isinstance(row, PlacedRow) else ""
         check = RowCheck(row, file=file, line=line, prefix=prefix)
-        check.keys((*KEYS, "path") if format == NESTED else KEYS)
+        check.keys(KEYS)
         context = check.text("context")
         check.text("question")
         impossible = check.value("is_impossible", bool) if "is_impossible" in row else False

@@ -15,7 +15,8 @@ from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.converters.conll import read_conll
-from trilithon_finetune.data.findings import Finding, shown
+from trilithon_finetune.data.findings import Finding, finding, shown
+from trilithon_finetune.data.placed import PlacedRow
 from trilithon_finetune.metrics.span_f1 import micro, span_scores
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck, outputs_by_row, unknown_label
@@ -46,10 +47,10 @@ class TokenTagging(Recipe):
     best_metric: Best = ("f1", "max")
 
     def detect(self, row: Mapping[str, Any]) -> str | None:
-        """By `tokens` or `tags`; rows of a CoNLL file know their line."""
+        """By `tokens` or `tags`; rows of a CoNLL file know their place."""
         if "tokens" not in row and "tags" not in row:
             return None
-        return CONLL if isinstance(row.get("line"), int) else ROWS
+        return CONLL if isinstance(row, PlacedRow) else ROWS
 
     def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | Sequence[Finding] | None:
         """Sentences of a CoNLL file."""
@@ -61,8 +62,8 @@ class TokenTagging(Recipe):
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
         """Tokens that are not empty, one tag each, and tags in IOB2."""
-        check = RowCheck(row, file=file, line=row["line"] if format == CONLL else line)
-        check.keys(("tokens", "tags", "line") if format == CONLL else ("tokens", "tags", "id"))
+        check = RowCheck(row, file=file, line=line)
+        check.keys(("tokens", "tags", "id"))
         tokens, tags = check.value("tokens", list), check.value("tags", list)
         if tokens is None or tags is None:
             return check.findings
@@ -86,6 +87,9 @@ class TokenTagging(Recipe):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> list[Sample] | list[Finding]:
         """One sample a window."""
+        if not types_of(context.labels):
+            rule = "the training file has no entity: every tag is O."
+            return [finding("E-DATA-022", rule, file=file, line=line, path="tags")]
         unknown = sorted({tag for tag in row["tags"] if tag not in context.labels})
         if unknown:
             return [unknown_label(tag, context.labels, path="tags", file=file, line=line) for tag in unknown]
