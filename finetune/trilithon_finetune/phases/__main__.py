@@ -24,19 +24,24 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--attempt", type=int, required=True)
     args = parser.parse_args()
-    attempt = JobPaths(args.directory).attempt(args.attempt)
-    outcome = attempt / f"{args.phase}.json"
-    module = importlib.import_module(f"trilithon_finetune.phases.{args.phase}")  # one of PHASES
+    return run_phase(args.phase, args.directory, args.attempt)
+
+
+def run_phase(phase: str, directory: Path, number: int) -> int:
+    """Run a phase of the job in `directory`, in its attempt `number`; 0 where it ended well. The outcome is a file."""
+    attempt = JobPaths(directory).attempt(number)
+    outcome = attempt / f"{phase}.json"
     try:
-        write_outcome(outcome, data=module.run(read_job(args.directory), Events(attempt)))
+        module = importlib.import_module(f"trilithon_finetune.phases.{phase}")  # one of PHASES
+        write_outcome(outcome, data=module.run(read_job(directory), Events(attempt)))
         return 0
     except Exception as error:
-        job_error = _as_job_error(error, args.phase)
+        job_error = _as_job_error(error, phase)
         if job_error.code == "bug":
             traceback.print_exc()
-        print(f"{args.phase}: {job_error.message}", file=sys.stderr)
+        print(f"{phase}: {job_error.message}", file=sys.stderr)
         found = error.data if isinstance(error, FinetuneError) else None
-        write_outcome(outcome, data=found, error=replace(job_error, attempt=args.attempt))
+        write_outcome(outcome, data=found, error=replace(job_error, attempt=number))
         return 1
 
 
