@@ -20,6 +20,10 @@ WIDTH, LEFT, RIGHT, TOP, GAP, BOTTOM = 860, 74, 22, 60, 38, 44
 MAX_POINTS = 1000
 """Of a curve; more are thinned to the least and the greatest of each stretch, so that peaks stay."""
 
+MAX_STEP = 1e12
+HUGE = 1e30
+"""Numbers from here on are left out, like those that are not finite: nothing could be seen beside them."""
+
 _INK, _MUTED, _GRID = "#1f2430", "#5c6470", "#e3e6ea"
 _FONT = "ui-sans-serif, system-ui, sans-serif"
 
@@ -75,7 +79,7 @@ def plot(
     (True, True)
 
     Args:
-        rows: each a `step` and numbers by name, in any order; what is not finite is left out.
+        rows: each a `step` and numbers by name, in any order; what is not finite, or huge, is left out.
         title: over the picture.
         attempts: the first step of each attempt but the first.
         checkpoints: their steps.
@@ -161,7 +165,7 @@ def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> li
     >>> ticks(0.13, 0.92), ticks(3, 3)
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.8, 3.0, 3.2])
     """
-    if high <= low:
+    if high - low <= max(1 / HUGE, 1e-9 * max(abs(low), abs(high))):
         pad = abs(low) / 30 or 1.0
         low, high, count = low - pad, high + pad, 2
     rough = (high - low) / max(1, count - 1)
@@ -170,7 +174,7 @@ def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> li
     if whole:
         unit = max(1.0, unit)
     first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
-    return [round(index * unit, 12) for index in range(first, last + 1)]
+    return [float(f"{index * unit:.12g}") for index in range(first, last + 1)]
 
 
 def number(value: float) -> str:
@@ -208,13 +212,13 @@ def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
     found: dict[float, float] = {}
     for row in rows:
         step, value = row.get("step"), row.get(column)
-        if _finite(step) and _finite(value):
+        if _finite(step) and abs(step) < MAX_STEP and _finite(value):
             found[float(step)] = float(value)
     return sorted(found.items())
 
 
 def _finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HUGE
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -26,7 +26,7 @@ from trilithon_finetune.paths import StorePaths
 from trilithon_server.catalog import Catalog
 from trilithon_server.config import ServeConfig
 from trilithon_server.service import Service
-from trilithon_server.validation import nearest, shown
+from trilithon_server.validation import invalid, nearest, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +52,8 @@ class Door:
         assert config.jobs.store is not None
         self.limits = config.limits
         self.paths = StorePaths(Path(config.jobs.store))
-        self.catalog = Catalog(self.paths.models)
+        catalog = config.server.catalog
+        self.catalog = Catalog(self.paths.models if catalog is None else Path(catalog))
         self._config = config
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
         self._jobs: Jobs | None = None
@@ -116,11 +117,12 @@ class Door:
 
     def base_paths(self, name: str, *, tenant: str) -> dict[str, str]:
         """
-        The directories of what a job may start from: a model served here, what an earlier job made, or a name of the
-        model store. `model_dir`, and `adapter_dir` where it goes on from an adapter.
+        The directory of what a job may start from, as `model_dir`: a model served here, a whole model that an earlier
+        job made, or a name of the model store.
 
         Raises:
             NotFound: `model_not_found`. A path is never taken.
+            InvalidArgument: it is an adapter.
         """
         served = {engine.served_name or engine.name: engine.model for engine in self._config.engines}
         if name in served:
@@ -129,7 +131,8 @@ class Door:
         if made is not None and made.kind == "model":
             return {"model_dir": str(made.path)}
         if made is not None:
-            return {**self.base_paths(made.base, tenant=tenant), "adapter_dir": str(made.path)}
+            rule = f"must be a whole model, and this is an adapter of `{made.base}`"
+            raise invalid("model", rule, given=name, code="invalid_model", todo="Name its base.")
         stored = {model.name: str(model.path) for model in _store.list_models() if not model.problem}
         if name in stored:
             return {"model_dir": stored[name]}

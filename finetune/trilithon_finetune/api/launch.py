@@ -32,7 +32,7 @@ def launch(config: ServeConfig) -> Launch:
     jobs = config.jobs.model_copy(update={"store": str(root)})
     server = config.server
     if server.catalog is None:
-        server = server.model_copy(update={"catalog": StorePaths(root).models})
+        server = server.model_copy(update={"catalog": str(StorePaths(root).models)})
     config = config.model_copy(update={"jobs": jobs, "server": server})
     return Launch(
         config=config,

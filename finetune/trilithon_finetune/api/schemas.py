@@ -47,9 +47,9 @@ Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Hyperparameters(Body):
     """OpenAI's few; `auto` leaves the choice to the task."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] | None = None
-    batch_size: Auto | Annotated[int, Field(ge=1)] | None = None
-    learning_rate_multiplier: Auto | Number | None = Field(
+    n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto | None = None
+    batch_size: Annotated[int, Field(ge=1)] | Auto | None = None
+    learning_rate_multiplier: Number | Auto | None = Field(
         None, description="Times the published rate of the kind of tuning: 2e-4 for lora, 2e-5 for full."
     )
 
@@ -57,7 +57,7 @@ class Hyperparameters(Body):
 class DpoHyperparameters(Hyperparameters):
     """Those of preferences."""
 
-    beta: Auto | Number | None = Field(None, description="How strongly the answer is held to the base model's.")
+    beta: Number | Auto | None = Field(None, description="How strongly the answer is held to the base model's.")
 
 
 class Supervised(Body):
