@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny_tokenizers import CHAT_TEMPLATE, TURN_END, TURN_START
 
 from trilithon.errors import InvalidArgument
 from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.data.reading import Row, read_rows
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import IGNORE, Context, Sample
 from trilithon_parallel.config import load_config
@@ -67,6 +69,10 @@ def _encode(messages: Sequence[Mapping[str, Any]], context: Context, **row: Any)
     return found[0], [item for item in found[1:] if isinstance(item, Finding)]
 
 
+def _with(context: Context, template: str) -> Context:
+    return replace(context, template=ChatTemplate(template), max_tokens=8192)
+
+
 def _served(messages: Sequence[Mapping[str, Any]], context: Context, *, opening: bool) -> list[int]:
     """The token ids that the chat route feeds."""
     assert context.template is not None
@@ -101,26 +107,25 @@ def test_E4_training_tokens_are_the_servers(
     ids = list(sample.tokens)
     assert ids == _served(messages, context, opening=False)
     end = context.tokenizer.eos_ids[0]
-    starts = [
-        i + 1 for i in range(len(ids)) if sample.targets[i] != IGNORE and (i == 0 or sample.targets[i - 1] == IGNORE)
-    ]
-    stops = [i + 1 for i in range(len(ids)) if sample.targets[i] != IGNORE and sample.targets[i + 1] == IGNORE]
+    learned = [False, *(target != IGNORE for target in sample.targets)]
+    starts = [i for i in range(1, len(ids)) if learned[i] and not learned[i - 1]]
+    stops = [i for i in range(1, len(ids)) if learned[i] and not learned[i + 1]]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(starts) == len(stops) == len(turns)
     for turn, start, stop in zip(turns, starts, stops, strict=True):
         prompt = _served(messages[:turn], context, opening=True)
         whole = _served(messages[: turn + 1], context, opening=False)
-        seam = 0 if ids[: len(prompt)] == prompt else 1
-        assert ids[: start - seam] == prompt[: start - seam]
-        assert len(prompt) - start in (0, -1) if not seam else start <= len(prompt) + 1
+        if ids[: len(prompt)] == prompt:
+            assert start == len(prompt)
+        else:  # a token spans the prompt's end and the answer's beginning, and is not learned
+            before = [len(_text(part, context)) for part in (ids[: start - 1], prompt, ids[:start])]
+            assert before == sorted(set(before))
         assert ids[stop] == end
         assert ids[: stop + 1] == whole[: stop + 1]
 
 
-def _with(context: Context, template: str) -> Context:
-    from dataclasses import replace
-
-    return replace(context, template=ChatTemplate(template))
+def _text(ids: list[int], context: Context) -> bytes:
+    return b"".join(map(context.tokenizer.token_bytes, ids))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -144,7 +149,7 @@ def test_S10_no_message_spells_a_special_token(
     assert specials(ids) == specials(_served(harmless, context, opening=True))
     assert context.template is not None
     text = context.template.render(messages, add_generation_prompt=True)
-    assert b"".join(map(context.tokenizer.token_bytes, ids)) == text.encode()
+    assert _text(ids, context) == text.encode()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -173,10 +178,8 @@ def test_train_on_all_and_weights(make_context: MakeContext) -> None:
         {"role": "assistant", "content": "Two."},
     ]
     some, _ = _encode(messages, make_context())
-    everything, _ = _encode(
-        [{**m, "weight": 1} if "weight" in m else m for m in messages], make_context(train_on="all")
-    )
     most, _ = _encode(messages, make_context(train_on="all"))
+    everything, _ = _encode([messages[0], messages[3]], make_context(train_on="all"))
 
     assert _learned(some, make_context().tokenizer) == ["Two.<|im_end|>"]
     assert list(everything.targets[:-1]) == list(everything.tokens[1:])
@@ -215,14 +218,17 @@ def test_tools_and_calls_reach_the_template(make_context: MakeContext) -> None:
 
 
 FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}...{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}...{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+ENDLESS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 STRICT = "{{ raise_exception('system turns are not taken') }}"
 MACRO = (
-    "{% macro turn(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
-    "{% for m in messages %}{{ m.role }}:{{ turn(m) }}{% endfor %}"
+    "{% macro turn(m) %}{{ m.role }}:{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}"
 )
 
 
@@ -351,7 +357,7 @@ def test_literals_of_sentencepiece(shared_data: Callable[[str], Path], tmp_path:
 
     assert ids.count(end) == 1
     assert ids[-1] == end
-    assert tokenizer.decode(ids, skip_special_tokens=False).replace(" ", "").count("</s>") == 2
+    assert tokenizer.encode(text, add_special_tokens=False).count(end) == 2
 
 
 @pytest.mark.slow
@@ -365,7 +371,8 @@ def test_E4_real_chats_are_the_servers_tokens(smollm2_dir: Path, shared_data: Ca
         labels=(),
         options=RECIPES["sft"].Options(),
     )
-    rows = [json.loads(line) for line in shared_data("instruct/dolly_hhrlhf_small.jsonl").open(encoding="utf-8")]
+    path = shared_data("instruct/dolly_hhrlhf_small.jsonl")
+    rows = [item.value for item in read_rows(path) if isinstance(item, Row)]
     for row in rows[:200]:
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
         sample, _ = _encode(messages, context)
