@@ -20,6 +20,7 @@ from trilithon_finetune.converters.drugprot import read_drugprot, relation_rows,
 from trilithon_finetune.converters.pubtator import Mention, read_pubtator, tagged_sentences
 from trilithon_finetune.converters.questions import json_lines
 from trilithon_finetune.converters.squad import read_squad
+from trilithon_finetune.data.check import check_file
 from trilithon_finetune.metrics.classification import positive_scores
 from trilithon_finetune.metrics.span_f1 import micro, span_scores
 from trilithon_finetune.recipes import RECIPES
@@ -65,6 +66,19 @@ def _format(recipe: Any, row: Any) -> str:
     format_ = recipe.detect(row)
     assert format_ in recipe.formats
     return str(format_)
+
+
+def test_real_files_are_usable_as_they_stand(shared_data: SharedData, minilm_tokenizer: Tokenizer) -> None:
+    """The NCBI files go through the check: every token is supervised once, and what both files hold is said."""
+    context = context_for(RECIPES["ner"], minilm_tokenizer)
+    files = [shared_data(f"biomed/ncbi_disease_{side}.tsv") for side in ("train", "devel")]
+    report = check_file(files[0], recipe=RECIPES["ner"], context=context, validation=files[1])
+
+    assert report.ok
+    assert (report.rows, report.usable_rows, report.supervised_tokens) == (5424, 5424, 135701)
+    assert report.labels == ("O", "B-Disease", "I-Disease")
+    (shared,) = [item for item in report.findings if item.code == "E-DATA-032"]
+    assert shared.message.startswith("stands in ncbi_disease_devel.tsv too (5 rows of it, 0.5%): lines 193, 23447")
 
 
 def test_documents_stand_on_one_side(shared_data: SharedData) -> None:

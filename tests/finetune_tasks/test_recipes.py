@@ -254,14 +254,14 @@ def test_entities_become_one_sample_a_window(tokenizer: Tokenizer) -> None:
 
 
 def test_a_conll_file_is_rows_with_their_lines(tmp_path: Path) -> None:
-    """A finding names the line of the file where the sentence begins, not the number of the sentence."""
+    """Rows are known by the line where the sentence begins, and a finding names that of the tag."""
     file = tmp_path / "f.tsv"
-    file.write_text("aspirin\tB-C\nit\tO\n\npain\tI-C\n", encoding="utf-8")
+    file.write_text("aspirin\tB-C\nit\tO\n\nthe\tO\npain\tI-C\n", encoding="utf-8")
     rows = [item for item in read_rows(file, recipe=NER) if isinstance(item, Row)]
 
     assert [(row.line, NER.detect(row.value)) for row in rows] == [(1, TOKENS_TAGS), (4, TOKENS_TAGS)]
     (wrong,) = NER.check(rows[1].value, TOKENS_TAGS, file="f.tsv", line=rows[1].line)
-    assert line_form(wrong).startswith('E-DATA-042  f.tsv:4  tags[0]: "I-C" must not follow the start.')
+    assert line_form(wrong).startswith('E-DATA-042  f.tsv:5  tags[1]: "I-C" must not follow "O".')
     assert NER.rows_of(json.dumps(TAGGED).encode(), file="f.txt") is None
 
 

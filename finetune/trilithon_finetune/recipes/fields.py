@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,12 +27,13 @@ class RowCheck:
 
     def __init__(self, row: Mapping[str, Any], *, file: str, line: int, prefix: str = "") -> None:
         self.row, self.findings = row, list[Finding]()
-        self._add = functools.partial(finding, file=file, line=line)
+        self._file, self._line = file, line
         self._prefix = f"{prefix}." if prefix else ""
 
-    def add(self, code: str, path: str, message: str, hint: str = "") -> None:
-        """Note a finding at `path` of the row."""
-        self.findings.append(self._add(code, message, path=self._prefix + path, hint=hint))
+    def add(self, code: str, path: str, message: str, hint: str = "", *, below: int = 0) -> None:
+        """Note a finding at `path` of the row, `below` lines under its first."""
+        found = finding(code, message, file=self._file, line=self._line + below, path=self._prefix + path, hint=hint)
+        self.findings.append(found)
 
     def keys(self, allowed: Sequence[str], *, row: Mapping[str, Any] | None = None, path: str = "") -> None:
         """Note every key that is not one of `allowed`, in the row or in an object within it."""

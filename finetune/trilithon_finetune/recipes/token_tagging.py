@@ -75,10 +75,9 @@ class TokenTagging(Recipe):
             if not isinstance(token, str):
                 check.add("E-DATA-008", f"tokens[{i}]", f"must be text. Given: {shown(token)}.")
             elif not token.strip():
-                check.add(
-                    "E-DATA-015", f"tokens[{i}]", f"is empty. Given: {shown(token)}.", "Leave out it and its tag."
-                )
-        _check_tags(tags, check)
+                rule = f"is empty. Given: {shown(token)}."
+                check.add("E-DATA-015", f"tokens[{i}]", rule, "Leave out it and its tag.")
+        _check_tags(tags, check, on_lines=isinstance(row, PlacedRow))
         return check.findings
 
     def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
@@ -126,18 +125,24 @@ def _format(context: Context) -> TaggingFormat:
     return TaggingFormat(types_of(context.labels), options.method, context.max_tokens, options.stride)
 
 
-def _check_tags(tags: Sequence[Any], check: RowCheck) -> None:
-    """Note every tag that is none, and every I that no entity goes on with."""
+def _check_tags(tags: Sequence[Any], check: RowCheck, *, on_lines: bool) -> None:
+    """Note every tag that is none, and every I that no entity goes on with; `on_lines`: each has a line of its own."""
     for i, tag in enumerate(tags):
         if not isinstance(tag, str):
             check.add("E-DATA-008", f"tags[{i}]", f"must be text. Given: {shown(tag)}.")
         elif tag != "O" and (tag[:2] not in ("B-", "I-") or len(tag) == 2):
             hint = "From IOBES make B- of S- and I- of E-." if tag[:2] in ("S-", "E-") else ""
-            check.add("E-DATA-042", f"tags[{i}]", f"must be O, B-TYPE or I-TYPE. Given: {shown(tag)}.", hint)
+            check.add(
+                "E-DATA-042",
+                f"tags[{i}]",
+                f"must be O, B-TYPE or I-TYPE. Given: {shown(tag)}.",
+                hint,
+                below=i * on_lines,
+            )
     if any(finding.path.startswith("tags[") for finding in check.findings):
         return
     for i, (tag, right) in enumerate(zip(tags, legal(tags), strict=True)):
         if tag != right:
             before = shown(tags[i - 1]) if i else "the start"
             hint = f"An entity begins with B: write {right}. A file in IOB1 begins it with I; convert it to IOB2."
-            check.add("E-DATA-042", f"tags[{i}]", f"{shown(tag)} must not follow {before}.", hint)
+            check.add("E-DATA-042", f"tags[{i}]", f"{shown(tag)} must not follow {before}.", hint, below=i * on_lines)
