@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,36 @@ from trilithon_finetune.paths import StorePaths
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
-def served_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsServer]:
-    folder = tmp_path_factory.mktemp("jobs")
-    keys = folder / "keys"
+@contextlib.contextmanager
+def serving_jobs(folder: Path, *flags: str, **env: str) -> Iterator[JobsServer]:
+    """Serve a tiny model and jobs, with keys."""
+    keys, store = folder / "keys", folder / "store"
     keys.write_text(KEYS)
     keys.chmod(0o600)
-    store = folder / "store"
     store.mkdir()
-    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "16MiB", "--jobs", str(store))
-    limits = ("--set", "limits.max_file_bytes=1MiB", "--set", "limits.body_timeout_s=5")
-    env = {"PYTHONPATH": os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", "")))}
+    flags = ("--api-keys-file", str(keys), "--kv-cache-bytes", "16MiB", "--jobs", str(store), *flags)
+    variables = {"PYTHONPATH": os.pathsep.join((str(HERE), os.environ.get("PYTHONPATH", ""))), **env}
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:  # for the start alone: other folders serve in the same session
             patch.setattr(served, "COMMAND", [sys.executable, str(HERE / "serve_with_jobs.py")])
-            server = stack.enter_context(serving(tiny_llama(folder / MODEL), *flags, *limits, env=env))
+            server = stack.enter_context(serving(tiny_llama(folder / MODEL), *flags, env=variables))
         http = stack.enter_context(httpx.Client(base_url=server.url, timeout=60, headers=bearer(ACME)))
         jobs = Jobs(None, StorePaths(store))
         stack.callback(jobs.close)
         yield JobsServer(server, http, jobs)
+
+
+@pytest.fixture(scope="session")
+def served_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsServer]:
+    limits = ("--set", "limits.max_file_bytes=1MiB", "--set", "limits.body_timeout_s=5")
+    with serving_jobs(tmp_path_factory.mktemp("jobs"), *limits) as running:
+        yield running
+
+
+@pytest.fixture
+def start_jobs(tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[JobsServer]]:
+    """A function that starts a server with jobs for one test alone."""
+    return functools.partial(serving_jobs, tmp_path)
 
 
 @pytest.fixture(params=["http", "grpc"])

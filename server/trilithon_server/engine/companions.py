@@ -76,7 +76,7 @@ class _Process:
         self._failures = 1 if now - self._started_s >= PROVEN_S else self._failures + 1
         delay_s = min(MAX_DELAY_S, 2.0 ** (self._failures - 1))
         self._start_at = now + delay_s
-        told = {"process": self._companion.name, "cause": describe_exit(code), "again_in_s": delay_s}
+        told = {"companion": self._companion.name, "cause": describe_exit(code), "again_in_s": delay_s}
         _log.error("companion_lost", extra={**told, "last_lines": lines})
 
     def terminate(self) -> None:
