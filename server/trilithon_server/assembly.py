@@ -69,6 +69,8 @@ _SENDERS_FAULT = (
 _ERRORS: dict[str, type[TrilithonError]] = {
     **dict.fromkeys(_SENDERS_FAULT, InvalidArgument),
     "constraint_dead_end": FailedPrecondition,
+    "adapter_load_failed": FailedPrecondition,
+    "adapters_unsupported": FailedPrecondition,
     "queue_timeout": DeadlineExceeded,
     "timeout": DeadlineExceeded,
     "queue_full": Overloaded,

@@ -62,7 +62,11 @@ def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launc
         check_files(loaded.config)
         encoders = [check_model(engine) for engine in loaded.config.engines]
         queue = loaded.config.limits.max_queue_requests
-        specs = [engine_spec(engine, limits_queue=queue) for engine in loaded.config.engines]
+        named = loaded.config.server.catalog is not None
+        specs = [
+            engine_spec(engine, limits_queue=queue, takes_adapters=named or bool(engine.adapters))
+            for engine in loaded.config.engines
+        ]
         if args.write_spec is not None:
             return _write_spec(args.write_spec, specs)
         if args.launch == "external" and args.run_dir is None:

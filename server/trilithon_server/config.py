@@ -72,6 +72,18 @@ def _parse_list(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _parse_pairs(value: object) -> object:
+    """`NAME=PATH,...` as a mapping; a pair without `=` is left to fail as one."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.strip().partition("=") for part in value.split(",") if part.strip()]
+    if broken := [name for name, separator, path in pairs if not separator or not name or not path]:
+        raise ValueError(f"must be NAME=PATH, several separated by commas. Given: {broken[0]!r} without its pair")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError("must give each name once")
+    return {name: path for name, _, path in pairs}
+
+
 def _parse_dtype(value: object) -> object:
     return _DTYPES.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -79,6 +91,7 @@ def _parse_dtype(value: object) -> object:
 Size = Annotated[int, BeforeValidator(parse_size)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(allow_inf_nan=False)]
 StringList = Annotated[tuple[str, ...], BeforeValidator(_parse_list)]
+Paths = Annotated[dict[str, str], BeforeValidator(_parse_pairs)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_parse_dtype)]
 
@@ -131,6 +144,13 @@ class EngineConfig(_Node):
     max_batch_sequences: int | None = Field(
         default=None, ge=1, le=4096, description="sequences of one step; unset: 64 on cpu, 256 on cuda"
     )
+    adapters: Paths = Field(
+        default={}, description="adapters that are served by name, each a PEFT directory: NAME=PATH, repeated"
+    )
+    max_adapters: int = Field(
+        default=8, ge=0, le=256, description="adapters that are loaded at once; 0: none is served"
+    )
+    max_adapter_rank: int = Field(default=64, ge=1, le=256, description="largest rank of an adapter")
     prefix_cache: bool = Field(default=True, description="reuse the cache of shared prompt beginnings")
     batch_invariant: bool | None = Field(
         default=None,

@@ -16,7 +16,7 @@ from trilithon_server.generation import Usage
 from trilithon_server.prompts import Conversation, Prepared, Prompt, prepare
 from trilithon_server.sampling import validate
 from trilithon_server.scoring import aborting
-from trilithon_server.served import Call
+from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
 
@@ -42,9 +42,9 @@ async def embed(
     normalize: bool | None = None,
     dimensions: int = 0,
     found: Violations | None = None,
-) -> tuple[list[Embedding], Usage]:
+) -> tuple[ServedModel, list[Embedding], Usage]:
     """
-    One vector per input.
+    One vector per input, and the model that made them.
 
     Args:
         inputs: 1 to `limits.max_embedding_inputs` texts or lists of token ids.
@@ -57,7 +57,7 @@ async def embed(
         TrilithonError: refused, or the engine could not finish.
     """
     violations = found if found is not None else Violations()
-    model = service.model(model_name, call=call)
+    model = await service.resolve(model_name, call)
     model.require("embed")
     hello = model.ready()
     bounds = model.bounds(call.principal, hello)
@@ -101,7 +101,7 @@ async def embed(
         for ready, stream in zip(prepared, streams, strict=True):
             vector = await _read(stream)
             out.append(Embedding(values=shorten(vector, dimensions, unit=unit), tokens=len(ready.ids)))
-    return out, Usage(prompt_tokens=total, generated_tokens=0, cached_tokens=0)
+    return model, out, Usage(prompt_tokens=total, generated_tokens=0, cached_tokens=0)
 
 
 def shorten(vector: Sequence[float], dimensions: int, *, unit: bool) -> list[float]:

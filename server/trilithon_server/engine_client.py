@@ -20,7 +20,7 @@ from typing import Literal
 
 from google.protobuf.message import DecodeError
 
-from trilithon.errors import Overloaded, TrilithonError, Unavailable
+from trilithon.errors import FailedPrecondition, Overloaded, TrilithonError, Unavailable
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine.framing import MAX_FRAME_BYTES, frame
@@ -72,6 +72,9 @@ class EngineClient:
         self._next_handle = 1
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
+        self.adapters: set[str] = set()
+        """Digests of the adapters that are loaded."""
+        self._adapter_waits: dict[tuple[str, bool], list[asyncio.Future[None]]] = {}  # by digest, and whether to load
         self._draining = False
         self._held_down = False  # lost by the supervisor's word: no reconnect to a dying leader
         self._steps: deque[tuple[float, int]] = deque()
@@ -135,6 +138,39 @@ class EngineClient:
     def send_control(self, kind: wire.Control.Kind.ValueType) -> None:
         """Send a control message to the leader, if there is one."""
         self._write(wire.ToEngine(control=wire.Control(kind=kind)))
+
+    def load_adapter(self, adapter: wire.Adapter) -> asyncio.Future[None]:
+        """Have an adapter loaded; done when it is, or with `adapter_load_failed`."""
+        return self._adapter_control(wire.AdapterControl.LOAD, adapter)
+
+    def unload_adapter(self, adapter: wire.Adapter) -> asyncio.Future[None]:
+        """Have an adapter dropped once its requests have ended; done when it is."""
+        wait = self._adapter_control(wire.AdapterControl.UNLOAD, adapter)
+        if adapter.digest not in self.adapters and not wait.done():
+            wait.set_result(None)  # it is not there
+        return wait
+
+    def adapter_requests(self, digest: str) -> int:
+        """Requests in flight that stand on an adapter."""
+        return sum(stream.adapter_digest == digest for stream in self._streams.values())
+
+    def _adapter_control(self, kind: wire.AdapterControl.Kind.ValueType, adapter: wire.Adapter) -> asyncio.Future[None]:
+        wait: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._adapter_waits.setdefault((adapter.digest, kind == wire.AdapterControl.LOAD), []).append(wait)
+        self._write(wire.ToEngine(adapter=wire.AdapterControl(kind=kind, adapter=adapter)))
+        return wait
+
+    def _on_adapter(self, event: wire.AdapterEvent) -> None:
+        """An adapter came, went, or could not come."""
+        (self.adapters.add if event.loaded else self.adapters.discard)(event.digest)
+        failed = event.HasField("error")
+        for wait in self._adapter_waits.pop((event.digest, event.loaded or failed), []):
+            if wait.done():
+                continue
+            if failed:
+                wait.set_exception(FailedPrecondition(event.error.message, code=event.error.code))
+            else:
+                wait.set_result(None)
 
     def drain(self) -> None:
         """Refuse new requests from now on; those in flight go on."""
@@ -201,6 +237,7 @@ class EngineClient:
             self.hello = message.hello
             self.cause = ""
             self.steps = 0
+            self.adapters.clear()
             self._startup_seconds = sum(message.hello.startup_seconds.values())
             self.state = "draining" if self._draining else "ready"
             for listener in self.hello_listeners:
@@ -222,6 +259,8 @@ class EngineClient:
                 self._dequeue(stream)
             if stream.finished:
                 self._forget(stream)
+        for event in step.adapters:
+            self._on_adapter(event)
         self._forget_old_steps()
         for on_step in self.step_listeners:
             on_step(step)
@@ -300,6 +339,10 @@ class EngineClient:
             level = logging.INFO if kind == "connection" else logging.WARNING  # the cause is the supervisor's to tell
             _log.log(level, "engine_lost", extra={"engine": self.name, "cause": cause, "in_flight": self.in_flight})
         self.state = state
+        self.adapters.clear()
+        for wait in [wait for waits in self._adapter_waits.values() for wait in waits if not wait.done()]:
+            wait.set_exception(self._engine_lost("", may_retry=state == "lost"))
+        self._adapter_waits.clear()
         self.cause = cause or self.cause
         self.stats = None
         self._fail_streams(

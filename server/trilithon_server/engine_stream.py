@@ -32,6 +32,7 @@ class EngineStream:
         self.handle = submit.handle
         self.request_id = submit.request_id
         self.prompt_tokens = len(submit.prompt)
+        self.adapter_digest = submit.adapter.digest
         self.streamed = False
         """Set by the service once part of the answer has left for the client: then a retry is not advised."""
         self._send_abort = send_abort

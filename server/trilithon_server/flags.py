@@ -32,6 +32,7 @@ FLAGS: dict[str, str] = {
     "--batch-invariant": "engines.0.batch_invariant",
     "--served-name": "engines.0.served_name",
     "--chat-template": "engines.0.chat_template",
+    "--adapter": "engines.0.adapters",
     "--host": "server.host",
     "--http-port": "server.http_port",
     "--grpc-port": "server.grpc_port",
@@ -82,6 +83,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         elif path == "jobs.store":  # the flag alone means the user's own store
             store = str(home() / "finetune")
             groups[section].add_argument(flag, metavar="DIR", nargs="?", const=store, help=f"{words}; alone: {store}")
+        elif field.default == {}:
+            groups[section].add_argument(flag, action="append", metavar="NAME=PATH", help=words)
         else:
             groups[section].add_argument(flag, metavar=flag.rpartition("-")[2].upper(), help=words)
 
@@ -97,11 +100,17 @@ def load_from_args(args: argparse.Namespace) -> Loaded:
     for flag, path in FLAGS.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            flags.append(Setting(path, text, f"flag {flag}"))
+            flags.append(Setting(path, _text(value), f"flag {flag}"))
     files = [Path(name) for name in args.config]
     _refuse_ambiguous(flags, files)
     return load(files=files, sets=args.settings, flags=flags)
+
+
+def _text(value: object) -> str:
+    """A flag's value as the other sources write it."""
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def environment_name(path: str) -> str:
@@ -135,7 +144,7 @@ def _default_text(field: FieldInfo) -> str:
     value: Any = field.default
     if field.is_required():
         return "required"
-    if value is None or value == ():
+    if value is None or value in ((), {}):
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 

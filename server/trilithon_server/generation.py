@@ -100,7 +100,7 @@ class Generation:
         self.params = params
         self.parts = parts
         self._metrics = metrics
-        self._inter_token = metrics.inter_token(model.name)
+        self._inter_token = metrics.inter_token(model.label)
         self._on_close = on_close
         self._closed = False
         self._abort_cause = ""
@@ -239,7 +239,7 @@ class Generation:
         open_parts = [part for part in self.parts if not part.done and not part.stream.finished]
         if open_parts and not self._abort_cause:
             self._abort_cause = cause
-            self._metrics.aborted(self.model.name, cause, self.phase)
+            self._metrics.aborted(self.model.label, cause, self.phase)
         for part in open_parts:
             part.stream.abort(cause)
         return bool(open_parts)

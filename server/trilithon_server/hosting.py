@@ -148,6 +148,11 @@ class Hosting:
             return "ready" if hosted.ready else "loading"
         return "failed" if self._known_failure(_key(entry)) is not None else "available"
 
+    def running(self, entry: CatalogEntry) -> ServedModel | None:
+        """What runs of a catalogue entry now."""
+        hosted = self._hosted.get(_key(entry))
+        return hosted.model if hosted is not None else None
+
     @property
     def models(self) -> list[ServedModel]:
         """What runs now."""

@@ -222,6 +222,11 @@ class _EngineCollector(Collector):
         yield self._counter("prefix_cache_hit_tokens", "Prompt tokens found there.", stats.prefix_hit_tokens)
         yield self._counter("preemptions", "Requests put back for lack of memory.", stats.preemptions)
         yield self._gauge("pipeline_bubble_ratio", "Share of stage time spent waiting.", stats.pipeline_bubble_ratio)
+        yield self._gauge("adapters_loaded", "Adapters that are loaded.", stats.adapters_loaded)
+        loads = CounterMetricFamily("trilithon_adapter_loads", "Loads of adapters.", labels=["model", "result"])
+        loads.add_metric([self._model, "ok"], stats.adapter_loads)
+        loads.add_metric([self._model, "failed"], stats.adapter_load_failures)
+        yield loads
         up = GaugeMetricFamily("trilithon_rank_up", "Whether a rank answers.", labels=["model", "rank", "tp", "pp"])
         alive = 1.0 if engine.state in ("ready", "draining") else 0.0
         for rank in range(hello.tp * hello.pp):

@@ -77,8 +77,14 @@ def check_model(engine: EngineConfig) -> bool:
     return model.family == "bert"
 
 
-def engine_spec(engine: EngineConfig, *, limits_queue: int) -> EngineSpec:
-    """What the ranks of a resolved engine are told."""
+def engine_spec(engine: EngineConfig, *, limits_queue: int, takes_adapters: bool = False) -> EngineSpec:
+    """
+    What the ranks of a resolved engine are told.
+
+    Args:
+        limits_queue: requests that the front lets wait.
+        takes_adapters: whether any adapter can be named: without one its slots would reserve memory for nothing.
+    """
     assert engine.dtype != "auto"  # resolved
     return EngineSpec(
         name=engine.name,
@@ -97,6 +103,8 @@ def engine_spec(engine: EngineConfig, *, limits_queue: int) -> EngineSpec:
         prefix_cache=engine.prefix_cache,
         batch_invariant=bool(engine.batch_invariant),
         num_threads=engine.num_threads or 1,
+        max_adapters=engine.max_adapters if takes_adapters else 0,
+        max_adapter_rank=engine.max_adapter_rank,
     )
 
 

@@ -43,6 +43,7 @@ class Score:
 class Scores:
     """What `score` returns: per item, per continuation."""
 
+    model: ServedModel
     items: list[list[Score]] = field(default_factory=list)
     usage: Usage
 
@@ -79,7 +80,7 @@ async def score(
         TrilithonError: refused, or the engine could not finish.
     """
     violations = found if found is not None else Violations()
-    model = service.model(model_name, call=call)
+    model = await service.resolve(model_name, call)
     model.require("score")
     hello = model.ready()
     bounds = model.bounds(call.principal, hello)
@@ -189,7 +190,9 @@ async def _run(
             cached += hit
             results[reading.item].append(_score(reading, tokens))
     call.record.cached_tokens = cached
-    return Scores(items=results, usage=Usage(prompt_tokens=total, generated_tokens=0, cached_tokens=cached))
+    return Scores(
+        model=model, items=results, usage=Usage(prompt_tokens=total, generated_tokens=0, cached_tokens=cached)
+    )
 
 
 @contextlib.contextmanager

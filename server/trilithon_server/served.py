@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
@@ -29,6 +30,40 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 Capability = Literal["generate", "chat", "score", "embed", "tokenize"] | TaskCapability
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """
+    An adapter that requests can name.
+
+    Attributes:
+        name: what they call it.
+        base: name of the model that it stands on.
+        base_digest: of that model's weights; empty where the configuration says which model it is.
+        digest: identity of this version, and of its rows in the prefix cache.
+        directory: its files, in PEFT's layout.
+        checked: whether the digest is that of the files' content, which they must still have when they are loaded.
+        template_digest: of the chat template that it was trained with; empty where none is known.
+        job_id, step: where it comes from; empty and 0 for one that was made elsewhere.
+        created: Unix seconds.
+    """
+
+    name: str
+    base: str
+    base_digest: str = ""
+    digest: str
+    directory: str
+    checked: bool = False
+    template_digest: str = ""
+    job_id: str = ""
+    step: int = 0
+    created: int = 0
+
+    @property
+    def wire(self) -> wire.Adapter:
+        """As the engine is told of it."""
+        return wire.Adapter(digest=self.digest, directory=self.directory, checked=self.checked)
+
+
 @dataclass(kw_only=True)
 class ServedModel:
     """
@@ -46,6 +81,7 @@ class ServedModel:
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
         vocab_size: rows of the embedding; the engine's word counts once it is there.
+        adapter: on top of the engine's model; the name is then the adapter's.
     """
 
     name: str
@@ -60,6 +96,7 @@ class ServedModel:
     normalize: bool = True
     max_context: int = 1 << 20
     vocab_size: int = 0
+    adapter: AdapterRef | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -67,6 +104,24 @@ class ServedModel:
         self.steps = 0
         """Steps of the engine since it started, as its last result told."""
         self.engine.step_listeners.append(self._on_step)
+
+    def with_adapter(self, adapter: AdapterRef) -> ServedModel:
+        """The same model with an adapter on top, under the adapter's name; it shares everything else."""
+        model = copy.copy(self)
+        model.name, model.adapter, model.created = adapter.name, adapter, adapter.created
+        return model
+
+    @property
+    def label(self) -> str:
+        """What metrics call it: an adapter counts as its base, for there may be any number of them."""
+        return self.name if self.adapter is None else self.adapter.base
+
+    @property
+    def version(self) -> str:
+        """Which weights: the start of the model's digest, or an adapter's step or, where it has none, its digest."""
+        if self.adapter is not None:
+            return str(self.adapter.step) if self.adapter.step else self.adapter.digest[:16]
+        return self.engine.hello.model_digest[:16] if self.engine.hello is not None else ""
 
     def _on_step(self, step: wire.StepResult) -> None:
         self.steps = step.step

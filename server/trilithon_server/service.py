@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from trilithon.errors import DeadlineExceeded, NotFound
+from trilithon_server.adapters import Names
 from trilithon_server.assembly import Choice
 from trilithon_server.auth import Keyring
 from trilithon_server.calls import CallDetails, Calls
@@ -35,7 +36,7 @@ from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
 from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate
-from trilithon_server.served import Call, Capability, ServedModel
+from trilithon_server.served import AdapterRef, Call, Capability, ServedModel
 from trilithon_server.tracing import make_tracer
 from trilithon_server.validation import Bounds, Violations, nearest, shown
 
@@ -73,6 +74,7 @@ class Service:
         self.metrics = metrics
         self.hosting = hosting
         self.catalog = Catalog(Path(config.server.catalog)) if config.server.catalog is not None else None
+        self.names = Names(self.models, config.engines, catalog=self.catalog, hosting=hosting)
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())
         self.limiter = KeyLimiter(config.limits)
@@ -101,24 +103,18 @@ class Service:
 
     # -- models ---------------------------------------------------------------------------------------------
 
-    def model(self, name: str, *, call: Call | None = None) -> ServedModel:
+    def model(self, name: str) -> ServedModel:
         """
-        The model that a request means; an empty name means the only one.
+        A configured model; an empty name means the only one.
 
         Raises:
             NotFound: `model_not_found`, naming the choices.
         """
-        if not name and len(self.models) == 1:
-            found: ServedModel | None = next(iter(self.models.values()))
-        else:
-            found = self.models.get(name)
+        found = self.models.get(name or (next(iter(self.models)) if len(self.models) == 1 else ""))
         if found is None:
             served = ", ".join(f"`{item}`" for item in self.models)
-            hint = nearest(name, self.models)
             what = f"no model {shown(name)}" if name else "several models are served; name one"
-            raise NotFound(f"{what}. Served here: {served}.{hint}", code="model_not_found")
-        if call is not None:
-            call.record.model = found.name
+            raise NotFound(f"{what}. Served here: {served}.{nearest(name, self.models)}", code="model_not_found")
         return found
 
     def first(self, capability: Capability) -> str:
@@ -130,24 +126,13 @@ class Service:
         return [name for name, model in self.models.items() if capability in model.capabilities]
 
     async def resolve(self, name: str, call: Call) -> ServedModel:
-        """
-        The model that a call means: a configured one, or one of the catalogue, started when it does not run.
+        """The model that a call means, see `Names.resolve`."""
+        return await self.names.resolve(name, call)
 
-        Raises:
-            NotFound: `model_not_found`, naming the choices.
-            TrilithonError: what `Hosting.ensure` raises.
-        """
-        if name in self.models or not name or self.catalog is None:
-            return self.model(name, call=call)
-        entry = await asyncio.to_thread(self.catalog.get, name, tenant=call.principal.tenant)
-        if entry is None or entry.kind != "model" or self.hosting is None:
-            return self.model(name, call=call)
-        call.record.model = entry.name
-        return await self.hosting.ensure(entry, call)
-
-    def fingerprint(self, hello: wire.Hello) -> str:
-        """Version, layout and configuration: answers repeat only while it is the same."""
-        parts = f"{hello.model_digest} {hello.dtype} {hello.device} {hello.max_batch_tokens} {hello.block_size}"
+    def fingerprint(self, hello: wire.Hello, adapter: AdapterRef | None = None) -> str:
+        """Version, layout, configuration and adapter: answers repeat only while it is the same."""
+        weights = hello.model_digest if adapter is None else f"{hello.model_digest}+{adapter.digest}"
+        parts = f"{weights} {hello.dtype} {hello.device} {hello.max_batch_tokens} {hello.block_size}"
         digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
         return f"tri-{VERSION}-tp{hello.tp}pp{hello.pp}-{digest}"
 
@@ -288,7 +273,7 @@ class Service:
         generation = Generation(
             call=call,
             model=model,
-            fingerprint=self.fingerprint(hello),
+            fingerprint=self.fingerprint(hello, model.adapter),
             params=params,
             parts=parts,
             limit_s=limit_s,
@@ -323,6 +308,7 @@ class Service:
                 priority=params.priority,
                 queue_timeout_ms=params.queue_timeout_ms or self.limits.default_queue_timeout_ms,
                 time_limit_ms=max(1, int(1000 * limit_s)),
+                adapter=model.adapter.wire if model.adapter is not None else None,
             )
         )
 

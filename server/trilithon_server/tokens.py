@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trilithon_server.prompts import Conversation, encode, encode_conversation, render
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.text.detokenizer import decode_all
 from trilithon_server.validation import Violations, invalid
+
+KINDS = ("base", "adapter", "merged", "alias", "encoder")
+"""What a name can stand for."""
 
 MAX_TEXTS = 256
 """Texts, or lists of ids, of one call."""
@@ -46,7 +50,7 @@ async def tokenize(
     Raises:
         InvalidArgument: too many or too long texts.
     """
-    model = service.model(model_name, call=call)
+    model = await service.resolve(model_name, call)
     violations = found if found is not None else Violations()
     if not 1 <= len(texts) <= MAX_TEXTS:
         violations.add("texts", f"must hold from 1 to {MAX_TEXTS} texts", given=len(texts))
@@ -73,7 +77,7 @@ async def tokenize(
     return model, out
 
 
-def detokenize(
+async def detokenize(
     service: Service,
     call: Call,
     model_name: str,
@@ -88,7 +92,7 @@ def detokenize(
     Raises:
         InvalidArgument: an id is not the model's, or there are too many.
     """
-    model = service.model(model_name, call=call)
+    model = await service.resolve(model_name, call)
     violations = found if found is not None else Violations()
     if not 1 <= len(tokens) <= MAX_TEXTS:
         violations.add("tokens", f"must hold from 1 to {MAX_TEXTS} lists", given=len(tokens))
@@ -111,29 +115,31 @@ async def render_chat(
     Raises:
         InvalidArgument: no template, or one that refuses the messages.
     """
-    model = service.model(model_name, call=call)
+    model = await service.resolve(model_name, call)
     if found is not None:
         found.raise_if_any()
     rendered = render(model, chat)
     return model, rendered.text, await encode_conversation(model, rendered, field="messages")
 
 
-def page(service: Service, *, after: str = "", limit: int = 0, kind: str = "") -> tuple[list[ServedModel], bool]:
+async def page(
+    service: Service, tenant: str, *, after: str = "", limit: int = 0, kind: str = ""
+) -> tuple[list[dict[str, Any]], bool]:
     """
-    Served models in the order of the configuration, and whether there are more.
+    What a tenant may name, configured models first, and whether there is more.
 
     Raises:
         InvalidArgument: an unknown `after`, `limit` or `kind`.
     """
-    models = [m for m in service.models.values() if not kind or kind == ("encoder" if m.encoder else "base")]
-    if kind not in ("", "base", "adapter", "merged", "alias", "encoder"):
-        raise invalid("kind", "must be one of base, adapter, merged, alias, encoder", given=kind)
+    if kind not in ("", *KINDS):
+        raise invalid("kind", f"must be one of {', '.join(KINDS)}", given=kind)
     if not 0 <= limit <= 1000:
         raise invalid("limit", "must be from 0 to 1000", given=limit)
-    names = [model.name for model in models]
+    rows = [row for row in await service.names.listing(tenant) if not kind or row["kind"] == kind]
+    names = [row["id"] for row in rows]
     if after:
         if after not in names:
             raise invalid("after", "must be the id of a model on this list", given=after)
-        models = models[names.index(after) + 1 :]
+        rows = rows[names.index(after) + 1 :]
     size = limit or 100
-    return models[:size], len(models) > size
+    return rows[:size], len(rows) > size

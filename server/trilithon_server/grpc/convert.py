@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from trilithon.api.v1 import common_pb2, generation_pb2, models_pb2
-from trilithon.errors import NotFound
+from trilithon_server.grpc.gate import current_call
 from trilithon_server.prompts import Conversation, Prompt
 from trilithon_server.sampling_rules import RULES
-from trilithon_server.validation import Violations, shown
+from trilithon_server.service import Service
+from trilithon_server.validation import Violations
 
 M = TypeVar("M", bound=Message)
 
@@ -67,16 +68,14 @@ def meta_values(meta: common_pb2.RequestMeta) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def model_name(meta: common_pb2.RequestMeta) -> str:
+async def model_name(service: Service, meta: common_pb2.RequestMeta) -> str:
     """
     The model that a request means.
 
     Raises:
-        NotFound: it names an adapter; none is loaded in this version.
+        NotFound: `adapter_not_found`, there is none of that name on the model that it names.
     """
-    if meta.adapter:
-        raise NotFound(f"no adapter {shown(meta.adapter)}. None is loaded here.", code="adapter_not_found")
-    return meta.model
+    return await service.names.on(meta.model, meta.adapter, current_call()) if meta.adapter else meta.model
 
 
 def prompt_values(prompt: common_pb2.Prompt) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Extractions(extract_pb2_grpc.ExtractServiceServicer):
         documents, told = await extraction.annotate(
             self._service,
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             list(request.texts),
             convert.meta_values(request.meta),
             types=list(request.types),
@@ -43,7 +43,7 @@ class Extractions(extract_pb2_grpc.ExtractServiceServicer):
         result = await extraction.relate(
             self._service,
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             request.text,
             convert.meta_values(request.meta),
             pairs=[(_mention(pair.a), _mention(pair.b)) for pair in request.pairs],
@@ -58,7 +58,7 @@ class Extractions(extract_pb2_grpc.ExtractServiceServicer):
         result = await extraction.answer(
             self._service,
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             request.question,
             list(request.contexts),
             convert.meta_values(request.meta),
@@ -71,7 +71,7 @@ class Extractions(extract_pb2_grpc.ExtractServiceServicer):
         results, told = await extraction.classify(
             self._service,
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             list(request.texts),
             convert.meta_values(request.meta),
             text_pairs=list(request.text_pairs),

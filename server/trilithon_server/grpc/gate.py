@@ -27,6 +27,11 @@ _log = logging.getLogger(__name__)
 _CALL: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
 ADMIN_SERVICE = "trilithon.api.v1.AdminService"
+ADMIN_METHODS = frozenset(
+    f"/trilithon.api.v1.ModelsService/{name}" for name in ("LoadAdapter", "UnloadAdapter", "SetAlias")
+)
+"""Methods outside of that service which need the same scope."""
+
 _UNCOUNTED = ("grpc.reflection.", ADMIN_SERVICE, "trilithon.api.v1.ModelsService")
 """Services whose calls hold no place of the key's requests."""
 
@@ -115,7 +120,7 @@ class _Frame:
     def __init__(self, service: Service, method: str, service_name: str, metadata: dict[str, Any]) -> None:
         self._service = service
         self._method = method
-        self._scope = "admin" if service_name == ADMIN_SERVICE else "user"
+        self._scope = "admin" if service_name == ADMIN_SERVICE or method in ADMIN_METHODS else "user"
         self._counted = not service_name.startswith(_UNCOUNTED)
         self._metadata = metadata
 

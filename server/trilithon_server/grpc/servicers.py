@@ -18,7 +18,7 @@ from trilithon.api.v1 import (
     tokenize_pb2,
     tokenize_pb2_grpc,
 )
-from trilithon_server import answers
+from trilithon_server import adapter_verbs, answers
 from trilithon_server.embedding import embed
 from trilithon_server.generation import Generation
 from trilithon_server.grpc import convert
@@ -47,7 +47,7 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
         prompt, field = convert.prompt_of(request.prompt, found)
         generation = await self._service.generate(
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             [prompt],
             convert.generate_values(request),
             found=found,
@@ -102,7 +102,7 @@ class Generations(generation_pb2_grpc.GenerationServiceServicer):
         result = await score(
             self._service,
             current_call(),
-            convert.model_name(request.meta),
+            await convert.model_name(self._service, request.meta),
             items,
             convert.meta_values(request.meta),
             top=request.top,
@@ -147,7 +147,7 @@ class Tokens(tokenize_pb2_grpc.TokenizeServiceServicer):
         self, request: tokenize_pb2.DetokenizeRequest, context: Any
     ) -> tokenize_pb2.DetokenizeResponse:
         """Token ids to texts."""
-        texts = detokenize(
+        texts = await detokenize(
             self._service,
             current_call(),
             request.model,
@@ -186,8 +186,8 @@ class Embeddings(embed_pb2_grpc.EmbedServiceServicer):
                     found.add(f"inputs[{i}].{name}", "must be the same for all inputs", given=value)
         if request.pooling and request.pooling not in _POOLINGS:
             found.add("pooling", "must be one of mean, last, first", given=request.pooling)
-        name = convert.model_name(request.meta)
-        vectors, counts = await embed(
+        name = await convert.model_name(self._service, request.meta)
+        model, vectors, counts = await embed(
             self._service,
             current_call(),
             name,
@@ -201,8 +201,7 @@ class Embeddings(embed_pb2_grpc.EmbedServiceServicer):
         data = [
             embed_pb2.Embedding(index=i, values=vector.values, tokens=vector.tokens) for i, vector in enumerate(vectors)
         ]
-        served = self._service.model(name).name
-        return embed_pb2.EmbedResponse(model=served, data=data, usage=common_pb2.Usage(**answers.usage(counts)))
+        return embed_pb2.EmbedResponse(model=model.name, data=data, usage=common_pb2.Usage(**answers.usage(counts)))
 
 
 class Models(models_pb2_grpc.ModelsServiceServicer):
@@ -213,15 +212,48 @@ class Models(models_pb2_grpc.ModelsServiceServicer):
 
     async def ListModels(self, request: models_pb2.ListModelsRequest, context: Any) -> models_pb2.ListModelsResponse:
         """Every model that the key may see."""
-        found, more = page(self._service, after=request.after, limit=request.limit, kind=request.kind)
-        data = [convert.model(model.describe()) for model in found]
+        tenant = current_call().principal.tenant
+        found, more = await page(self._service, tenant, after=request.after, limit=request.limit, kind=request.kind)
+        data = [convert.model(row) for row in found]
         return models_pb2.ListModelsResponse(data=data, has_more=more)
 
     async def GetModel(self, request: models_pb2.GetModelRequest, context: Any) -> models_pb2.Model:
         """One of them."""
-        if not request.id:
-            raise invalid("id", "must be set", code="missing_parameter")
-        return convert.model(self._service.model(request.id).describe())
+        return await self._row(_id(request.id))
+
+    async def LoadAdapter(self, request: models_pb2.LoadAdapterRequest, context: Any) -> models_pb2.Model:
+        """Load an adapter before its first request."""
+        allow = request.allow_template_mismatch
+        names, call = self._service.names, current_call()
+        return await self._row(
+            await adapter_verbs.load(names, _id(request.id), call, alias=request.alias, allow_template_mismatch=allow)
+        )
+
+    async def UnloadAdapter(
+        self, request: models_pb2.UnloadAdapterRequest, context: Any
+    ) -> models_pb2.UnloadAdapterResponse:
+        """Take an adapter out of memory once its requests have ended."""
+        in_flight = await adapter_verbs.unload(
+            self._service.names, _id(request.id), current_call(), drain=request.drain
+        )
+        return models_pb2.UnloadAdapterResponse(requests_in_flight=in_flight)
+
+    async def SetAlias(self, request: models_pb2.SetAliasRequest, context: Any) -> models_pb2.Model:
+        """Point an alias to a model."""
+        if not request.target:
+            raise invalid("target", "must be set", code="missing_parameter")
+        expected = request.expected_target if request.HasField("expected_target") else None
+        await adapter_verbs.set_alias(self._service.names, request.alias, request.target, expected, current_call())
+        return await self._row(request.alias)
+
+    async def _row(self, name: str) -> models_pb2.Model:
+        return convert.model(await self._service.names.describe(name, current_call().principal.tenant))
+
+
+def _id(given: str) -> str:
+    if not given:
+        raise invalid("id", "must be set", code="missing_parameter")
+    return given
 
 
 class Admin(admin_pb2_grpc.AdminServiceServicer):

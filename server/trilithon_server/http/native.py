@@ -83,7 +83,7 @@ async def score_route(service: Service, exchange: Exchange, call: Call) -> None:
 
     async def work() -> None:
         result = await score(service, call, body.model, items, parsed.values, top=body.top, found=parsed.found)
-        exchange.extra_headers.append(model_header(service.model(body.model)))
+        exchange.extra_headers.append(model_header(result.model))
         await exchange.respond_json(answers.scores(result))
 
     await exchange.race(work())
@@ -121,10 +121,14 @@ async def detokenize_route(service: Service, exchange: Exchange, call: Call) -> 
     """POST /v1/detokenize"""
     parsed = parse(schemas.DetokenizeRequest, await exchange.json(), service.limits, parameters=False)
     body = parsed.body
-    texts = detokenize(
-        service, call, body.model, body.tokens, keep_special=body.keep_special_tokens, found=parsed.found
-    )
-    await exchange.respond_json({"texts": texts})
+
+    async def work() -> None:
+        texts = await detokenize(
+            service, call, body.model, body.tokens, keep_special=body.keep_special_tokens, found=parsed.found
+        )
+        await exchange.respond_json({"texts": texts})
+
+    await exchange.race(work())
 
 
 async def render_route(service: Service, exchange: Exchange, call: Call) -> None:

@@ -169,10 +169,8 @@ def prompts_of(given: str | Sequence[Any]) -> list[Prompt]:
 
 
 def model_header(model: ServedModel) -> tuple[bytes, bytes]:
-    """`x-trilithon-model`: the served name and the digest of the weights."""
-    hello = model.engine.hello
-    digest = hello.model_digest[:16] if hello is not None else ""
-    return b"x-trilithon-model", f"{model.name}@{digest}".encode("latin-1", "replace")
+    """`x-trilithon-model`: the served name and the version of the weights."""
+    return b"x-trilithon-model", f"{model.name}@{model.version}".encode("latin-1", "replace")
 
 
 async def embeddings(service: Service, exchange: Exchange, call: Call) -> None:
@@ -183,7 +181,7 @@ async def embeddings(service: Service, exchange: Exchange, call: Call) -> None:
     body = parsed.body
 
     async def work() -> None:
-        vectors, usage = await embed(
+        model, vectors, usage = await embed(
             service,
             call,
             body.model,
@@ -194,7 +192,6 @@ async def embeddings(service: Service, exchange: Exchange, call: Call) -> None:
             dimensions=body.dimensions or 0,
             found=parsed.found,
         )
-        model = service.model(body.model)
         exchange.extra_headers.append(model_header(model))
         data = [
             {
@@ -223,21 +220,23 @@ async def models(service: Service, exchange: Exchange, call: Call) -> None:
     """GET /v1/models"""
     query = exchange.query(("after", "limit", "kind"))
     limit = query.get("limit", "0")
-    found, more = page(
+    found, more = await page(
         service,
+        call.principal.tenant,
         after=query.get("after", ""),
         limit=int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 6 else -1,
         kind=query.get("kind", ""),
     )
-    data = [model_dict(model) for model in found]
+    data = [model_dict(row) for row in found]
     await exchange.respond_json({"object": "list", "data": data, "has_more": more})
 
 
 async def model(service: Service, exchange: Exchange, call: Call) -> None:
     """GET /v1/models/{id}"""
-    await exchange.respond_json(model_dict(service.model(exchange.path_params["id"])))
+    row = await service.names.describe(exchange.path_params["id"], call.principal.tenant)
+    await exchange.respond_json(model_dict(row))
 
 
-def model_dict(model: ServedModel) -> dict[str, Any]:
+def model_dict(row: dict[str, Any]) -> dict[str, Any]:
     """A model with OpenAI's keys and those of `trilithon.api.v1.Model`."""
-    return {"object": "model", "owned_by": "trilithon", **model.describe()}
+    return {"object": "model", "owned_by": "trilithon", **row}

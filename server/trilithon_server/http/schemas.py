@@ -197,6 +197,25 @@ class ModelOnlyRequest(_Body):
     model: str = ""
 
 
+class LoadAdapterRequest(_Body):
+    """POST /v1/adapters"""
+
+    id: str = Field(min_length=1, description="The adapter's name.")
+    alias: str = Field("", description="An alias to point to it once it is loaded.")
+    allow_template_mismatch: bool = Field(
+        False, description="Load it although it was trained with another chat template than its base is served with."
+    )
+
+
+class AliasRequest(_Body):
+    """PUT /v1/aliases/{name}"""
+
+    target: str = Field(min_length=1, description="The model that the alias shall stand for.")
+    expected_target: str | None = Field(
+        None, description="What it must stand for now, else 409; empty: it must be new; unset: anything."
+    )
+
+
 class LogLevelRequest(_Body):
     """POST /admin/v1/log-level"""
 

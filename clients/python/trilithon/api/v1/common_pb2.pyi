@@ -120,7 +120,9 @@ class RequestMeta(google.protobuf.message.Message):
     model: builtins.str
     """The served model's name. Unset: the only served model; NOT_FOUND, naming the choices, when there are several. Zero: same as unset."""
     adapter: builtins.str
-    """An adapter on top of the model. Unset: none. Range: a loaded adapter's name, else NOT_FOUND. Zero: same as unset."""
+    """An adapter on top of the model; its name may stand in `model` as well. Unset: none. Range: a served adapter's name,
+    whose base is `model` where that is set, else NOT_FOUND. Zero: same as unset.
+    """
     priority: builtins.int
     """Larger goes first. Unset: 0. Range: -10 to 10, and at most the key's own maximum. Zero: normal."""
     time_limit_ms: builtins.int

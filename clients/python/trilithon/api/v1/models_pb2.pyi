@@ -20,6 +20,92 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class LoadAdapterRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    ALIAS_FIELD_NUMBER: builtins.int
+    ALLOW_TEMPLATE_MISMATCH_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """The adapter's name. Zero: an error."""
+    alias: builtins.str
+    """An alias to point to it once it is loaded. Unset: none. Zero: same as unset."""
+    allow_template_mismatch: builtins.bool
+    """Load it although it was trained with another chat template than its base is served with. Unset: refused."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        alias: builtins.str = ...,
+        allow_template_mismatch: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "allow_template_mismatch", b"allow_template_mismatch", "id", b"id"]) -> None: ...
+
+Global___LoadAdapterRequest: typing_extensions.TypeAlias = LoadAdapterRequest
+
+@typing.final
+class UnloadAdapterRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    DRAIN_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """The adapter's name. Zero: an error."""
+    drain: builtins.bool
+    """Answer when its requests have ended, not at once. Unset: at once."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        drain: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain", b"drain", "id", b"id"]) -> None: ...
+
+Global___UnloadAdapterRequest: typing_extensions.TypeAlias = UnloadAdapterRequest
+
+@typing.final
+class UnloadAdapterResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    requests_in_flight: builtins.int
+    """Requests that were at work with it; they end as they would have."""
+    def __init__(
+        self,
+        *,
+        requests_in_flight: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["requests_in_flight", b"requests_in_flight"]) -> None: ...
+
+Global___UnloadAdapterResponse: typing_extensions.TypeAlias = UnloadAdapterResponse
+
+@typing.final
+class SetAliasRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    EXPECTED_TARGET_FIELD_NUMBER: builtins.int
+    alias: builtins.str
+    """The alias: 1 to 64 characters out of a-z, 0-9, '.', '_' and '-'. Zero: an error."""
+    target: builtins.str
+    """The model that it shall stand for. Zero: an error."""
+    expected_target: builtins.str
+    """What it must stand for now, else ABORTED. Unset: anything. Zero: it must be new."""
+    def __init__(
+        self,
+        *,
+        alias: builtins.str = ...,
+        target: builtins.str = ...,
+        expected_target: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_target", b"_expected_target", "expected_target", b"expected_target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_target", b"_expected_target", "alias", b"alias", "expected_target", b"expected_target", "target", b"target"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_target", b"_expected_target"]) -> typing.Literal["expected_target"] | None: ...
+
+Global___SetAliasRequest: typing_extensions.TypeAlias = SetAliasRequest
+
+@typing.final
 class ListModelsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -100,7 +186,7 @@ class Model(google.protobuf.message.Message):
         KIND_ADAPTER: Model._Kind.ValueType  # 2
         """A low-rank adapter on a base model."""
         KIND_MERGED: Model._Kind.ValueType  # 3
-        """An adapter merged into its base."""
+        """A whole model that was made from its base: all weights finetuned, or an adapter merged into it."""
         KIND_ALIAS: Model._Kind.ValueType  # 4
         """Another name of a model."""
         KIND_ENCODER: Model._Kind.ValueType  # 5
@@ -116,7 +202,7 @@ class Model(google.protobuf.message.Message):
     KIND_ADAPTER: Model.Kind.ValueType  # 2
     """A low-rank adapter on a base model."""
     KIND_MERGED: Model.Kind.ValueType  # 3
-    """An adapter merged into its base."""
+    """A whole model that was made from its base: all weights finetuned, or an adapter merged into it."""
     KIND_ALIAS: Model.Kind.ValueType  # 4
     """Another name of a model."""
     KIND_ENCODER: Model.Kind.ValueType  # 5
@@ -194,7 +280,7 @@ class Model(google.protobuf.message.Message):
     kind: Global___Model.Kind.ValueType
     """What it is."""
     base: builtins.str
-    """For adapters: the base model's name."""
+    """For adapters and what was made from a base model: its name."""
     digest: builtins.str
     """SHA-256 that identifies the weights."""
     alias_of: builtins.str
@@ -227,7 +313,7 @@ class Model(google.protobuf.message.Message):
     """That job's step. Zero: none."""
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """What it can do: generate, chat, score, embed, tokenize."""
+        """What it can do: generate, chat, score, embed, tokenize, or what its task head was trained for."""
 
     @property
     def defaults(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:

@@ -44,6 +44,21 @@ class ModelsServiceStub(object):
                 request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/trilithon.api.v1.ModelsService/LoadAdapter',
+                request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/trilithon.api.v1.ModelsService/UnloadAdapter',
+                request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/trilithon.api.v1.ModelsService/SetAlias',
+                request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
+                _registered_method=True)
 
 
 class ModelsServiceServicer(object):
@@ -63,6 +78,27 @@ class ModelsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Load an adapter before its first request. Needs the admin scope.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Take an adapter out of memory once its requests have ended; its next use loads it again. Needs the admin scope.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Point an alias to a model. Needs the admin scope.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +110,21 @@ def add_ModelsServiceServicer_to_server(servicer, server):
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.GetModelRequest.FromString,
+                    response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.FromString,
                     response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.SerializeToString,
             ),
     }
@@ -130,6 +181,87 @@ class ModelsService(object):
             target,
             '/trilithon.api.v1.ModelsService/GetModel',
             trilithon_dot_api_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
+            trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilithon.api.v1.ModelsService/LoadAdapter',
+            trilithon_dot_api_dot_v1_dot_models__pb2.LoadAdapterRequest.SerializeToString,
+            trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilithon.api.v1.ModelsService/UnloadAdapter',
+            trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterRequest.SerializeToString,
+            trilithon_dot_api_dot_v1_dot_models__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilithon.api.v1.ModelsService/SetAlias',
+            trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.SerializeToString,
             trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
             options,
             channel_credentials,

@@ -57,7 +57,55 @@ _ModelsServiceGetModelType = typing_extensions.TypeVar(
     ],
 )
 
-class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServiceGetModelType]):
+_ModelsServiceLoadAdapterType = typing_extensions.TypeVar(
+    '_ModelsServiceLoadAdapterType',
+    grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.LoadAdapterRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.LoadAdapterRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.LoadAdapterRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+)
+
+_ModelsServiceUnloadAdapterType = typing_extensions.TypeVar(
+    '_ModelsServiceUnloadAdapterType',
+    grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+        trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+        trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+        trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+    ],
+)
+
+_ModelsServiceSetAliasType = typing_extensions.TypeVar(
+    '_ModelsServiceSetAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.SetAliasRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.SetAliasRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.SetAliasRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+)
+
+class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServiceGetModelType, _ModelsServiceLoadAdapterType, _ModelsServiceUnloadAdapterType, _ModelsServiceSetAliasType]):
     @typing.overload
     def __init__(self: ModelsServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -66,6 +114,18 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
         ],
         grpc.UnaryUnaryMultiCallable[
             trilithon.api.v1.models_pb2.GetModelRequest,
+            trilithon.api.v1.models_pb2.Model,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.LoadAdapterRequest,
+            trilithon.api.v1.models_pb2.Model,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+            trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.SetAliasRequest,
             trilithon.api.v1.models_pb2.Model,
         ],
     ], channel: grpc.Channel) -> None: ...
@@ -80,6 +140,18 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
             trilithon.api.v1.models_pb2.GetModelRequest,
             trilithon.api.v1.models_pb2.Model,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.LoadAdapterRequest,
+            trilithon.api.v1.models_pb2.Model,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+            trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.SetAliasRequest,
+            trilithon.api.v1.models_pb2.Model,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListModels: _ModelsServiceListModelsType
@@ -88,6 +160,15 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
     GetModel: _ModelsServiceGetModelType
     """One of them."""
 
+    LoadAdapter: _ModelsServiceLoadAdapterType
+    """Load an adapter before its first request. Needs the admin scope."""
+
+    UnloadAdapter: _ModelsServiceUnloadAdapterType
+    """Take an adapter out of memory once its requests have ended; its next use loads it again. Needs the admin scope."""
+
+    SetAlias: _ModelsServiceSetAliasType
+    """Point an alias to a model. Needs the admin scope."""
+
 ModelsServiceAsyncStub: typing_extensions.TypeAlias = ModelsServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         trilithon.api.v1.models_pb2.ListModelsRequest,
@@ -95,6 +176,18 @@ ModelsServiceAsyncStub: typing_extensions.TypeAlias = ModelsServiceStub[
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         trilithon.api.v1.models_pb2.GetModelRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.LoadAdapterRequest,
+        trilithon.api.v1.models_pb2.Model,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+        trilithon.api.v1.models_pb2.UnloadAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.SetAliasRequest,
         trilithon.api.v1.models_pb2.Model,
     ],
 ]
@@ -115,5 +208,29 @@ class ModelsServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[trilithon.api.v1.models_pb2.Model, collections.abc.Awaitable[trilithon.api.v1.models_pb2.Model]]:
         """One of them."""
+
+    @abc.abstractmethod
+    def LoadAdapter(
+        self,
+        request: trilithon.api.v1.models_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilithon.api.v1.models_pb2.Model, collections.abc.Awaitable[trilithon.api.v1.models_pb2.Model]]:
+        """Load an adapter before its first request. Needs the admin scope."""
+
+    @abc.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: trilithon.api.v1.models_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilithon.api.v1.models_pb2.UnloadAdapterResponse, collections.abc.Awaitable[trilithon.api.v1.models_pb2.UnloadAdapterResponse]]:
+        """Take an adapter out of memory once its requests have ended; its next use loads it again. Needs the admin scope."""
+
+    @abc.abstractmethod
+    def SetAlias(
+        self,
+        request: trilithon.api.v1.models_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilithon.api.v1.models_pb2.Model, collections.abc.Awaitable[trilithon.api.v1.models_pb2.Model]]:
+        """Point an alias to a model. Needs the admin scope."""
 
 def add_ModelsServiceServicer_to_server(servicer: ModelsServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
