@@ -1,8 +1,9 @@
-"""A WordPiece tokenizer small enough to read, and contexts for recipes: uncased, every letter a piece, a few words."""
+"""A WordPiece tokenizer small enough to read (uncased, every letter a piece), and rows and contexts of recipes."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,29 @@ from tiny_configs import BERT
 from tiny_tokenizers import write_json
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from trilithon_finetune.recipes.base import Context, Recipe
+from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.recipes import RECIPES
+from trilithon_finetune.recipes.base import Context, Recipe, Sample
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ["[PAD]", "[unused0]", "[unused1]", "[unused2]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CLS, SEP, UNK = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]"), SPECIAL.index("[UNK]")
+NER, RELATION, CLASSIFY, SPANS = (RECIPES[name] for name in ("ner", "relation", "classify", "span_qa"))
+
+TAGGED = {"tokens": ["Aspirin", "inhibits", "COX"], "tags": ["B-C", "O", "B-G"]}
+RELATED = {
+    "text": "Aspirin inhibits COX.",
+    "a": {"start": 0, "end": 7, "type": "CHEMICAL"},
+    "b": {"start": 17, "end": 20, "type": "GENE"},
+    "label": "CPR:4",
+}
+ASKED = {
+    "context": "the aspirin of it, the pain",
+    "question": "who?",
+    "answers": [{"text": "aspirin", "answer_start": 4}],
+}
+LABELLED = {"text": "the pain", "label": "yes"}
+
 WORDS = ["aspirin", "inhibits", "cox", "the", "who", "wrote", "it", "pain", "of", "in", "and"]
 
 
@@ -56,3 +75,16 @@ def context_for(
         recipe.Options.model_validate(options or {}),
         on_long=on_long,
     )
+
+
+def context_of(recipe: Recipe, tokenizer: Tokenizer, rows: list[Mapping[str, Any]], **more: Any) -> Context:
+    """Labels are those of the rows, and one besides where that is a single one."""
+    options = recipe.Options.model_validate(more.get("options", {}))
+    single = recipe in (RELATION, CLASSIFY) and len({row["label"] for row in rows}) == 1
+    known = [*rows, {"label": "false"}] if single else rows
+    return context_for(recipe, tokenizer, labels=recipe.labels(known, options), **more)
+
+
+def samples_of(found: list[Sample] | list[Finding]) -> list[Sample]:
+    assert all(isinstance(item, Sample) for item in found), found
+    return [item for item in found if isinstance(item, Sample)]

@@ -7,37 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from finetune_tasks.encoder_fixtures import CLS, context_for
+from finetune_tasks.encoder_fixtures import (
+    ASKED,
+    CLASSIFY,
+    CLS,
+    LABELLED,
+    NER,
+    RELATED,
+    RELATION,
+    SPANS,
+    TAGGED,
+    context_for,
+    context_of,
+    samples_of,
+)
 from pydantic import ValidationError
 
 from trilithon_finetune.data.findings import Finding, line_form
 from trilithon_finetune.data.reading import Row, read_rows
-from trilithon_finetune.recipes import RECIPES
-from trilithon_finetune.recipes.base import IGNORE, Context, Output, Recipe, Sample
+from trilithon_finetune.recipes.base import Recipe
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks import task_format
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
-
-NER, RELATION, CLASSIFY, SPANS = (RECIPES[name] for name in ("ner", "relation", "classify", "span_qa"))
-
-TAGGED = {"tokens": ["Aspirin", "inhibits", "COX"], "tags": ["B-C", "O", "B-G"]}
-RELATED = {
-    "text": "Aspirin inhibits COX.",
-    "a": {"start": 0, "end": 7, "type": "CHEMICAL"},
-    "b": {"start": 17, "end": 20, "type": "GENE"},
-    "label": "CPR:4",
-}
-ASKED = {
-    "context": "the aspirin of it, the pain",
-    "question": "who?",
-    "answers": [{"text": "aspirin", "answer_start": 4}],
-}
-LABELLED = {"text": "the pain", "label": "yes"}
 
 TOKENS_TAGS = "token<TAB>tag"
 
@@ -52,26 +47,13 @@ def _lines(recipe: Recipe, row: Mapping[str, Any]) -> list[str]:
     return [line_form(item) for item in recipe.check(row, format_, file="f", line=3)]
 
 
-def _context(recipe: Recipe, tokenizer: Tokenizer, rows: list[Mapping[str, Any]], **more: Any) -> Context:
-    """Labels are those of the rows, and one besides where that is a single one."""
-    options = recipe.Options.model_validate(more.get("options", {}))
-    single = recipe in (RELATION, CLASSIFY) and len({row["label"] for row in rows}) == 1
-    known = [*rows, {"label": "false"}] if single else rows
-    return context_for(recipe, tokenizer, labels=recipe.labels(known, options), **more)
-
-
-def _samples(found: list[Sample] | list[Finding]) -> list[Sample]:
-    assert all(isinstance(item, Sample) for item in found), found
-    return [item for item in found if isinstance(item, Sample)]
-
-
 @pytest.mark.parametrize(("recipe", "row"), SOUND, ids=IDS)
 def test_a_sound_row_has_no_finding_and_makes_a_sample(
     recipe: Recipe, row: Mapping[str, Any], tokenizer: Tokenizer
 ) -> None:
     """Also with an id, and with options left to their defaults."""
     assert _lines(recipe, {**row, "id": "1"}) == []
-    (sample,) = _samples(recipe.encode(row, 7, _context(recipe, tokenizer, [row]), file="f"))
+    (sample,) = samples_of(recipe.encode(row, 7, context_of(recipe, tokenizer, [row]), file="f"))
     assert (sample.row, sample.part, sample.tokens[0]) == (7, 0, CLS)
     assert sample.num_supervised >= 1
 
@@ -214,7 +196,7 @@ def test_a_label_that_only_the_validation_has_is_a_finding(
     tokenizer: Tokenizer, recipe: Recipe, row: Mapping[str, Any], other: Mapping[str, Any], expected: str
 ) -> None:
     """It could never be said; the nearest known one is named."""
-    (found,) = recipe.encode(other, 5, _context(recipe, tokenizer, [row]), file="f")
+    (found,) = recipe.encode(other, 5, context_of(recipe, tokenizer, [row]), file="f")
 
     assert isinstance(found, Finding)
     assert line_form(found).startswith(f"E-DATA-008  f:5  {expected}")
@@ -243,13 +225,13 @@ def test_a_file_with_nothing_to_tell_apart_is_a_finding(
 def test_entities_become_one_sample_a_window(tokenizer: Tokenizer) -> None:
     """Windows count as parts; every word is supervised once, its other pieces are not."""
     row = {"tokens": ["aspirins", "the"] * 30, "tags": ["B-C", "O"] * 30}
-    context = _context(NER, tokenizer, [row], max_tokens=20, options={"stride": 2})
-    samples = _samples(NER.encode(row, 1, context, file="f"))
+    context = context_of(NER, tokenizer, [row], max_tokens=20, options={"stride": 2})
+    samples = samples_of(NER.encode(row, 1, context, file="f"))
 
     assert [sample.part for sample in samples] == list(range(len(samples)))
     assert len(samples) > 3
     assert sum(sample.num_supervised for sample in samples) == 60
-    whole = _samples(NER.encode(row, 1, _context(NER, tokenizer, [row], options={"method": "whole"}), file="f"))
+    whole = samples_of(NER.encode(row, 1, context_of(NER, tokenizer, [row], options={"method": "whole"}), file="f"))
     assert sum(sample.num_supervised for sample in whole) == 90
 
 
@@ -280,9 +262,9 @@ def test_a_nested_squad_file_is_rows_with_their_paths() -> None:
 
 def test_a_relation_is_marked_and_labelled(tokenizer: Tokenizer) -> None:
     """Markers stand where the mentions were; pairs of other types need the option."""
-    (sample,) = _samples(RELATION.encode(RELATED, 1, _context(RELATION, tokenizer, [RELATED]), file="f"))
+    (sample,) = samples_of(RELATION.encode(RELATED, 1, context_of(RELATION, tokenizer, [RELATED]), file="f"))
     drug = {**RELATED, "a": {"start": 0, "end": 7, "type": "DRUG"}}
-    (found,) = RELATION.encode(drug, 1, _context(RELATION, tokenizer, [drug]), file="f")
+    (found,) = RELATION.encode(drug, 1, context_of(RELATION, tokenizer, [drug]), file="f")
 
     assert [tokenizer.id_to_piece(sample.tokens[place]) for place in (1, -3)] == ["[unused0]", "[unused1]"]
     assert sample.columns == {"label": 0}
@@ -292,7 +274,8 @@ def test_a_relation_is_marked_and_labelled(tokenizer: Tokenizer) -> None:
     )
     options = {"pairs": [["DRUG", "GENE"]]}
     assert (
-        len(_samples(RELATION.encode(drug, 1, _context(RELATION, tokenizer, [drug], options=options), file="f"))) == 1
+        len(samples_of(RELATION.encode(drug, 1, context_of(RELATION, tokenizer, [drug], options=options), file="f")))
+        == 1
     )
 
 
@@ -300,7 +283,7 @@ def test_more_types_than_free_rows_is_a_finding(tokenizer: Tokenizer) -> None:
     """The vocabulary's free rows are few here: said, not crashed."""
     pairs = [[name, name + "2"] for name in "ABC"]
     row = {**RELATED, "a": {"start": 0, "end": 7, "type": "A"}, "b": {"start": 17, "end": 20, "type": "A2"}}
-    (found,) = RELATION.encode(row, 1, _context(RELATION, tokenizer, [row], options={"pairs": pairs}), file="f")
+    (found,) = RELATION.encode(row, 1, context_of(RELATION, tokenizer, [row], options={"pairs": pairs}), file="f")
 
     assert isinstance(found, Finding)
     assert "a free row [unusedN]" in found.message
@@ -309,9 +292,9 @@ def test_more_types_than_free_rows_is_a_finding(tokenizer: Tokenizer) -> None:
 def test_a_text_that_is_too_long_is_refused_or_cut(tokenizer: Tokenizer) -> None:
     """E-DATA-021 with the number of tokens, or a sample that says how many it lost."""
     row = {"text": "the " * 30, "label": "yes"}
-    (found,) = CLASSIFY.encode(row, 1, _context(CLASSIFY, tokenizer, [row], max_tokens=20), file="f")
-    context = _context(CLASSIFY, tokenizer, [row], max_tokens=20, on_long="truncate")
-    (sample,) = _samples(CLASSIFY.encode(row, 1, context, file="f"))
+    (found,) = CLASSIFY.encode(row, 1, context_of(CLASSIFY, tokenizer, [row], max_tokens=20), file="f")
+    context = context_of(CLASSIFY, tokenizer, [row], max_tokens=20, on_long="truncate")
+    (sample,) = samples_of(CLASSIFY.encode(row, 1, context, file="f"))
 
     assert isinstance(found, Finding)
     assert line_form(found).startswith("E-DATA-021  f:1  32 tokens, at most 20 allowed (data.max_tokens).")
@@ -322,8 +305,8 @@ def test_an_answer_is_learned_where_it_stands(tokenizer: Tokenizer) -> None:
     """Tokens of the first answer in windows that hold it, [CLS] elsewhere; one that no window holds is a finding."""
     text = " ".join(["the cox of it"] * 12)
     row = {"context": text, "question": "who?", "answers": [{"text": " cox of", "answer_start": text.rindex(" cox")}]}
-    context = _context(SPANS, tokenizer, [row], max_tokens=24, options={"doc_stride": 6})
-    samples = _samples(SPANS.encode(row, 1, context, file="f"))
+    context = context_of(SPANS, tokenizer, [row], max_tokens=24, options={"doc_stride": 6})
+    samples = samples_of(SPANS.encode(row, 1, context, file="f"))
 
     held = [sample for sample in samples if sample.columns["start"]]
     assert 0 < len(held) < len(samples)
@@ -340,90 +323,14 @@ def test_an_answer_is_learned_where_it_stands(tokenizer: Tokenizer) -> None:
 def test_questions_without_answers_need_the_option(tokenizer: Tokenizer) -> None:
     """Else the row is refused; with it every window learns [CLS]."""
     row = {"context": "the pain", "question": "who?", "answers": [], "is_impossible": True}
-    (found,) = SPANS.encode(row, 1, _context(SPANS, tokenizer, [row]), file="f")
-    (sample,) = _samples(SPANS.encode(row, 1, _context(SPANS, tokenizer, [row], options={"no_answer": True}), file="f"))
+    (found,) = SPANS.encode(row, 1, context_of(SPANS, tokenizer, [row]), file="f")
+    (sample,) = samples_of(
+        SPANS.encode(row, 1, context_of(SPANS, tokenizer, [row], options={"no_answer": True}), file="f")
+    )
 
     assert isinstance(found, Finding)
     assert found.hint == "Set options.no_answer to true, or leave such rows out."
     assert (sample.columns["start"], sample.columns["end"]) == (0, 0)
-
-
-def test_entities_are_judged_on_whole_rows(tokenizer: Tokenizer) -> None:
-    """
-    Logits that say the gold tags give F1 1 over windows; a wrong end costs the entity; types are told apart.
-
-    Seen to fail when each window is compared for itself: entities that a window cuts are then lost.
-    """
-    row = {"tokens": ["the", "aspirin", "pain"] * 20, "tags": ["B-C", "I-C", "B-G"] * 20}
-    context = _context(NER, tokenizer, [row], max_tokens=16, options={"stride": 3})
-    samples = _samples(NER.encode(row, 4, context, file="f"))
-
-    def output(sample: Sample, wrong: int) -> Output:
-        values = np.zeros((len(sample.tokens), len(context.labels)), np.float32)
-        for place, target in enumerate(sample.targets):
-            if target != IGNORE:
-                values[place, wrong if wrong and target == 2 else target] = 4.0
-        return Output(sample, values)
-
-    right = NER.metrics([output(sample, 0) for sample in samples[::-1]], {4: row}, context)
-    assert right == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "f1/C": 1.0, "f1/G": 1.0}
-    half = NER.metrics([output(sample, 4) for sample in samples], {4: row}, context)
-    assert (half["f1/C"], half["f1/G"]) == (0.0, pytest.approx(2 / 3))
-
-
-def test_relations_are_judged_without_the_negative_class(tokenizer: Tokenizer) -> None:
-    """Finding none is no merit."""
-    rows = {1: RELATED, 2: {**RELATED, "label": "false"}, 3: {**RELATED, "label": "false"}}
-    context = _context(RELATION, tokenizer, list(rows.values()))
-
-    def numbers(said: list[int]) -> Mapping[str, float]:
-        samples = [_samples(RELATION.encode(row, line, context, file="f"))[0] for line, row in rows.items()]
-        values = [np.eye(2, dtype=np.float32)[label] for label in said]
-        return RELATION.metrics([Output(s, v) for s, v in zip(samples, values, strict=True)], rows, context)
-
-    assert context.labels == ("CPR:4", "false")
-    assert numbers([0, 1, 1]) == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "f1/CPR:4": 1.0}
-    assert numbers([1, 1, 1])["f1"] == 0.0
-    assert numbers([0, 0, 1])["f1"] == pytest.approx(2 / 3)
-
-
-def test_classes_are_judged_by_accuracy_and_macro_f1(tokenizer: Tokenizer) -> None:
-    """A class that is never found lowers macro-F1 more than accuracy."""
-    rows = {i: {**LABELLED, "label": "no" if i == 4 else "yes"} for i in range(1, 5)}
-    context = _context(CLASSIFY, tokenizer, list(rows.values()))
-    samples = [_samples(CLASSIFY.encode(row, line, context, file="f"))[0] for line, row in rows.items()]
-    found = CLASSIFY.metrics([Output(s, np.array([0.0, 1.0], np.float32)) for s in samples], rows, context)
-
-    assert found["accuracy"] == 0.75
-    assert found["macro_f1"] == pytest.approx((6 / 7) / 2)
-    assert found["f1/no"] == 0.0
-
-
-def test_answers_are_judged_over_windows(tokenizer: Tokenizer) -> None:
-    """Gold logits give exact match and F1 1; with `no_answer` the questions without one are told apart."""
-    text = "the aspirin " + "of it " * 20 + "the pain"
-    rows = {
-        1: {
-            "context": text,
-            "question": "who?",
-            "answers": [{"text": "the pain", "answer_start": text.index("the p")}],
-        },
-        2: {"context": "of it", "question": "who?", "answers": [], "is_impossible": True},
-    }
-    context = _context(SPANS, tokenizer, [], max_tokens=30, options={"no_answer": True, "doc_stride": 10})
-    outputs = []
-    for line, row in rows.items():
-        for sample in _samples(SPANS.encode(row, line, context, file="f")):
-            values = np.full((len(sample.tokens), 2), -5.0, np.float32)
-            values[sample.columns["start"], 0] = values[sample.columns["end"], 1] = 5.0
-            outputs.append(Output(sample, values))
-    found = SPANS.metrics(outputs, rows, context)
-
-    assert len(outputs) > 3
-    assert (found["exact"], found["f1"], found["has_answer_f1"], found["no_answer_f1"]) == (1.0, 1.0, 1.0, 1.0)
-    assert found["best_f1"] == 1.0
-    alone = _context(SPANS, tokenizer, [], max_tokens=30, options={"doc_stride": 10})
-    assert SPANS.metrics(outputs[:-1], {1: rows[1]}, alone) == {"exact": 1.0, "f1": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -440,7 +347,7 @@ def test_the_task_file_is_the_format_that_was_trained(
     tokenizer: Tokenizer, recipe: Recipe, row: Mapping[str, Any], kind: type
 ) -> None:
     """Through JSON and back the server reads the labels, sizes and markers that the recipe used."""
-    context = _context(recipe, tokenizer, [row], max_tokens=77)
+    context = context_of(recipe, tokenizer, [row], max_tokens=77)
     document = json.loads(json.dumps(recipe.task_file(context)))
     format_ = task_format(document)
 
