@@ -67,6 +67,14 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMI
         time.sleep(0.02)
 
 
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in ("Z", "X")
+    except OSError:
+        return True
+
+
 # -- PostgreSQL -------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +86,6 @@ class Cluster:
     binaries: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
-    count: int = field(default=0)
 
     def start(self) -> None:
         """Until it answers."""
@@ -95,11 +102,12 @@ class Cluster:
         self.process.wait(LIMIT_S)
 
     def database(self) -> str:
-        """A new, empty database: its URL."""
-        self.count += 1
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE jobs{self.count}")  # type: ignore[call-overload]  # no user's text
-        return self.url(f"jobs{self.count}")
+        """The URL of an empty database: one for all tests, emptied for each."""
+        url = self.url("postgres")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        return url
 
     def url(self, name: str) -> str:
         """The URL of a database."""

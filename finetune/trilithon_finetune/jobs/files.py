@@ -93,9 +93,8 @@ class Upload:
         if self._bytes == 0:
             raise _invalid("file", "empty", "a file must have at least 1 byte. Given: none.")
         if self._wanted not in (None, digest):
-            raise _invalid(
-                "sha256", "digest_mismatch", f"the bytes that came have SHA-256 {digest}. Given: {self._wanted}."
-            )
+            message = f"sha256 must be that of the bytes, which is {digest}. Given: {self._wanted}."
+            raise _invalid("sha256", "digest_mismatch", message)
         with _disk():
             self._file.flush()
             os.fsync(self._file.fileno())
