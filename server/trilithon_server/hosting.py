@@ -60,6 +60,7 @@ class _Hosted:
     """Why it will not be there; a new error for each request, since errors carry their request's id."""
     task: asyncio.Task[None] | None = None
     started: bool = False
+    stopping: bool = False
 
     @property
     def ready(self) -> bool:
@@ -69,7 +70,7 @@ class _Hosted:
     @property
     def idle(self) -> bool:
         """Whether it may be stopped."""
-        return self.started and not self.users and not self.client.in_flight
+        return self.started and not self.stopping and not self.users and not self.client.in_flight
 
     def wake(self) -> None:
         """Let everyone who waits for it go on, or fail with its error."""
@@ -112,6 +113,7 @@ class Hosting:
         self._hosted: dict[tuple[str, str, str], _Hosted] = {}
         self._failed: dict[tuple[str, str, str], tuple[float, str]] = {}  # when, and the reason
         self._running: dict[str, _Hosted] = {}  # by engine name: those that hold a slot
+        self._ends: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Lock()
         self._changed = asyncio.Event()
         self._count = 0
@@ -191,11 +193,11 @@ class Hosting:
     async def stop(self) -> None:
         """Disconnect from every hosted engine; their ranks end with the supervisor. Idempotent."""
         self._draining = True
-        everyone = list(self._hosted.values())
-        for hosted in everyone:
-            if hosted.task is not None:
-                hosted.task.cancel()
-        await asyncio.gather(*(hosted.task for hosted in everyone if hosted.task is not None), return_exceptions=True)
+        everyone = {*self._hosted.values(), *self._running.values()}
+        tasks = [hosted.task for hosted in everyone if hosted.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._ends, return_exceptions=True)
         await asyncio.gather(*(_end(hosted) for hosted in everyone))
 
     # -- waiting --------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ class Hosting:
                 self._forget(hosted)
                 return
             hosted.started = True
-            spec, hosted.model = await asyncio.to_thread(self._prepare, hosted)
+            spec, model = await asyncio.to_thread(self._prepare, hosted)
         except (ModelRefused, OSError, ValueError) as error:
             self._fail(hosted, str(error))
             return
@@ -266,7 +268,10 @@ class Hosting:
             _log.error("internal_error", extra={"model": hosted.entry.name}, exc_info=error)
             self._fail(hosted, "the server could not read it; its log has the cause.")
             return
+        if hosted.stopping:  # everyone who waited has left meanwhile, and another model has its place
+            return
         _log.info("hosting", extra={"engine": hosted.engine.name, "model": hosted.entry.name})
+        hosted.model = model
         self._metrics.watch_engine(hosted.entry.name, hosted.client)
         await hosted.client.start()
         self._report(event="engine_start", name=hosted.engine.name, spec=spec)
@@ -297,6 +302,7 @@ class Hosting:
 
     async def _stop(self, hosted: _Hosted) -> None:
         """Take an idle engine out of service and wait until its ranks are gone."""
+        hosted.stopping = True
         self._hosted.pop(_key(hosted.entry), None)  # who asks for it from here on begins anew
         _log.info("hosting_ends", extra={"engine": hosted.engine.name, "model": hosted.entry.name})
         hosted.client.drain()
@@ -317,7 +323,9 @@ class Hosting:
         self._failed[_key(hosted.entry)] = (time.monotonic(), reason)
         self._forget(hosted)
         hosted.wake()
-        hosted.task = asyncio.create_task(_end(hosted), name=f"{hosted.engine.name}-end")
+        end = asyncio.create_task(_end(hosted), name=f"{hosted.engine.name}-end")
+        self._ends.add(end)
+        end.add_done_callback(self._ends.discard)
 
     def _forget(self, hosted: _Hosted) -> None:
         """Free its slot."""
