@@ -9,9 +9,9 @@ Client library and command for Trilithon servers.
 Importing it loads neither the HTTP nor the gRPC library: the first client does.
 """
 
-from trilithon._async_client import AsyncClient, AsyncModels
+from trilithon._async_client import AsyncClient
 from trilithon._async_jobs import AsyncFiles, AsyncJobs
-from trilithon._client import Client, Models
+from trilithon._client import Client
 from trilithon._extract import AsyncExtract, EntityInput, Extract, Mention
 from trilithon._extract_types import (
     AnnotatedText,
@@ -39,6 +39,7 @@ from trilithon._job_types import (
     MetricsRow,
 )
 from trilithon._jobs import Files, Jobs
+from trilithon._models import AsyncModels, Models
 from trilithon._parameters import (
     CallOptions,
     ChatOptions,
@@ -68,6 +69,7 @@ from trilithon._types import (
     Token,
     Tokenization,
     Tokenized,
+    Unloaded,
     Usage,
 )
 from trilithon._version import __version__
@@ -175,6 +177,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "Unloaded",
     "Usage",
     "Violation",
     "__version__",

@@ -12,6 +12,7 @@ from trilithon._async_jobs import AsyncFiles, AsyncJobs
 from trilithon._client import DEFAULT_TIMEOUT_S
 from trilithon._decode import decode
 from trilithon._extract import AsyncExtract
+from trilithon._models import AsyncModels
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
@@ -21,9 +22,7 @@ from trilithon._transport import (
     DETOKENIZE,
     EMBED,
     GENERATE,
-    GET_MODEL,
     HEALTH,
-    LIST_MODELS,
     RENDER,
     SCORE,
     TOKENIZE,
@@ -39,8 +38,6 @@ from trilithon._types import (
     Completions,
     Embeddings,
     Health,
-    Model,
-    ModelPage,
     Rendered,
     Scores,
     Texts,
@@ -321,27 +318,6 @@ class AsyncClient:
             max_retries=self._max_retries if max_retries is None else max_retries,
             tell_server=timeout is not None,
         )
-
-
-class AsyncModels:
-    """What is served; reached as `client.models`."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-
-    async def list(self, *, kind: str | None = None, **options: Unpack[CallOptions]) -> tuple[Model, ...]:
-        """Every model that the key may see, or those of one kind: base, adapter, merged, alias or encoder."""
-        found: tuple[Model, ...] = ()
-        while True:
-            fields = _requests.plain("list", {"kind": kind, "after": found[-1].id if found else None}, options)
-            page = await self._client._call(LIST_MODELS, fields, options, ModelPage)
-            found += page.data
-            if not page.has_more or not page.data:
-                return found
-
-    async def get(self, id: str, **options: Unpack[CallOptions]) -> Model:
-        """One model. Raises NotFound."""
-        return await self._client._call(GET_MODEL, _requests.plain("get", {"id": id}, options), options, Model)
 
 
 async def _sleep(delay_s: float) -> None:

@@ -12,6 +12,7 @@ from trilithon._address import settings_for
 from trilithon._decode import decode
 from trilithon._extract import Extract
 from trilithon._jobs import Files, Jobs
+from trilithon._models import Models
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
@@ -21,9 +22,7 @@ from trilithon._transport import (
     DETOKENIZE,
     EMBED,
     GENERATE,
-    GET_MODEL,
     HEALTH,
-    LIST_MODELS,
     RENDER,
     SCORE,
     TOKENIZE,
@@ -39,8 +38,6 @@ from trilithon._types import (
     Completions,
     Embeddings,
     Health,
-    Model,
-    ModelPage,
     Rendered,
     Scores,
     Texts,
@@ -329,27 +326,6 @@ class Client:
             max_retries=self._max_retries if max_retries is None else max_retries,
             tell_server=timeout is not None,
         )
-
-
-class Models:
-    """What is served; reached as `client.models`."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def list(self, *, kind: str | None = None, **options: Unpack[CallOptions]) -> tuple[Model, ...]:
-        """Every model that the key may see, or those of one kind: base, adapter, merged, alias or encoder."""
-        found: tuple[Model, ...] = ()
-        while True:
-            fields = _requests.plain("list", {"kind": kind, "after": found[-1].id if found else None}, options)
-            page = self._client._call(LIST_MODELS, fields, options, ModelPage)
-            found += page.data
-            if not page.has_more or not page.data:
-                return found
-
-    def get(self, id: str, **options: Unpack[CallOptions]) -> Model:
-        """One model. Raises NotFound."""
-        return self._client._call(GET_MODEL, _requests.plain("get", {"id": id}, options), options, Model)
 
 
 def _connect(settings: Settings) -> Transport:

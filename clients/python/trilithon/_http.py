@@ -274,7 +274,7 @@ def _request(
     content: bytes | None = None
     fields = {name: value for name, value in fields.items() if name not in (*names, *operation.headers)}
     fields = operation.write(fields) if operation.write is not None else fields
-    if method == "POST":
+    if method in ("POST", "PUT"):
         headers["content-type"] = "application/json"
         try:
             content = json.dumps(body(operation, fields, attempt, stream=stream), allow_nan=False).encode()

@@ -145,6 +145,9 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "classify": _with_meta(extract_pb2.ClassifyRequest),
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
+    "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
+    "unload_adapter": lambda fields: models_pb2.UnloadAdapterRequest(**fields),
+    "set_alias": lambda fields: models_pb2.SetAliasRequest(**fields),
     **_job_messages.REQUESTS,
 }
 """Operation name -> its request message from field values."""
@@ -163,6 +166,9 @@ RESPONSES: Mapping[str, type[Message]] = {
     "classify": extract_pb2.ClassifyResponse,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
+    "load_adapter": models_pb2.Model,
+    "unload_adapter": models_pb2.UnloadAdapterResponse,
+    "set_alias": models_pb2.Model,
     **_job_messages.RESPONSES,
 }
 """Operation name -> its answer's message."""

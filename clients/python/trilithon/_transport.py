@@ -23,6 +23,7 @@ from trilithon._types import (
     Scores,
     Texts,
     Tokenization,
+    Unloaded,
 )
 from trilithon.errors import TrilithonError
 
@@ -70,10 +71,19 @@ CLASSIFY = Operation(
 )
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
+LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
+UNLOAD_ADAPTER = Operation(
+    "unload_adapter",
+    "DELETE /v1/adapters/{id}",
+    f"{_V1}ModelsService/UnloadAdapter",
+    Unloaded,
+    write=lambda fields: {name: str(value).lower() for name, value in fields.items()},
+)
+SET_ALIAS = Operation("set_alias", "PUT /v1/aliases/{alias}", f"{_V1}ModelsService/SetAlias", Model)
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, LIST_MODELS,
-    GET_MODEL, HEALTH,
+    GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, HEALTH,
 )  # fmt: skip
 
 

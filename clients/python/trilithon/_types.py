@@ -267,6 +267,13 @@ class Model(_Answer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unloaded(_Answer):
+    """What an adapter's unloading found: `requests_in_flight` were at work with it, and end as they would have."""
+
+    requests_in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPage(_Answer):
     """One page of models."""
 
