@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_finetune.data.batches import MicroBatch, Order, heaviest_step, in_order, share
@@ -15,6 +15,7 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)
 LONG_OR_SHORT = st.lists(st.integers(1, 2 * CAPACITY), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, window=st.integers(1, 20), seed=st.integers(0, 99))
 def test_bins_hold_each_sample_once_and_no_more_than_fits(lengths: list[int], window: int, seed: int) -> None:
     """
@@ -28,6 +29,7 @@ def test_bins_hold_each_sample_once_and_no_more_than_fits(lengths: list[int], wi
     assert pack_shuffled(lengths, CAPACITY, window=window, seed=seed) == bins
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_bins_are_at_least_half_full_on_average(lengths: list[int]) -> None:
     """Two half-empty bins would have been one, so there are at most twice as many as the tokens need."""
@@ -45,6 +47,7 @@ def test_a_sample_beyond_the_capacity_is_named() -> None:
     assert raised.value.code == "E-DATA-021"
 
 
+@settings(deadline=None)
 @given(num_units=st.integers(1, 40), batch_size=st.integers(1, 12), seed=st.integers(0, 2**31 - 1), data=st.data())
 def test_every_epoch_sees_every_unit_once(num_units: int, batch_size: int, seed: int, data: st.DataObject) -> None:
     """The steps of an epoch are a permutation of all units, the last batch kept, and each epoch has its own."""
@@ -68,6 +71,7 @@ def test_E9_a_step_needs_no_history() -> None:
     assert order.units(0) != Order(50, 8, 8).units(0)
 
 
+@settings(deadline=None)
 @given(lengths=LONG_OR_SHORT, dp=st.integers(1, 5), multiple=st.integers(1, 3))
 def test_E8_micro_batches_share_a_step(lengths: list[int], dp: int, multiple: int) -> None:
     """

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from finetune_data.data_fixtures import MakeContext
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT_TEMPLATE, TURN_END, TURN_START
 
@@ -92,6 +92,7 @@ def _learned(sample: Sample, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None)
 @given(messages=CHATS)
 def test_E4_training_tokens_are_the_servers(
     decoder_context: Context, name: str, messages: list[dict[str, Any]]
@@ -129,6 +130,7 @@ def _text(ids: list[int], context: Context) -> bytes:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@settings(deadline=None)
 @given(messages=CHATS)
 def test_S10_no_message_spells_a_special_token(
     decoder_context: Context, name: str, messages: list[dict[str, Any]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from finetune_data.data_fixtures import MakeContext, WriteRows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_finetune.config import JobConfig, parse_config
@@ -56,6 +56,7 @@ def _samples(draw: st.DrawFn) -> list[Sample]:
     return samples
 
 
+@settings(deadline=None)
 @given(train=_samples(), valid=_samples())
 def test_samples_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, train: list[Sample], valid: list[Sample]

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_finetune.data.findings import Finding
@@ -136,14 +136,14 @@ def test_R11_broken_gzip_names_the_line() -> None:
 
 def test_S10_a_huge_line_is_counted_not_held(tmp_path: Path) -> None:
     """
-    A line of 2 GB is one finding; the row behind it is read; the process never holds more than some blocks.
+    A line of 256 MB is one finding; the row behind it is read; the process never holds more than some blocks.
 
-    Inverse check: with a file read line by line (`for line in file`) the peak is above 2 GB.
+    Inverse check: with a file read line by line (`for line in file`) the peak is above 256 MB.
     """
     path = tmp_path / "train.jsonl"
     with path.open("wb") as file:
         file.write(b'{"a": 1}\n')
-        file.seek(2 << 30)
+        file.seek(256 << 20)
         file.write(b'\n{"a": 3}\n')
     script = (
         "import sys; from pathlib import Path\n"
@@ -157,9 +157,10 @@ def test_S10_a_huge_line_is_counted_not_held(tmp_path: Path) -> None:
     found, grown = json.loads(done.stdout.replace("(", "[").replace(")", "]").replace("'", '"'))
 
     assert found == [["row", 1], ["E-DATA-005", 2], ["row", 3]]
-    assert grown < 64 << 20
+    assert grown < 32 << 20
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=300))
 def test_S10_any_bytes_give_rows_and_findings(content: bytes) -> None:
     """Whatever a file holds, reading it ends, raises nothing, and tells of every line at most once."""
@@ -180,6 +181,7 @@ LINES = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(lines=LINES, ends=st.sampled_from([b"\n", b"\r\n"]), block=st.integers(3, 50))
 def test_reading_does_not_depend_on_blocks(lines: list[bytes], ends: bytes, block: int) -> None:
     """Rows and findings are the same however the file is cut into blocks, packed or plain."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from finetune_data.data_fixtures import MakeContext, WriteRows
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilithon_finetune.data.check import check_file
@@ -203,6 +203,7 @@ def test_bad_rows_may_be_allowed(make_context: MakeContext, write_rows: WriteRow
     assert allowed_rows(allowed, 10) == int(allowed if allowed >= 1 else allowed * 10)
 
 
+@settings(deadline=None)
 @given(lines=st.lists(st.integers(0, 30), max_size=60), most=st.integers(0, 10))
 def test_the_first_findings_are_kept_and_all_are_counted(lines: list[int], most: int) -> None:
     """
@@ -250,6 +251,7 @@ ROWS = (
 
 
 @pytest.mark.parametrize("task", ["lm", "sft", "dpo", "mlm", "answer_qa", "yes_no_maybe"])
+@settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.one_of(ROWS.map(lambda row: json.dumps(row).encode()), st.binary(max_size=30)), max_size=4))
 def test_S10_any_file_gives_a_report(
     decoder_context: Context, encoder_context: Context, task: str, rows: list[bytes]
