@@ -72,6 +72,7 @@ def train() -> None:
     steps = JOB["config"]["options"].get("steps", 3)
     latest = JOB_DIR / "run" / "latest"
     done = int(latest.read_text()) if latest.exists() else 0
+    event("gang_started", "ranks have met", ranks=int(os.environ["WORLD_SIZE"]))
     event("running", "goes", total_steps=steps)
     for step in range(done + 1, steps + 1):
         time.sleep(JOB["config"]["options"].get("step_s", 0.0))
@@ -96,7 +97,10 @@ def main() -> None:
     if ACTIVE and WISH.get("block") and WISH.get("rank", RANK) == RANK:
         block()
     if ACTIVE and "error" in WISH and WISH.get("rank", RANK) == RANK:
-        result({"ok": False, "error": WISH["error"]}, f"train-{RANK}" if NAME == "train" else NAME)
+        result(
+            {"ok": False, "error": WISH["error"], "data": {"report": {"rows": 2}}},
+            f"train-{RANK}" if NAME == "train" else NAME,
+        )
     if ACTIVE and "exit" in WISH and WISH.get("rank", RANK) == RANK:
         sys.exit(WISH["exit"])
     if ACTIVE and "signal" in WISH and WISH.get("rank", RANK) == RANK:
@@ -114,6 +118,8 @@ def main() -> None:
         data = {"digest": DIGEST, "bytes": 17, "kind": "adapter", "step": steps}
         (JOB_DIR / "results").mkdir(exist_ok=True)
         (JOB_DIR / "results" / "step_metrics.csv").write_text("step,train_loss\n1,1.0\n")
+    if NAME == "prepare":
+        event("prepared", "3 rows are prepared", rows=3)
     result({"ok": True, "data": data})
 
 

@@ -131,7 +131,7 @@ def test_R10_clear_kills_what_was_left_behind(directory: Path) -> None:
     asked: list[int] = []
 
     assert LocalLauncher().clear(directory / "lock", limit_s=60.0, check=lambda: asked.append(1))
-    assert gone(pid)
+    wait_until(lambda: gone(pid), "the rank is gone")
     assert asked
     assert _end(handle).code == 128 + signal.SIGKILL
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -40,6 +41,7 @@ def test_job_walks_through_its_phases_and_is_served(store: Store) -> None:
     assert [item.step for item in checkpoints.data] == [12, 10, 8, 6, 4, 2]
     assert [item.verified for item in checkpoints.data] == [True, False, False, False, False, False]
     assert ranks == {"0", "1"}
+    assert next(event for event in store.events(job) if event.kind == "prepared").data == {"rows": 3}
     assert store.jobs.get_file(done.result_files[0], tenant=TENANT).filename == "step_metrics.csv"
 
 
@@ -70,6 +72,7 @@ def test_users_error_of_a_phase_ends_the_job(store: Store, phase: str) -> None:
     assert done.error is not None
     assert (done.error.code, done.error.kind, done.error.attempt) == ("nan_loss", "user", 1)
     assert done.error.rank == (0 if phase == "train" else -1)
+    assert done.report == ({"rows": 2} if phase == "validate" else {"rows": 3})
     assert "retry_scheduled" not in store.kinds(job)
 
 
@@ -264,3 +267,22 @@ def test_job_file_says_what_phases_need(store: Store) -> None:
     assert document["model_dir"] == str(store.jobs.paths.root / "base")
     assert document["training_path"] == str(store.jobs.file_path(store.file_id, tenant=TENANT))
     assert (document["name"], document["base_digest"], document["validation_path"]) == (job.name, "b" * 64, None)
+    assert (document["training_name"], document["adapter_dir"]) == ("rows.jsonl", None)
+
+
+def test_job_goes_on_from_an_adapter_that_another_made(make_store: Callable[..., Store]) -> None:
+    """The base's directory and the adapter's are both told, and the result is an adapter of the same base."""
+    store = make_store(None)
+    first = store.create()
+    store.work()
+    second = store.create(model=first.name, suffix="more")
+    store.work()
+
+    document = json.loads(store.jobs.paths.job(second.id).spec.read_text())
+    entry = Catalog(store.jobs.paths.models).get(second.name, tenant=TENANT)
+    assert store.get(second).state is S.SUCCEEDED
+    assert document["model_dir"] == str(store.jobs.paths.root / "base")
+    assert document["adapter_dir"] == str(store.jobs.paths.job(first.id).export)
+    assert second.name == f"ft:base:more:{second.id.removeprefix('ftjob-')}"
+    assert entry is not None
+    assert entry.base == "base"

@@ -42,13 +42,14 @@ def deploy(
         CatalogConflict: the name means another digest. CatalogError: the catalogue cannot be written.
     """
     settings = Deploy.model_validate((job.resolved or job.config)["deploy"])
+    begun = catalog.get(job.model, tenant=job.tenant)
     name = checkpoint_name(job.name, step) if checkpoint else job.name
     check()
     catalog.register(
         CatalogEntry(
             name=name,
             kind=kind,
-            base=job.model,
+            base=begun.base if begun is not None and begun.kind == "adapter" else job.model,
             base_digest=job.base_digest,
             path=path.resolve(),
             digest=digest,

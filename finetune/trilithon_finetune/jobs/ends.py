@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from trilithon_finetune.errors import JobError
 from trilithon_finetune.jobs.leases import Lease
@@ -46,11 +48,14 @@ def rest(lease: Lease, *, error: JobError | None = None) -> None:
     lease.write(Move(S.PAUSED, (event,)), values=values, release=True, wait_s=0, ending=ending)
 
 
-def give_up(lease: Lease, error: JobError, *, settings: WorkerSettings) -> None:
+def give_up(lease: Lease, error: JobError, *, settings: WorkerSettings, found: Mapping[str, Any] | None = None) -> None:
     """
     The attempt could not go on: another one later where that can help, a rest where room is needed, else the end.
 
     A job that its owner wants cancelled ends so, whatever happened.
+
+    Args:
+        found: columns that the failed phase has filled, for the job's end.
     """
     job = lease.job
     error = replace(error, attempt=job.attempt)
@@ -75,7 +80,7 @@ def give_up(lease: Lease, error: JobError, *, settings: WorkerSettings) -> None:
     else:
         event = NewEvent(kind="failed", level="error", message=error.message, data=error.to_json())
         ending = Ending(outcome="failed", cause=error.message, rank=error.rank)
-        final = {"error": error.to_json(), "failures": job.failures + 1}
+        final = {**(found or {}), "error": error.to_json(), "failures": job.failures + 1}
         lease.write(Move(S.FAILED, (event,)), values=final, release=True, ending=ending)
 
 

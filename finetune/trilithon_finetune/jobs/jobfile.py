@@ -13,7 +13,7 @@ from trilithon import _store
 from trilithon.errors import NotFound
 from trilithon_finetune.errors import JobError
 from trilithon_finetune.jobs.outcome import AttemptFailed
-from trilithon_finetune.jobs.records import Job
+from trilithon_finetune.jobs.records import File, Job
 from trilithon_finetune.jobs.service import Jobs
 from trilithon_server.catalog import Catalog
 
@@ -31,15 +31,20 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
         AttemptFailed: `model_not_found`, or a file of the job is gone.
     """
     paths = jobs.paths.job(job.id)
-    validation = None if job.validation_file is None else str(_file(jobs, job, job.validation_file, "validation"))
+    training = _file(jobs, job, job.training_file, "training")
+    validation = None if job.validation_file is None else _file(jobs, job, job.validation_file, "validation")
+    model, adapter = _model(job, catalog=catalog, models=models)
     document = {
         "job_id": job.id,
         "tenant": job.tenant,
         "name": job.name,
         "config": job.resolved or job.config,
-        "model_dir": str(model_directory(job, catalog=catalog, models=models)),
-        "training_path": str(_file(jobs, job, job.training_file, "training")),
-        "validation_path": validation,
+        "model_dir": str(model),
+        "adapter_dir": None if adapter is None else str(adapter),
+        "training_path": str(jobs.paths.file(training.sha256)),
+        "training_name": training.filename,
+        "validation_path": None if validation is None else str(jobs.paths.file(validation.sha256)),
+        "validation_name": None if validation is None else validation.filename,
         "store": str(jobs.paths.root),
         "base_digest": job.base_digest,
         "data_digest": job.data_digest,
@@ -58,17 +63,19 @@ def revoke_lease(directory: Path) -> None:
     (directory / LEASE_FILE).unlink(missing_ok=True)
 
 
-def model_directory(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> Path:
-    """The directory of a job's base model. Raises AttemptFailed."""
-    name = job.model
+def _model(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> tuple[Path, Path | None]:
+    """The directory of a job's base model, and of the adapter that it goes on from. Raises AttemptFailed."""
+    entry = None if job.model in models else catalog.get(job.model, tenant=job.tenant)
+    if entry is None:
+        return _base(job.model, models), None
+    if entry.kind == "model":
+        return entry.path, None
+    return _base(entry.base, models), entry.path
+
+
+def _base(name: str, models: Mapping[str, Path]) -> Path:
     if name in models:
         return models[name].resolve()
-    entry = catalog.get(name, tenant=job.tenant)
-    if entry is not None:
-        if entry.kind == "model":
-            return entry.path
-        message = f"model must be a whole model. Given: {name!r}, an adapter of {entry.base!r}."
-        raise AttemptFailed(JobError(code="model_not_found", param="model", message=message, hint="Name its base."))
     if os.path.isabs(name) and Path(name).is_dir():
         return Path(name).resolve()
     held = {model.name: model for model in _store.list_models() if not model.problem}
@@ -81,9 +88,9 @@ def model_directory(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -
     )
 
 
-def _file(jobs: Jobs, job: Job, file_id: str, kind: str) -> Path:
+def _file(jobs: Jobs, job: Job, file_id: str, kind: str) -> File:
     try:
-        return jobs.file_path(file_id, tenant=job.tenant)
+        return jobs.get_file(file_id, tenant=job.tenant)
     except NotFound:
         code, message = f"invalid_{kind}_file", f"{kind}_file {file_id} is not there any more."
         raise AttemptFailed(JobError(code=code, param=f"{kind}_file", message=message)) from None

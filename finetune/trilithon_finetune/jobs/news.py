@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from trilithon_finetune.jobs.queue import Move
 from trilithon_finetune.jobs.records import Progress
 from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.jobs.states import JobState
-from trilithon_finetune.jobs.tailing import News, Tail
+from trilithon_finetune.jobs.tailing import MOVE_KINDS, News, Tail
 from trilithon_server.catalog import Catalog, CatalogConflict
 
 _EVENTS_FILE = "events.jsonl"
@@ -29,6 +30,7 @@ class NewsDesk:
         progress = replace(lease.job.progress, seconds_remaining=None)
         path = self._paths.attempt(lease.job.attempt) / _EVENTS_FILE
         self._tail = Tail(path, lease.claim.events_offset, progress)
+        self._words: dict[str, NewEvent] = {}
 
     def catch_up(self) -> bool:
         """
@@ -41,7 +43,8 @@ class NewsDesk:
         if news is None:
             return True
         starts = news.running and self._lease.job.state is JobState.STARTING
-        events = news.events
+        self._words |= {event.kind: event for event in news.events if event.kind in MOVE_KINDS}
+        events = tuple(event for event in news.events if event.kind not in MOVE_KINDS)
         if starts and not any(event.kind == "running" for event in events):
             events = (NewEvent(kind="running", message="Training runs."), *events)
         self._lease.write_news(
@@ -52,6 +55,10 @@ class NewsDesk:
         )
         self._tail.accept(news)
         return False
+
+    def told(self, kind: str, message: str, data: Mapping[str, Any] | None = None) -> NewEvent:
+        """The event of a move, in the words of the phase where it had some."""
+        return self._words.get(kind) or NewEvent(kind=kind, message=message, data=data or {})
 
     def serve(
         self, path: Path, *, kind: Literal["adapter", "model"], digest: str, step: int, checkpoint: bool

@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ _DISK_FULL_BYTES = 1 << 20  # less free space than this, and a phase could not e
 
 
 class AttemptFailed(Exception):
-    """An attempt cannot go on; `error` says why."""
+    """An attempt cannot go on; `error` says why, `data` is what the phase has found out all the same."""
 
-    def __init__(self, error: JobError) -> None:
+    def __init__(self, error: JobError, data: Mapping[str, Any] | None = None) -> None:
         super().__init__(error.message)
-        self.error = error
+        self.error, self.data = error, data or {}
 
 
 def phase_data(directory: Path, phase: str, ended: Exit) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def phase_data(directory: Path, phase: str, ended: Exit) -> dict[str, Any]:
         if result is not None and result.get("ok") is True and isinstance(result.get("data"), dict):
             return dict(result["data"])
         raise AttemptFailed(bug(f"The phase {phase} ended well and left no result."))
-    raise AttemptFailed(error_of(directory, phase, ended))
+    left = (_read(directory / f"{phase}.json") or {}).get("data")
+    raise AttemptFailed(error_of(directory, phase, ended), left if isinstance(left, dict) else None)
 
 
 def error_of(directory: Path, phase: str, ended: Exit) -> JobError:

@@ -18,8 +18,11 @@ def result_name(job_id: str, config: Mapping[str, Any]) -> str:
 
     >>> result_name("ftjob-0k2j4h5g6f7d8s9a0q1w", {"model": "/models/gpt2", "suffix": "faq"})
     'ft:gpt2:faq:0k2j4h5g6f7d8s9a0q1w'
+
+    A job that goes on from another's result is named after that one's base.
     """
-    base = str(config["model"]).rstrip("/").rpartition("/")[2]
+    model = str(config["model"])
+    base = model.split(":")[1] if model.startswith("ft:") else model.rstrip("/").rpartition("/")[2]
     return f"ft:{base}:{config.get('suffix') or ''}:{job_id.removeprefix('ftjob-')}"
 
 

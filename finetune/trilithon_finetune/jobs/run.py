@@ -12,6 +12,7 @@ the owner's wish is obeyed. No transaction is open meanwhile. Whatever ends an a
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import threading
 import time
@@ -79,7 +80,9 @@ class JobRun:
             except Interrupted as interrupted:
                 self._interrupted(interrupted.reason)
             except AttemptFailed as failed:
-                give_up(self._lease, failed.error, settings=self._settings)
+                names = ("report", "estimate") if self._lease.job.state is S.VALIDATING else ()
+                found = {name: failed.data[name] for name in names if name in failed.data}
+                give_up(self._lease, failed.error, settings=self._settings, found=found)
             except LeaseLost:
                 raise
             except Exception as error:  # whatever it was, the job must not hang on it
@@ -101,23 +104,27 @@ class JobRun:
         data = self._phase("validate")
         values = {name: data.get(name) for name in ("resolved", "report", "estimate", "seed")}
         values |= {name: data.get(name) or "" for name in ("base_digest", "data_digest", "template_digest")}
-        moves = [Move(S.QUEUED, (_event("validated", "Configuration and data are sound; the job is in the queue."),))]
+        moves = [
+            Move(
+                S.QUEUED, (self._news.told("validated", "Configuration and data are sound; the job is in the queue."),)
+            )
+        ]
         if self._lease.look() == "pause":
             moves.append(Move(S.PAUSED, (_event("paused", "The job rests until it is resumed."),)))
         self._lease.write(*moves, values={**values, "next_attempt": self._attempt}, release=True)
 
     def _work(self) -> None:
         self._phase("prepare")
-        self._move(S.STARTING, _event("prepared", "The data is prepared."))
+        self._move(S.STARTING, self._news.told("prepared", "The data is prepared."))
         self._train()
-        self._move(S.EXPORTING, _event("export_started", "The result is being written."))
+        self._move(S.EXPORTING, self._news.told("export_started", "The result is being written."))
         exported = self._phase("export")
-        started = _event("verify_started", "It is read back and compared with what was trained.")
-        self._move(S.VERIFYING, _event("exported", "The result is written.", exported), started)
+        started = self._news.told("verify_started", "It is read back and compared with what was trained.")
+        self._move(S.VERIFYING, self._news.told("exported", "The result is written.", exported), started)
         verified = self._phase("verify")
         served = self._serve(exported)
         files, warnings = collect_results(self._jobs, self._lease.job)
-        events = (_event("verified", "The result is what was trained.", verified), served, *warnings)
+        events = (self._news.told("verified", "The result is what was trained.", verified), served, *warnings)
         done = _event("succeeded", f"The job is done; its result is {self._lease.job.name}.")
         result = {"export": exported, "verify": verified}
         self._lease.write(
@@ -136,10 +143,8 @@ class JobRun:
         layout = self._config["parallel"]
         nproc = layout["tp"] * layout["pp"] * layout["dp"]
         handle = self._start("train", self._settings.train_command, nproc=nproc)
-        started = Move(None, (_event("gang_started", f"{nproc} ranks are started.", {"ranks": nproc}),))
-        ended = self._watch(
-            "train", handle, first=lambda: self._lease.write(started, values={"launch_handle": handle.token()})
-        )
+        note = functools.partial(self._lease.write, Move(), values={"launch_handle": handle.token()})
+        ended = self._watch("train", handle, first=note)
         if ended.code != 0:
             raise AttemptFailed(error_of(self._directory, "train", ended))
         if self._lease.job.state is S.STARTING:

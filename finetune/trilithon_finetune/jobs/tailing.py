@@ -21,6 +21,7 @@ from trilithon_finetune.jobs.records import Level, Progress
 PHASE_KINDS = frozenset(
     {
         "prepare_progress",
+        "gang_started",
         "weights_loaded",
         "worst_batch_ok",
         "running",
@@ -33,7 +34,10 @@ PHASE_KINDS = frozenset(
         "early_stopped",
     }
 )
-"""Kinds that phases write; all others are the worker's own words."""
+"""Kinds that phases write, stored as they come."""
+
+MOVE_KINDS = frozenset({"validated", "prepared", "export_started", "exported", "verify_started", "verified"})
+"""Kinds that tell of a move: a phase's words for it are kept until the worker makes the move."""
 
 _READ_BYTES = 1 << 20
 _TIMED_STEPS, _LEAST_STEPS = 50, 10  # a median of the last 50 step times, once there are 10
@@ -128,7 +132,7 @@ def _event(line: bytes) -> NewEvent:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         message = f"A phase wrote {len(line)} bytes that are no event."
         return NewEvent(kind="warning", level="warn", message=message)
-    if kind not in PHASE_KINDS:
+    if kind not in PHASE_KINDS | MOVE_KINDS:
         message = f"A phase wrote an event of kind {str(kind)[:32]!r}, which is not its to write: {message}"
         return NewEvent(kind="warning", level="warn", message=message, data=data)
     step = data.get("step") if kind == "step" else None
