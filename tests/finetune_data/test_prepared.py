@@ -56,7 +56,7 @@ def _samples(draw: st.DrawFn) -> list[Sample]:
     return samples
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(train=_samples(), valid=_samples())
 def test_samples_come_back_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, train: list[Sample], valid: list[Sample]
