@@ -24,6 +24,7 @@ from trilithon_server.catalog import Alias, Catalog, CatalogEntry
 from trilithon_server.config import EngineConfig
 from trilithon_server.hosting import Hosting
 from trilithon_server.served import AdapterRef, Call, ServedModel
+from trilithon_server.task_model import known_capabilities
 from trilithon_server.text.template import TEMPLATE_FILE
 from trilithon_server.validation import invalid, nearest, shown
 
@@ -274,6 +275,7 @@ class Names:
         known = running.describe() if running is not None else {"created": entry.created, "digest": entry.digest}
         return {
             **BLANK,
+            "capabilities": known_capabilities(entry.task),
             **known,
             "id": entry.name,
             "kind": "encoder" if entry.task in ENCODER_TASKS else "merged",

@@ -121,10 +121,6 @@ class Service:
         """The first model that can do something, for requests that cannot name one; empty when there is none."""
         return next((name for name, model in self.models.items() if capability in model.capabilities), "")
 
-    def able(self, capability: Capability) -> list[str]:
-        """Every served model that can do something."""
-        return [name for name, model in self.models.items() if capability in model.capabilities]
-
     async def resolve(self, name: str, call: Call) -> ServedModel:
         """The model that a call means, see `Names.resolve`."""
         return await self.names.resolve(name, call)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.tokenizer import Tokenizer
-from trilithon_server.tasks import TASK_FILE, TaskFormat, read_task
+from trilithon_server.tasks import FORMATS, TASK_FILE, TaskFormat, read_task
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import WordPieces
 from trilithon_server.tasks.relations import RelationFormat
@@ -44,6 +44,16 @@ class TaskModel:
     def capability(self) -> TaskCapability:
         """What requests call it."""
         return CAPABILITIES[type(self.format)]
+
+
+def known_capabilities(task: str) -> list[str]:
+    """
+    What a model can do that a job of this task made; empty for other tasks, where its directory must be read.
+
+    >>> known_capabilities("ner"), known_capabilities("sft")
+    (['annotate', 'embed', 'tokenize'], [])
+    """
+    return [CAPABILITIES[FORMATS[task]], "embed", "tokenize"] if task in FORMATS else []
 
 
 def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> TaskModel | None:

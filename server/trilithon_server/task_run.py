@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trilithon.errors import DeadlineExceeded, InvalidArgument
+from trilithon_server.adapters import MAX_SHOWN
 from trilithon_server.assembly import engine_error
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineStream
@@ -67,17 +68,17 @@ class TaskRun:
         """The model of that name; parameters are checked against it."""
         model = await self.service.resolve(name, self.call)
         if model.task is None or model.task.capability != capability:
-            able = self.service.able(capability)
-            others = (
-                f"Models that can: {', '.join(f'`{other}`' for other in able)}." if able else "None served here can."
-            )
-            can = ", ".join(model.capabilities)
-            raise InvalidArgument(
-                f"model `{model.name}` cannot {_VERBS[capability]}. It can: {can}. {others}", code="unsupported_model"
-            )
+            can = f"model `{model.name}` cannot {_VERBS[capability]}. It can: {', '.join(model.capabilities)}."
+            raise InvalidArgument(f"{can} {await self._able(capability)}", code="unsupported_model")
         bounds = model.bounds(self.call.principal, model.ready())
         self.params = validate(self.values, bounds, self.found)
         return model, model.task
+
+    async def _able(self, capability: TaskCapability) -> str:
+        listed = await self.service.names.listing(self.call.principal.tenant)
+        names = [f"`{row['id']}`" for row in listed if capability in row["capabilities"]]
+        more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+        return f"Models that can: {', '.join(names[:MAX_SHOWN])}{more}." if names else "None that is served here can."
 
     def check_texts(self, name: str, texts: Sequence[str], *, single: bool = False, beside: int = 0) -> None:
         """Number, size and soundness; `beside` characters are in the request already."""

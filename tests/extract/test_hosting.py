@@ -84,7 +84,14 @@ def write_catalog(folder: Path, models: dict[str, Path], *, tenant: str = "acme"
     catalog = Catalog(folder)
     for name, path in models.items():
         entry = CatalogEntry(
-            name=name, kind="model", base="base", base_digest="b", path=path, digest=f"d-{name}", tenant=tenant
+            name=name,
+            kind="model",
+            base="base",
+            base_digest="b",
+            path=path,
+            digest=f"d-{name}",
+            tenant=tenant,
+            task="classify" if ":class" in name else "",
         )
         catalog.register(entry)
     return catalog
@@ -232,6 +239,20 @@ def test_a_whole_finetuned_model_writes(hosted: Hosted) -> None:
     assert again.json()["choices"][0]["text"] in ("left", "right")
     assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "model_not_found")
     assert WRITER not in stranger.text.replace(f'no model \\"{WRITER}\\"', "")
+
+
+def test_models_of_the_catalogue_are_listed_with_what_they_can(hosted: Hosted) -> None:
+    """A model that has never run is listed as available with its task; one without the task names those that have."""
+    data = hosted.http.get("/v1/models", headers=bearer(ACME)).json()["data"]
+    rows = {row["id"]: row for row in data}
+    refused = hosted.classify("base").json()["error"]
+    strangers = hosted.http.get("/v1/models", headers=bearer(OTHER)).json()["data"]
+
+    assert rows[CLASSES[3]]["capabilities"] == ["classify", "embed", "tokenize"]
+    assert rows[CLASSES[3]]["state"] in ("available", "ready")
+    assert refused["code"] == "unsupported_model"
+    assert all(name in refused["message"] for name in CLASSES)
+    assert [row["id"] for row in strangers] == ["base"]
 
 
 def test_the_least_recently_used_idle_model_makes_room(hosted: Hosted) -> None:
