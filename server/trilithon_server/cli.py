@@ -61,11 +61,12 @@ def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launc
         loaded = resolve(load_from_args(args), model_dir=find_model)
         check_files(loaded.config)
         encoders = [check_model(engine) for engine in loaded.config.engines]
-        queue = loaded.config.limits.max_queue_requests
-        named = loaded.config.server.catalog is not None
+        started = launch(loaded.config)
+        queue = started.config.limits.max_queue_requests
+        named = started.config.server.catalog is not None
         specs = [
             engine_spec(engine, limits_queue=queue, takes_adapters=named or bool(engine.adapters))
-            for engine in loaded.config.engines
+            for engine in started.config.engines
         ]
         if args.write_spec is not None:
             return _write_spec(args.write_spec, specs)
@@ -73,8 +74,7 @@ def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launc
             raise ConfigError(
                 ["--launch external needs --run-dir. Given: none. Name the directory that the ranks use."]
             )
-        started = launch(choose_ports(loaded.config))
-        config = started.config
+        config = choose_ports(started.config)
     except ConfigError as error:
         return _refuse(error.violations, EXIT_USAGE)
     except ModelRefused as error:

@@ -39,7 +39,7 @@ def test_a_job_is_run_by_the_client(client: Client, served_jobs: JobsServer, tmp
         worker.step(claim, step, train_loss=3.0 - step)
     worker.checkpoint(claim, 3, {"train_loss": 0.0})
     (served_jobs.jobs.paths.job(job.id).run).mkdir(parents=True)
-    rows = "".join(f'{{"step": {step}, "train_loss": {3.0 - step}}}\n' for step in range(1, 4))
+    rows = "".join(f'{{"step": {step}, "loss": {3.0 - step}, "validation": null}}\n' for step in range(1, 4))
     (served_jobs.jobs.paths.job(job.id).run / "metrics.jsonl").write_text(rows)
     events = list(client.jobs.events(job.id))
     worker.succeeded(claim)

@@ -13,12 +13,14 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from trilithon.errors import Conflict, FailedPrecondition, NotFound
-from trilithon_finetune.api.door import Door
 from trilithon_finetune.jobs.records import Checkpoint, File, Job
+from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.jobs.states import JobState
-from trilithon_server.catalog import CatalogConflict
+from trilithon_finetune.paths import StorePaths
+from trilithon_server.catalog import Catalog, CatalogConflict
 from trilithon_server.validation import invalid, shown
 
 MOVES = 8
@@ -29,7 +31,26 @@ _ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NOT_EXPORTED = ("manifest.json", "optim.safetensors.index.json")
 
 
-def export(door: Door, job_id: str, *, tenant: str, step: int | None, format: str | None) -> File:
+class Shelf(Protocol):
+    """Where jobs and what they made lie: a server's door, or the store itself."""
+
+    @property
+    def jobs(self) -> Jobs:
+        """The store."""
+        ...
+
+    @property
+    def paths(self) -> StorePaths:
+        """Its directory."""
+        ...
+
+    @property
+    def catalog(self) -> Catalog:
+        """What is served from it."""
+        ...
+
+
+def export(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: str | None) -> File:
     """
     A zip file of purpose `fine-tune-results`. Blocks.
 
@@ -68,7 +89,7 @@ def export(door: Door, job_id: str, *, tenant: str, step: int | None, format: st
         return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
 
 
-def deploy(door: Door, job_id: str, *, tenant: str, step: int | None, alias: str) -> tuple[str, str]:
+def deploy(door: Shelf, job_id: str, *, tenant: str, step: int | None, alias: str) -> tuple[str, str]:
     """
     Point an alias to what a job made, or to one of its checkpoints. Blocks.
 
@@ -121,7 +142,7 @@ def _require_result(job: Job) -> None:
         )
 
 
-def _checkpoint(door: Door, job: Job, step: int, *, tenant: str) -> Checkpoint:
+def _checkpoint(door: Shelf, job: Job, step: int, *, tenant: str) -> Checkpoint:
     known: list[Checkpoint] = []
     after: str | None = None
     while True:
