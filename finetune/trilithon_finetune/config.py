@@ -228,22 +228,37 @@ def load_config_file(path: Path, *, overrides: tuple[str, ...] = ()) -> JobConfi
     """
     try:
         raw = yaml.safe_load(path.read_text("utf-8"))
-        for item in overrides:
-            name, separator, text = item.partition("=")
-            if not separator:
-                raise _invalid(f"--set takes NAME=VALUE. Given: {item!r}.")
-            _set(raw, name.split("."), yaml.safe_load(text))
     except FileNotFoundError:
         raise _invalid(f"{path} does not exist. Name a YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _invalid(f"{path} is not readable YAML: {error}.") from None
     if not isinstance(raw, dict):
         raise _invalid(f"{path} must be a mapping. Given: {type(raw).__name__}. Keys: model, task, training_file ...")
+    override(raw, overrides)
     for name in ("training_file", "validation_file"):
         value = raw.get(name)
         if isinstance(value, str) and not re.fullmatch(r"file-[a-z0-9]{20}", value):
             raw[name] = str(path.parent / value)
     return parse_config(raw, where=path.name)
+
+
+def override(tree: dict[str, Any], items: Sequence[str]) -> None:
+    """
+    Set fields of a configuration's tree.
+
+    Args:
+        items: `a.b=value` each, the value in YAML.
+    Raises:
+        FinetuneError: `invalid_config`.
+    """
+    for item in items:
+        name, separator, text = item.partition("=")
+        if not separator:
+            raise _invalid(f"--set takes NAME=VALUE. Given: {item!r}.")
+        try:
+            _set(tree, name.split("."), yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise _invalid(f"--set {name}: the value must be YAML. Given: {text!r} ({error}).") from None
 
 
 def _set(tree: Any, names: list[str], value: Any) -> None:

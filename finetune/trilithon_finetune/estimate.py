@@ -110,7 +110,9 @@ class Estimate:
             "seconds_high": self.seconds_high,
             "measured": False,
             "allowed": self.allowed,
-            "problems": list(self.problems),
+            "findings": [
+                {"code": "estimate_exceeded", "severity": "error", "message": problem} for problem in self.problems
+            ],
         }
 
 

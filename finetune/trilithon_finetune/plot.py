@@ -70,6 +70,7 @@ def plot(
     title: str,
     attempts: Sequence[int] = (),
     checkpoints: Sequence[int] = (),
+    panels: Sequence[Panel] = PANELS,
 ) -> str:
     """
     The picture of a run.
@@ -83,14 +84,15 @@ def plot(
         title: over the picture.
         attempts: the first step of each attempt but the first.
         checkpoints: their steps.
+        panels: what is drawn; those but the first are left out where they have no numbers.
     """
     rows = list(rows)
-    series = {curve.column: _points(rows, curve.column) for panel in PANELS for curve in panel.curves}
+    series = {curve.column: _points(rows, curve.column) for panel in panels for curve in panel.curves}
     steps = [step for points in series.values() for step, _ in points]
     low, high = (min(steps), max(steps)) if steps else (0.0, 1.0)
     if high == low:
         low, high = low - 1, high + 1
-    panels = [panel for panel in PANELS if panel is PANELS[0] or any(series[item.column] for item in panel.curves)]
+    panels = [panel for panel in panels if panel is panels[0] or any(series[item.column] for item in panel.curves)]
     height = TOP + sum(panel.height for panel in panels) + GAP * (len(panels) - 1) + BOTTOM
     across = _scale(low, high, LEFT, WIDTH - RIGHT)
     out = [

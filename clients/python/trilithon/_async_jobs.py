@@ -210,6 +210,24 @@ class AsyncFiles:
             if not page.has_more:
                 return found
 
+    async def download(self, id: str, target: str | Path, **options: Unpack[CallOptions]) -> File:
+        """Write a file's bytes to `target`, whole and compared with its SHA-256. Raises NotFound, DataLoss."""
+        file = await self.get(id, **options)
+        retries = self._client._retries(options)
+        while True:
+            try:
+                with ops.Sink(target, file.sha256) as sink:
+                    stream = await self._client._transport.stream({"id": id}, retries.attempt(), ops.DOWNLOAD_FILE)
+                    try:
+                        async for _, fields in stream:
+                            sink.write(fields["data"])
+                    finally:
+                        await stream.aclose()
+                return file
+            except AttemptFailed as failed:
+                delay_s = retries.delay_after(failed)
+            await _sleep(delay_s)
+
     async def delete(self, id: str, **options: Unpack[CallOptions]) -> bool:
         """Remove a file. Raises Conflict while a job that is not over reads it."""
         return (await self._client._call(ops.DELETE_FILE, {"id": id}, options, Deleted)).deleted

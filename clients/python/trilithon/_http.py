@@ -54,7 +54,7 @@ class HttpTransport:
         deadline = monotonic() + attempt.timeout_s
         with _mapped(self._settings, attempt):
             response = self._send(operation, fields, attempt, stream=True)
-            if not _is_stream(response):
+            if not _is_stream(response, operation):
                 try:
                     body = response.read()
                 finally:
@@ -136,7 +136,7 @@ class AsyncHttpTransport:
         deadline = monotonic() + attempt.timeout_s
         with _mapped(self._settings, attempt):
             response = await self._send(operation, fields, attempt, stream=True)
-            if not _is_stream(response):
+            if not _is_stream(response, operation):
                 try:
                     body = await response.aread()
                 finally:
@@ -225,6 +225,8 @@ def answer(operation: Operation, status: int, headers: Mapping[str, str], conten
 def events(decoder: SSEDecoder, received: bytes, operation: Operation = GENERATE) -> list[Event]:
     """The events that these bytes complete. Raises AttemptFailed for an error event."""
     found: list[Event] = []
+    if operation.raw:
+        return [("", {"data": received})]
     for name, data in decoder.feed(received):
         if data == "[DONE]":
             continue
@@ -252,9 +254,9 @@ def _read_limit_s(operation: Operation, attempt: Attempt, used_s: float) -> floa
     return max(0.001, min(operation.silence_s, attempt.timeout_s - used_s))
 
 
-def _is_stream(response: httpx.Response) -> bool:
+def _is_stream(response: httpx.Response, operation: Operation) -> bool:
     kind = response.headers.get("content-type", "")
-    return response.status_code == 200 and kind.startswith("text/event-stream")
+    return response.status_code == 200 and (operation.raw or kind.startswith("text/event-stream"))
 
 
 def _request(

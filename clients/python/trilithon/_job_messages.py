@@ -40,7 +40,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
         name: partial(_plain, kind)
         for name, kind in {
             **dict.fromkeys(_ONE_JOB, pb.JobId),
-            **dict.fromkeys(("get_file", "delete_file"), pb.FileId),
+            **dict.fromkeys(("get_file", "delete_file", "download_file"), pb.FileId),
             **dict.fromkeys(("create_job", "estimate_job"), pb.CreateJobRequest),
             "watch_job": pb.WatchJobRequest,
             "list_checkpoints": pb.ListCheckpointsRequest,
@@ -68,5 +68,6 @@ RESPONSES: Mapping[str, type[Any]] = {
     "validate_file": pb.DatasetReport,
     "list_files": pb.ListFilesResponse,
     "delete_file": pb.DeleteFileResponse,
+    "download_file": pb.FileChunk,
 }
 """Operation name -> its answer's message."""

@@ -7,6 +7,7 @@ Operations on jobs and files, and how HTTP's JSON, which has OpenAI's shapes, be
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from trilithon._job_types import (
     Deployed,
     Estimate,
     File,
+    FileChunk,
     FilePage,
     Job,
     JobEvent,
@@ -28,6 +30,7 @@ from trilithon._job_types import (
     MetricsPage,
 )
 from trilithon._transport import Fields, Operation
+from trilithon.errors import DataLoss
 
 CHUNK_BYTES = 1 << 20
 """Of an upload over gRPC."""
@@ -160,10 +163,12 @@ VALIDATE_FILE = Operation(
 UPLOAD_FILE = Operation("upload_file", "POST /v1/files", f"{_SERVICE}UploadFile", File, read=_read_file)
 GET_FILE = Operation("get_file", "GET /v1/files/{id}", f"{_SERVICE}GetFile", File, read=_read_file)
 LIST_FILES = Operation("list_files", "GET /v1/files", f"{_SERVICE}ListFiles", FilePage, read=_page(_read_file))
+DOWNLOAD_FILE = Operation("download_file", "GET /v1/files/{id}/content", f"{_SERVICE}DownloadFile", FileChunk, raw=True)
 DELETE_FILE = Operation("delete_file", "DELETE /v1/files/{id}", f"{_SERVICE}DeleteFile", Deleted, read=_read_deleted)
 JOB_OPERATIONS = (
     CREATE_JOB, ESTIMATE_JOB, GET_JOB, LIST_JOBS, CANCEL_JOB, PAUSE_JOB, RESUME_JOB, WATCH_JOB, LIST_CHECKPOINTS,
-    LIST_METRICS, READ_LOGS, EXPORT, DEPLOY, VALIDATE_FILE, UPLOAD_FILE, GET_FILE, LIST_FILES, DELETE_FILE,
+    LIST_METRICS, READ_LOGS, EXPORT, DEPLOY, VALIDATE_FILE, UPLOAD_FILE, DOWNLOAD_FILE, GET_FILE, LIST_FILES,
+    DELETE_FILE,
 )  # fmt: skip
 
 
@@ -179,6 +184,39 @@ class Source:
     def open(self) -> BinaryIO:
         """A readable stream from the first byte."""
         return io.BytesIO(self._given) if isinstance(self._given, bytes) else Path(self._given).open("rb")
+
+
+class Sink:
+    """
+    What is downloaded: a file that is there whole, with the bytes that the server has, or not at all.
+
+    Raises:
+        DataLoss: at the end, other bytes have come.
+    """
+
+    def __init__(self, target: str | Path, sha256: str) -> None:
+        self._target, self._sha256 = Path(target), sha256
+        self._part = self._target.with_name(f".{self._target.name}.part")
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> Sink:
+        self._file = self._part.open("wb")
+        return self
+
+    def write(self, piece: bytes) -> None:
+        """The next bytes."""
+        self._file.write(piece)
+        self._digest.update(piece)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._digest.hexdigest() == self._sha256:
+            self._part.replace(self._target)
+            return
+        self._part.unlink(missing_ok=True)
+        if kind is None:
+            message = f"{self._target.name} has other bytes than the server's. Download it again."
+            raise DataLoss(message, code="digest_mismatch")
 
 
 def chunks(stream: BinaryIO) -> Iterator[bytes]:

@@ -247,6 +247,13 @@ class Deleted(_Answer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileChunk(_Answer):
+    """The next bytes of a file."""
+
+    data: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Logs(_Answer):
     """What a rank printed."""
 

@@ -46,6 +46,7 @@ class Operation:
     headers: Mapping[str, str] = field(default_factory=dict)  # fields that HTTP sends as headers, by header name
     silence_s: float = float("inf")  # a stream over HTTP that is silent for longer is cut off
     text: bool = False  # whether HTTP answers with plain text, the answer's `text`
+    raw: bool = False  # whether a stream over HTTP is bytes, the events' `data`
 
 
 _V1 = "trilithon.api.v1."

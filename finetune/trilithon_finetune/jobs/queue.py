@@ -68,10 +68,15 @@ class Queue:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    def claim(self, state: JobState, *, owner: str, lease_s: float) -> Claim | None:
-        """The next job of `queued` or `validating`, leased to `owner`; None when there is none to be had."""
+    def claim(self, state: JobState, *, owner: str, lease_s: float, only: str | None = None) -> Claim | None:
+        """
+        The next job of `queued` or `validating`, leased to `owner`; None when there is none to be had.
+
+        Args:
+            only: the one job that may be taken; None: any.
+        """
         now = self.database.now
-        free = (jobs.c.state == str(state), jobs.c.not_before <= now, jobs.c.lease_owner.is_(None))
+        free = (jobs.c.state == str(state), jobs.c.not_before <= now, jobs.c.lease_owner.is_(None), *_only(only))
         target = JobState.PREPARING if state is JobState.QUEUED else state
         values = {
             "state": str(target),
@@ -84,9 +89,9 @@ class Queue:
             events.append(NewEvent(kind="prepare_started", message="The data is being prepared."))
         return self._take(free, values, events, owner=owner, lease_s=lease_s)
 
-    def take_over(self, *, owner: str, lease_s: float) -> Claim | None:
+    def take_over(self, *, owner: str, lease_s: float, only: str | None = None) -> Claim | None:
         """A job whose lease ran out, in the state in which its worker left it; None when there is none."""
-        left = (jobs.c.lease_owner.is_not(None), jobs.c.lease_expires_at < self.database.now)
+        left = (jobs.c.lease_owner.is_not(None), jobs.c.lease_expires_at < self.database.now, *_only(only))
         message = "The job's worker was lost; another looks after it."
         events = [NewEvent(kind="lease_lost", level="warn", message=message)]
         return self._take(left, {}, events, owner=owner, lease_s=lease_s)
@@ -252,3 +257,7 @@ class Queue:
         old = (job_events.c.kind == "step", job_events.c.step <= max(steps) - KEEP_ALL_STEPS)
         odd = job_events.c.step % KEEP_EVERY != 0
         connection.execute(delete(job_events).where(job_events.c.job_id == claim.job.id, *old, odd))
+
+
+def _only(job_id: str | None) -> tuple[ColumnElement[bool], ...]:
+    return () if job_id is None else (jobs.c.id == job_id,)

@@ -44,12 +44,15 @@ class Worker:
 
     Args:
         launcher: by default processes of this host.
+        only: the one job that it takes; None: any.
     """
 
-    def __init__(self, jobs: Jobs, settings: WorkerSettings, *, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self, jobs: Jobs, settings: WorkerSettings, *, launcher: Launcher | None = None, only: str | None = None
+    ) -> None:
         self.jobs, self.settings, self.launcher = jobs, settings, launcher or LocalLauncher()
         self.owner = f"{socket.gethostname()[:64]}:{os.getpid()}:{secrets.token_hex(4)}"
-        self._queue = Queue(jobs.database)
+        self._queue, self._only = Queue(jobs.database), only
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set and every job is given back."""
@@ -68,12 +71,12 @@ class Worker:
     def work_once(self, state: JobState, stop: threading.Event) -> bool:
         """Look after one job that was left behind, or do one in `state`; False when there was neither."""
         since = time.monotonic()
-        lost = self._queue.take_over(owner=self.owner, lease_s=self.settings.lease_s)
+        lost = self._queue.take_over(owner=self.owner, lease_s=self.settings.lease_s, only=self._only)
         if lost is not None:
             recover(self._lease(lost, since), jobs=self.jobs, launcher=self.launcher, settings=self.settings)
             return True
         since = time.monotonic()
-        claim = self._queue.claim(state, owner=self.owner, lease_s=self.settings.lease_s)
+        claim = self._queue.claim(state, owner=self.owner, lease_s=self.settings.lease_s, only=self._only)
         if claim is None:
             return False
         lease = self._lease(claim, since)

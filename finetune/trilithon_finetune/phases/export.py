@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.phases.outcome import Events, write_json
 from trilithon_finetune.resolve import lora_spec
+from trilithon_finetune.series import columns_of, series_row
 from trilithon_finetune.setup import JobFile
 from trilithon_finetune.train.work import Work, open_work
 from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, find_latest
@@ -28,9 +29,6 @@ from trilithon_server.engine.startup import model_digest
 from trilithon_server.text.template import TEMPLATE_FILE
 
 TASK_FILE = "task.json"
-
-_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
-"""OpenAI's, first and in its order; what is not measured stays empty."""
 
 
 def run(job: JobFile, events: Events) -> dict[str, Any]:
@@ -120,24 +118,8 @@ def _write_results(job: JobFile) -> None:
     """`step_metrics.csv` and `report.json`, for people and spreadsheets."""
     results = job.paths.results
     results.mkdir(parents=True, exist_ok=True)
-    rows = list(_rows(job.paths.run))
-    names = [*_COLUMNS, *sorted({name for row in rows for name in row} - set(_COLUMNS))]
+    rows = [series_row(asdict(step)) for step in read_metrics(job.paths.run)]
     with (results / "step_metrics.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names, restval="")
+        writer = csv.DictWriter(file, fieldnames=columns_of(rows), restval="")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    for step in read_metrics(run_dir):
-        row: dict[str, Any] = {
-            "step": step.step,
-            "train_loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "tokens": step.tokens,
-            "step_seconds": step.step_s,
-        }
-        if step.validation_loss is not None:
-            row["valid_loss"] = step.validation_loss
-        yield {**row, **(step.validation or {})}
