@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import HERE, LIMIT_S, load_script, run_ranks
 
-from trilithon_parallel.checkpoint import CheckpointError, read_manifest
+from trilithon_parallel.checkpoint import CheckpointError, export, read_manifest
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
@@ -55,7 +55,7 @@ def test_E7_any_layout_resumes_any_other(name: str, layouts: tuple[Path, list[di
     What one layout saved, another loads and saves again byte for byte; the next step's loss is the same everywhere; and
     one process resumes what two ranks saved.
 
-    Seen red: with A's copies under k and v left out; with q's and k's blocks of c_attn exchanged on reading alone.
+    Seen red: with A's copies under k and v left out.
     """
     directory, reports = layouts
     assert [report.get(name, "never ran") for report in reports] == ["ok", "ok"]
@@ -166,3 +166,13 @@ def test_R11_a_changed_file_is_no_checkpoint(spoil: str, models: Path, tmp_path:
 
     with pytest.raises(CheckpointError, match=rf"{spoil} does not fit its checksum"):
         runs.resume(model, tmp_path)
+
+
+def test_R11_an_adapters_checkpoint_is_not_exported_as_a_model(models: Path, tmp_path: Path) -> None:
+    """It has no weights of a model: the error says what it is, and what to do to have one."""
+    model = runs.make_model(models / "gpt2", Layout(), Grid.single(), lora={})
+    runs.save(model, tmp_path / "run", step=1)
+
+    with pytest.raises(CheckpointError, match=r"step_00000001 holds an adapter, not a model\. .* merge it into its b"):
+        export(_step_dir(tmp_path / "run", 1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

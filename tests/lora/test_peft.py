@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, load_config
-from trilithon_parallel.grid import Grid
+from trilithon_parallel.grid import Axis, Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.lora.merge import merge_adapter, merge_into
 from trilithon_parallel.lora.peft import AdapterFiles, read_adapter, write_adapter
@@ -201,6 +202,24 @@ def test_blocks_are_filled_as_a_rank_needs_them(models: Path, tmp_path: Path) ->
 
     assert torch.equal(out[:32], state[name][16:48].double())
     assert not out[32:].any()
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_a_rank_merges_its_own_part(tp: int, models: Path, tmp_path: Path) -> None:
+    """An adapter merged into each rank's weights makes that rank's part of the merged model, padding included."""
+    config = load_config(models / "llama")
+    _write(tmp_path / "adapter", config, runs.spec_of(config, layout="fused"))
+    merge_adapter(models / "llama", tmp_path / "adapter", tmp_path / "merged")
+    for rank in range(tp):
+        grid = replace(Grid.single(), tp=Axis("tp", rank, tp, tuple(range(tp))))
+        stages = []
+        for directory in (models / "llama", tmp_path / "merged"):
+            stages.append(build_stage(config, grid=grid, backend=select("torch"), dtype=torch.float32))
+            load_stage(stages[-1], directory, config=config, grid=grid)
+        merge_into(stages[0], tmp_path / "adapter", config=config, grid=grid)
+
+        parts = [dict(stage.named_parameters()) for stage in stages]
+        assert all(torch.equal(parameter, parts[1][name]) for name, parameter in parts[0].items())
 
 
 def test_nothing_is_overwritten(models: Path, tmp_path: Path) -> None:

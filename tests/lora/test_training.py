@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import LIMIT_S, load_script, run_ranks
+from torch import nn
 
 from trilithon_parallel.backend import native, native_training, select
 from trilithon_parallel.buckets import SHARE_MULTIPLE, Buckets
@@ -17,6 +18,7 @@ from trilithon_parallel.config import ModelError, load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import ColumnParallelLinear
 from trilithon_parallel.layout import Layout
+from trilithon_parallel.lora.adapter import attach
 from trilithon_parallel.lora.spec import owned_shapes, parse_name
 from trilithon_parallel.models import CausalStage, build_stage
 from trilithon_parallel.objective import log_probabilities
@@ -249,3 +251,16 @@ def test_dropout_drops_the_adapters_input_alone(models: Path) -> None:
     assert later[1] == later[2]
     assert dropped.evaluate(batches) == dropped.evaluate(batches)
     assert replace(dropped.config, lora=None) == plain.config.without_lora()
+
+
+def test_other_backends_products_take_no_adapter(models: Path) -> None:
+    """Products that are not this project's own are named as the reason, before anything trains."""
+    config = load_config(models / "llama")
+    config = replace(config, lora=runs.spec_of(config, targets=("q_proj",)))
+    block = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(48, 96)})})
+
+    with pytest.raises(
+        ModelError, match=r"adapters are trained by backend torch alone\..* Use backend torch"
+    ) as caught:
+        attach(block, nn.ModuleDict({"0": block}), config=config, grid=Grid.single(), dtype=torch.float32)
+    assert caught.value.code == "backend_unavailable"

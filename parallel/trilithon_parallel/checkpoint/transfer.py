@@ -17,6 +17,7 @@ from trilithon_parallel.checkpoint.run_dir import sync_directory
 from trilithon_parallel.checkpoint.table import MASTER
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid
+from trilithon_parallel.lora.files import CONFIG_FILE
 from trilithon_parallel.placement import global_shapes
 from trilithon_parallel.weights.base import SIGMA, BaseReader
 from trilithon_parallel.weights.directory import MAX_SHARD_BYTES, WeightFiles, write_shards
@@ -39,13 +40,19 @@ def export(
         dtype: of the weights written; None keeps the checkpoint's.
         max_shard_bytes: size of a file.
     Raises:
-        CheckpointError: `export_exists`, or what `verify` raises.
+        CheckpointError: `export_exists`; `checkpoint_unsupported`, an adapter's; or what `verify` raises.
     """
     if out_dir.exists():
         raise CheckpointError(
             f"{out_dir.name} exists already, and exports never overwrite.",
             code="export_exists",
             hint="Name a new directory, or remove that one.",
+        )
+    if (directory / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{directory.name} holds an adapter, not a model. Given: {CONFIG_FILE}.",
+            code="checkpoint_unsupported",
+            hint="It is an adapter directory as it stands; to have a model, merge it into its base.",
         )
     verify(directory, axis=Grid.single().world)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
