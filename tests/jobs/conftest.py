@@ -235,7 +235,8 @@ class Store:
 
     def settings(self, **changes: Any) -> WorkerSettings:
         """Of a worker whose phases are stand-ins."""
-        return WorkerSettings(**{**SETTINGS, "models": {"base": self.jobs.paths.root / "base"}, **changes})
+        models = {"base": self.jobs.paths.root / "base"}
+        return WorkerSettings(**{**SETTINGS, "models": models, **changes})
 
     def worker(self, **changes: Any) -> Worker:
         """A worker in this process."""

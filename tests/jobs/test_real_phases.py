@@ -1,0 +1,58 @@
+"""A job whose phases are the real ones, from an upload to an adapter in the catalogue."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from task_rows import rows
+from tiny import tiny_llama
+
+from trilithon_finetune.jobs.states import JobState
+from trilithon_server.catalog import Catalog
+
+from .conftest import TENANT, Store, check_history
+
+
+def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """Validated, prepared, trained, exported and verified by the product's own processes; every number in its place."""
+    store = make_store(None)
+    model = tiny_llama(tmp_path / "m", scale=0.1)
+    chats = "".join(f"{json.dumps(row)}\n" for row in rows("sft", 16)).encode()
+    file = store.jobs.put_file(io.BytesIO(chats), tenant=TENANT, filename="chats.jsonl", purpose="fine-tune")
+    job = store.create(
+        model="tiny",
+        training_file=file.id,
+        tuning={"kind": "lora", "rank": 4},
+        training={"epochs": 2, "batch_size": 8},
+        deploy={"alias": "faq"},
+    )
+    store.work(
+        models={"tiny": model},
+        phase_command=(sys.executable, "-m", "trilithon_finetune.phases"),
+        train_command=(sys.executable, "-m", "trilithon_finetune.train"),
+    )
+
+    done = store.get(job)
+    assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
+    kinds = store.kinds(job)
+    entry = Catalog(store.jobs.paths.models).get("faq", tenant=TENANT)
+    warnings = [event.message for event in store.events(job) if event.kind == "warning"]
+    check_history(store, job)
+    assert entry is not None
+    assert (entry.name, entry.kind) == (job.name, "adapter")
+    assert (done.progress.step, done.progress.total_steps, done.progress.fraction) == (4, 4, 1.0)
+    assert done.progress.supervised_tokens > 0
+    assert done.estimate is not None
+    assert store.jobs.checkpoints(job.id, tenant=TENANT).data[0].step == 4
+    assert len(store.jobs.metrics(job.id, tenant=TENANT)) == 4
+    assert {kind for kind in kinds if kinds.count(kind) > 1} <= {
+        "claimed",
+        "step",
+        "checkpoint_saved",
+        "prepare_progress",
+    }
+    assert warnings == []
