@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,21 +11,12 @@ from trilithon.errors import NotFound
 from trilithon_finetune.jobs.records import Event, Job
 from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.plot import plot
+from trilithon_finetune.series import series_row
 from trilithon_server.validation import invalid
 
 LOG_BYTES = 1 << 20
 WINDOW = 1000
 """Events read at once; the most that the store hands out."""
-
-_NAMES = {
-    "loss": "train_loss",
-    "validation_loss": "valid_loss",
-    "learning_rate": "lr",
-    "step_s": "step_seconds",
-    "tokens_per_s": "tokens_per_second",
-    "peak_bytes": "memory_bytes",
-}
-"""The trainer's names that are others in public, OpenAI's among them."""
 
 _EVENT_ID = re.compile(r"ftevent-[a-z0-9]{20}-([0-9]{1,18})")
 
@@ -61,23 +51,11 @@ def metrics_page(
 ) -> tuple[list[Mapping[str, Any]], bool]:
     """Rows of later steps than `after_step`, in their order, and whether there are more."""
     series = jobs.metrics(job_id, tenant=tenant)
-    rows: list[Mapping[str, Any]] = [published(row) for row in series if _step(row) > after_step]
+    rows: list[Mapping[str, Any]] = [series_row(row) for row in series if _step(row) > after_step]
     end = limit
     while end < len(rows) and _step(rows[end]) == _step(rows[end - 1]):  # a step's rows stay on one page
         end += 1
     return rows[:end], end < len(rows)
-
-
-def published(row: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    A row of the trainer's file under the names that every surface has; what is not finite is left out.
-
-    >>> published({"step": 2, "loss": 0.5, "validation_loss": 0.75, "validation": {"f1": 0.9}, "mfu": None})
-    {'step': 2, 'train_loss': 0.5, 'valid_loss': 0.75, 'f1': 0.9}
-    """
-    flat = {_NAMES.get(name, name): value for name, value in row.items() if name != "validation"}
-    flat |= row.get("validation") or {}
-    return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def log_text(jobs: Jobs, job_id: str, *, tenant: str, attempt: int | None, rank: int) -> str:
@@ -115,7 +93,7 @@ def picture(jobs: Jobs, job_id: str, *, tenant: str) -> str:
         if not page.has_more:
             break
         after = page.data[-1].id
-    rows = [published(row) for row in jobs.metrics(job_id, tenant=tenant)]
+    rows = [series_row(row) for row in jobs.metrics(job_id, tenant=tenant)]
     return plot(rows, title=job.name, attempts=attempt_starts(jobs, job, tenant=tenant), checkpoints=steps)
 
 

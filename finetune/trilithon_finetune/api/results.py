@@ -61,6 +61,22 @@ def export(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: s
         NotFound: the job or the checkpoint.
         FailedPrecondition: there is no result yet, it has another format, or its files are gone.
     """
+    files = exported_files(door, job_id, tenant=tenant, step=step, format=format)
+    with tempfile.TemporaryFile(dir=door.paths.root) as target:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for path in files:
+                info = zipfile.ZipInfo(path.name, _EPOCH)
+                with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+        target.seek(0)
+        name = f"{job_id}.zip" if step is None else f"{job_id}-step-{step}.zip"
+        return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
+
+
+def exported_files(
+    door: Shelf, job_id: str, *, tenant: str, step: int | None, format: str | None = None
+) -> list[Path]:
+    """The files that an export has, of one directory. Args and Raises: as of `export`."""
     job = door.jobs.get(job_id, tenant=tenant)
     made = "peft" if _kind(job) == "lora" else "model"
     if format not in (None, made):
@@ -78,15 +94,7 @@ def export(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: s
     files = [path for path in _files(directory) if path.is_file()]
     if not files:
         raise FailedPrecondition(f"the files of {_what(job, step)} are gone.", code="result_gone")
-    with tempfile.TemporaryFile(dir=door.paths.root) as target:
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-            for path in files:
-                info = zipfile.ZipInfo(path.name, _EPOCH)
-                with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-        target.seek(0)
-        name = f"{job_id}.zip" if step is None else f"{job_id}-step-{step}.zip"
-        return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
+    return files
 
 
 def deploy(door: Shelf, job_id: str, *, tenant: str, step: int | None, alias: str) -> tuple[str, str]:
