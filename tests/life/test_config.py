@@ -145,9 +145,9 @@ def test_open_values_are_filled_and_say_why(tmp_path: Path) -> None:
 def test_the_flag_list_is_frozen() -> None:
     """New knobs go to the tree only; whoever adds a flag changes this list on purpose."""
     everyday = """--tp --pp --dtype --device --backend --quantization --max-context --kv-cache-bytes --memory-fraction
-        --max-batch-tokens --batch-invariant --served-name --chat-template --host --http-port --grpc-port --metrics-port
-        --uds --api-keys-file --insecure --tls-cert --tls-key --tls-client-ca --public-ui --allow-origin --reflection
-        --drain-seconds --on-rank-loss --log-format"""
+        --max-batch-tokens --batch-invariant --served-name --chat-template --adapter --host --http-port --grpc-port
+        --metrics-port --uds --api-keys-file --insecure --tls-cert --tls-key --tls-client-ca --public-ui --allow-origin --reflection
+        --drain-seconds --on-rank-loss --log-format --jobs --jobs-database --job-slots"""
 
     assert everyday.split() == list(FLAGS)
 
