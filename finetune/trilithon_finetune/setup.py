@@ -19,12 +19,13 @@ from pydantic import ValidationError
 
 from trilithon_finetune.config import JobConfig, Section, parse_config
 from trilithon_finetune.data.reading import Row, read_rows
+from trilithon_finetune.data.untrained import untrained_tokens
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.paths import JobPaths, StorePaths
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Context, Recipe
 from trilithon_parallel.config import ModelConfig, ModelError, load_config
-from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.text.template import TemplateError, load_template
 
 PREPARED_FILE = "prepared.json"
@@ -134,8 +135,16 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
         options=task_options(recipe, config),
         train_on=config.data.train_on,
         on_long=config.data.on_long,
+        untrained_ids=_untrained(job, model, tokenizer),
     )
     return Base(recipe, model, context)
+
+
+def _untrained(job: JobFile, model: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Special tokens that the base never learned and an adapter, which leaves the vocabulary alone, can't learn."""
+    if not model.is_causal or job.config.tuning.kind == "full":
+        return frozenset()
+    return untrained_tokens(job.model_dir, tokenizer.special_ids)
 
 
 def config_task(job: JobFile) -> str:

@@ -37,6 +37,7 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
         job.validation_path,
         job.store.prepared(key),
         file=job.training_name,
+        validation_file=job.validation_name,
         on_progress=tell,
     )
     write_json(job.paths.root / PREPARED_FILE, {"prepared": key})

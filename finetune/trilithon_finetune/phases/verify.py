@@ -8,6 +8,7 @@ without a complaint and computes something else: a transposed factor, two projec
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,13 +135,13 @@ def verify_adapter(work: Work, export: Path, probes: list[tuple[Sample, Values]]
     merged.prepare()
     checks = [
         _compare("export and trainer", adapted, probes, TOLERANCE[dtype]),
-        _between("merged and not merged", outputs_of_stage(merged, probes), adapted, MERGED_TOLERANCE[dtype]),
+        between("merged and not merged", outputs_of_stage(merged, probes), adapted, MERGED_TOLERANCE[dtype]),
     ]
     if has_effect:
-        moved = _between("", adapted, plain, 0.0).max_abs
+        moved = between("", adapted, plain, 0.0).max_abs
         checks.append(Check("base and export are one", float(moved == 0.0), 0.0))
     if dtype == "float32" and importlib.util.find_spec("peft") and importlib.util.find_spec("transformers"):
-        checks.append(_compare("PEFT and trainer", _outputs_of_peft(base, export, probes), probes, TOLERANCE[dtype]))
+        checks.append(_compare("PEFT and trainer", outputs_of_peft(base, export, probes), probes, TOLERANCE[dtype]))
     return checks
 
 
@@ -193,21 +194,24 @@ def said(logits_TV: Tensor, sample: Sample) -> Tensor:
     return torch.where(targets_T == IGNORE, 0.0, said_T)
 
 
-def _outputs_of_peft(base: Path, export: Path, probes: list[tuple[Sample, Values]]) -> list[Values]:
+def outputs_of_peft(base: Path, export: Path, probes: list[tuple[Sample, Values]]) -> list[Values]:
+    """What PEFT's reader of the same directory says; others load adapters with it."""
     import peft
     import transformers
 
-    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(plain, export).eval()
-    with torch.inference_mode():
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # what the two libraries say of each other is not ours to hear
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(plain, export).eval()
         return [said(model(torch.tensor([sample.tokens])).logits[0], sample).float().numpy() for sample, _ in probes]
 
 
 def _compare(name: str, found: list[Values], probes: list[tuple[Sample, Values]], allowed: float) -> Check:
-    return _between(name, found, [values for _, values in probes], allowed)
+    return between(name, found, [values for _, values in probes], allowed)
 
 
-def _between(name: str, found: list[Values], expected: list[Values], allowed: float) -> Check:
+def between(name: str, found: list[Values], expected: list[Values], allowed: float) -> Check:
     """The largest difference; NaN anywhere is one that nothing allows."""
     worst = max(float(np.abs(a.reshape(b.shape) - b).max()) for a, b in zip(found, expected, strict=True))
     return Check(name, worst if worst == worst else float("inf"), allowed)

@@ -1,0 +1,146 @@
+"""Runs that are cut short, moved to other layouts, or go wrong."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from crashing import poll
+from finetune_jobs import JobDir, finish
+from safetensors.torch import load_file, save_file
+
+MakeJob = Callable[..., JobDir]
+
+LAYOUTS = [
+    ("sft", {"tp": 2}),
+    ("sft", {"pp": 2, "dp": 2}),
+    ("dpo", {"tp": 2, "dp": 2}),
+    ("span_qa", {"pp": 2, "dp": 2}),
+    ("ner", {"tp": 2, "pp": 2}),
+    ("mlm", {"dp": 2}),
+]
+
+
+def prepared(made: JobDir) -> JobDir:
+    """The job, ready to be trained."""
+    made.phase("validate")
+    made.phase("prepare")
+    return made
+
+
+def twin(made: JobDir, folder: Path) -> JobDir:
+    """The same job in a directory of its own, over the same prepared data."""
+    root = folder / made.root.name
+    shutil.copytree(made.root, root)
+    return JobDir(root)
+
+
+@pytest.mark.parametrize(("task", "sizes"), LAYOUTS)
+def test_E8_a_job_learns_the_same_at_every_layout(
+    job: MakeJob, tmp_path: Path, task: str, sizes: dict[str, int]
+) -> None:
+    """Losses and validation numbers of a job are those of one process, whatever its layout (1e-5)."""
+    alone = prepared(job(task, count=18, optimizer={"lr": 1e-3}))
+    other = twin(alone, tmp_path / "other")
+    other.configure("parallel", **sizes)
+    alone.train()
+    other.train()
+
+    assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    numbers = [made.events("eval")[-1]["data"] for made in (alone, other)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("task", "sizes"), [("sft", {}), ("dpo", {"pp": 2}), ("ner", {"dp": 2})])
+def test_E9_a_killed_job_goes_on_bit_for_bit(job: MakeJob, tmp_path: Path, task: str, sizes: dict[str, int]) -> None:
+    """
+    After a SIGKILL of every rank in the middle, the next attempt's losses are those of a run that nobody disturbed.
+
+    Inverse check: with the moments left at zero on a resume, the losses differ at the first step after it.
+    """
+    whole = prepared(job(task, training={"epochs": 4}, parallel=sizes, checkpoint={"every_steps": 2}))
+    killed = twin(whole, tmp_path / "killed")
+    whole.train()
+    ranks = killed.start()
+    poll(lambda: (killed.run / "step_00000004").is_dir(), "the second checkpoint")
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.communicate()
+    killed.attempt = 2
+    killed.train()
+
+    assert whole.losses() == killed.losses()
+    assert killed.events("running")[0]["data"]["step"] >= 4
+
+
+def test_E7_a_stopped_job_goes_on_at_another_layout(job: MakeJob, tmp_path: Path) -> None:
+    """SIGTERM ends a job after a checkpoint with exit code 143; it goes on at another layout within 1e-5."""
+    whole = prepared(job("sft", training={"epochs": 6}, checkpoint={"every_steps": 100}))
+    moved = twin(whole, tmp_path / "moved")
+    whole.train()
+    ranks = moved.start()
+    poll(lambda: (moved.run / "metrics.jsonl").is_file() and len(moved.losses()) >= 2, "two steps")
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    finish(ranks, expect=143)
+    stopped_at = len(moved.losses())
+    moved.attempt = 2
+    moved.configure("parallel", tp=2)
+    moved.train()
+
+    assert 2 <= stopped_at < 18
+    assert moved.events("running")[0]["data"]["step"] == stopped_at
+    assert whole.losses() == pytest.approx(moved.losses(), rel=1e-5)
+
+
+def test_R11_a_rate_that_explodes_is_told_with_step_tensor_and_lines(job: MakeJob) -> None:
+    """A loss that is not finite ends the job as its owner's mistake, naming step, parameter and rows."""
+    made = prepared(job("sft", optimizer={"lr": 1e30, "clip": None, "schedule": "constant", "warmup_ratio": 0.0}))
+    made.train(expect=1)
+
+    error = made.outcome("train-0")["error"]
+    assert (error["code"], error["kind"], error["retryable"]) == ("nan_loss", "user", False)
+    assert "lora_" in error["message"]
+    assert "lines " in error["message"]
+
+
+def test_the_best_checkpoint_is_exported_and_patience_ends_a_job(job: MakeJob) -> None:
+    """With early stopping a job that no longer gets better ends, and its best checkpoint is what it exports."""
+    stop = {"every_steps": 1, "early_stop": {"patience": 2, "metric": "valid_loss"}}
+    made = prepared(
+        job("sft", training={"epochs": 30}, eval=stop, optimizer={"lr": 0.5, "schedule": "constant"})
+    )  # fmt: skip
+    made.train()
+    step = made.phase("export")["step"]
+    made.phase("verify")
+
+    losses = {event["data"]["step"]: event["data"]["valid_loss"] for event in made.events("eval")}
+    best = min(losses, key=losses.__getitem__)
+    assert step == best
+    assert len(made.losses()) == best + 2 < 90
+
+
+@pytest.mark.parametrize("damage", ["swapped", "dropped", "scaled"])
+def test_an_export_that_computes_something_else_is_caught(job: MakeJob, damage: str) -> None:
+    """Factors of q and k swapped, a tensor left out, an alpha changed: none of them passes as verified."""
+    made = prepared(job("sft", optimizer={"lr": 1e-2}))
+    made.train()
+    made.phase("export")
+    path = made.root / "export" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    q, k = (next(name for name in tensors if f"{leaf}_proj.lora_A" in name) for leaf in "qk")
+    if damage == "swapped":
+        tensors[q], tensors[k] = tensors[k], tensors[q]
+    elif damage == "dropped":
+        del tensors[q]
+    else:
+        tensors = {name: tensor * 1.5 if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, path)
+    outcome = made.try_phase("verify")
+
+    assert not outcome["ok"]
+    assert outcome["error"]["code"] == "verify_mismatch"
