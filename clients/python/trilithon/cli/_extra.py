@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
 
 from trilithon.cli._parser import UsageError
 
-_NEEDS = {
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "client": (),  # modules of the other packages that need no more than the base install
     "serve": ("torch", "starlette", "uvicorn", "tokenizers", "safetensors", "jinja2", "prometheus_client"),
     "engine": ("torch", "tokenizers", "safetensors"),
     "train": ("torch", "tokenizers", "safetensors", "matplotlib"),
+    "jobs": ("torch", "tokenizers", "safetensors", "jinja2", "starlette", "sqlalchemy", "alembic", "python_multipart"),
 }
 
 

@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = {
     "plan": "which layout to train with, how long it takes and what it costs",
     "schedule": "draw and time a pipeline schedule",
     "pretrain": "train a model by a configuration file",
+    "finetune": "adapt a model to data of your own: jobs, checkpoints, results",
     "checkpoint": "verify and export what a training run keeps",
     "config": "show the server's configuration and where each value comes from",
     "doctor": "check this machine and say what to do",

@@ -26,11 +26,13 @@ EXIT_OK = 0
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_INVALID_DATA = 3
+EXIT_JOB_FAILED = 4
 EXIT_UNREACHABLE = 5
 EXIT_ENGINE_LOST = 6
 EXIT_CHECK_FAILED = 7
 EXIT_INTERRUPTED = 130
 
+_DATA_CODES = ("invalid_training_file", "invalid_validation_file")
 _UNREACHABLE = (ConnectionFailed, Unavailable, Overloaded, RateLimited, DeadlineExceeded)
 
 
@@ -45,7 +47,7 @@ def exit_code(error: BaseException) -> int:
         return EXIT_ENGINE_LOST
     if isinstance(error, _UNREACHABLE):
         return EXIT_UNREACHABLE
-    if isinstance(error, DataLoss):
+    if isinstance(error, DataLoss) or getattr(error, "code", "") in _DATA_CODES:
         return EXIT_INVALID_DATA
     if isinstance(error, Internal | ProtocolError):
         return EXIT_BUG
