@@ -27,11 +27,12 @@ function errorFromBody(body, { status, requestId, retryAfter }) {
 
 /**
  * Split a stream of text into server-sent events. Comments (": ping") and unknown fields are skipped.
- * Yields {event, data}.
+ * Yields {event, data, id}; `id` is the last one that was given.
  */
 export async function* readEvents(chunks) {
   let buffer = "";
   let event = "";
+  let id = "";
   let data = [];
   for await (const chunk of chunks) {
     buffer += chunk;
@@ -39,13 +40,15 @@ export async function* readEvents(chunks) {
     buffer = lines.pop();
     for (const line of lines) {
       if (line === "") {
-        if (data.length) yield { event: event || "message", data: data.join("\n") };
+        if (data.length) yield { event: event || "message", data: data.join("\n"), id };
         event = "";
         data = [];
       } else if (line.startsWith("data:")) {
         data.push(line.slice(line[5] === " " ? 6 : 5));
       } else if (line.startsWith("event:")) {
         event = line.slice(6).trim();
+      } else if (line.startsWith("id:")) {
+        id = line.slice(3).trim();
       }
     }
   }
@@ -99,12 +102,48 @@ export class Api {
     return response;
   }
 
+  /** The whole body of an answer; a connection that breaks within it is an ApiError too. */
+  async #body(path, init, read) {
+    const response = await this.#fetch(path, init);
+    try {
+      return await read(response);
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError({ message: "The connection broke while the server answered.", code: "connection_lost" });
+    }
+  }
+
   async json(path, init) {
-    return (await this.#fetch(path, init)).json();
+    return this.#body(path, init, (response) => response.json());
   }
 
   async text(path, init) {
-    return (await this.#fetch(path, init)).text();
+    return this.#body(path, init, (response) => response.text());
+  }
+
+  /** POST a JSON body; the JSON answer. */
+  async post(path, body, { headers = {}, signal } = {}) {
+    return this.json(path, {
+      method: "POST",
+      headers: { ...headers, "content-type": "application/json" },
+      body: JSON.stringify(body),
+      signal,
+    });
+  }
+
+  /** POST a multipart form; the JSON answer. The browser writes the content type with its boundary. */
+  async upload(path, form, { signal } = {}) {
+    return this.json(path, { method: "POST", body: form, signal });
+  }
+
+  /**
+   * GET a stream of events and yield each as {id, event}, from behind the event `after` on, until the server says that
+   * there are no more. Throws ApiError for a refusal, for an error event, and when the connection breaks before that.
+   */
+  async *events(path, { after = "", signal, onOpen = () => {} } = {}) {
+    const response = await this.#fetch(path, { headers: after ? { "last-event-id": after } : {}, signal });
+    onOpen();
+    for await (const { id, document } of this.#documents(response)) yield { id, event: document };
   }
 
   /**
@@ -118,18 +157,23 @@ export class Api {
       body: JSON.stringify(body),
       signal,
     });
-    const requestId = response.headers.get("x-request-id") ?? "";
-    onRequestId(requestId);
+    onRequestId(response.headers.get("x-request-id") ?? "");
     if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
       yield await response.json();
       return;
     }
+    for await (const { document } of this.#documents(response)) yield document;
+  }
+
+  /** The JSON documents of a stream, each with the id that it was sent under. */
+  async *#documents(response) {
+    const requestId = response.headers.get("x-request-id") ?? "";
     try {
-      for await (const { data } of readEvents(textOf(response.body))) {
+      for await (const { data, id } of readEvents(textOf(response.body))) {
         if (data === "[DONE]") return;
-        const chunk = JSON.parse(data);
-        if (chunk.error) throw errorFromBody(chunk, { status: response.status, requestId, retryAfter: "" });
-        yield chunk;
+        const document = JSON.parse(data);
+        if (document.error) throw errorFromBody(document, { status: response.status, requestId, retryAfter: "" });
+        yield { id, document };
       }
     } catch (error) {
       if (error instanceof ApiError || error.name === "AbortError") throw error;

@@ -7,7 +7,7 @@ const METHODS = ["get", "post", "put", "patch", "delete"];
 
 /** Where an operation without a tag belongs, and the order of the groups. */
 const FAMILIES = [
-  ["OpenAI", /^\/v1\/(chat|completions|embeddings|models)/],
+  ["OpenAI", /^\/v1\/(chat|completions|embeddings|models|fine_tuning|files)/],
   ["Trilithon", /^\/v1\//],
   ["Megatron-LM", /^\/api$/],
   ["Administration", /^\/admin\//],

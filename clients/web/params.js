@@ -102,7 +102,7 @@ const EXAMPLES = {
 };
 
 /** "12" -> 12; what is not a number stays text, and the server says what is wrong with it. */
-function asNumber(text) {
+export function asNumber(text) {
   const trimmed = text.trim();
   const value = Number(trimmed);
   // Above 2^53 a JavaScript number loses digits; the server takes a string of digits for seeds.

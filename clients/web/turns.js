@@ -1,6 +1,7 @@
 /** One turn of the conversation as a piece of page: what was said, what the answer cost, what went wrong. */
 
 import { copyText, h, seconds } from "./dom.js";
+import { failureCard } from "./failure.js";
 import { legend, TokenStrip } from "./tokens.js";
 
 const SENTENCE_END = /[.!?\n]["')\]]?\s/g;
@@ -128,25 +129,7 @@ export class AnswerTurn {
   fail(error, { actions, unplaced }) {
     this.settle();
     if (!this.text) this.#body.remove();
-    const id = h("code", { class: "request-id" }, error.requestId || "none");
-    const buttons = actions.map(([label, act]) => h("button", { type: "button", class: "quiet", onclick: act }, label));
-    const list = unplaced.length > 1 ? h("ul", {}, ...unplaced.map((violation) => h("li", {}, violation.message))) : null;
-    this.element.append(
-      h(
-        "div",
-        { class: "failure", role: "alert" },
-        h("p", { class: "failure-head" }, h("code", { class: "error-code" }, error.code), error.status ? h("span", {}, `HTTP ${error.status}`) : null),
-        h("p", { class: "failure-text" }, error.message),
-        list,
-        h(
-          "p",
-          { class: "notes" },
-          error.retryAfter ? h("span", {}, `retry after ${error.retryAfter} s`) : null,
-          h("span", {}, "request ", id),
-          ...buttons,
-        ),
-      ),
-    );
+    this.element.append(failureCard(error, { actions, unplaced }));
     this.grew();
   }
 }

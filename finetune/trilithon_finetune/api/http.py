@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import aclosing
 
+from trilithon.errors import NotFound
 from trilithon_finetune.api import answers, convert, history, results
 from trilithon_finetune.api.checks import Checks
 from trilithon_finetune.api.door import Door
@@ -90,6 +91,10 @@ class HttpJobs:
                     "limit": {"type": "integer", "minimum": 1, "maximum": 10_000},
                 },
                 more_errors=changes, summary="The numbers of a job's steps and evaluations.",
+            ),
+            Route(
+                method="GET", path=f"{_JOB}/report", handler=calm(self._report), answer="DatasetReport",
+                more_errors=changes, summary="What validation found out about a job's data.",
             ),
             Route(
                 method="GET", path=f"{_JOB}/logs", handler=calm(self._logs), media="text/plain",
@@ -205,6 +210,14 @@ class HttpJobs:
             limit=number(query, "limit", default=1000, low=1, high=10_000),
         )
         await exchange.respond_json({"object": "list", "data": rows, "has_more": more})
+
+    async def _report(self, exchange: Exchange, tenant: str) -> None:
+        exchange.query(())
+        job = await self._door.run(self._door.jobs.get, exchange.path_params["job_id"], tenant=tenant)
+        if job.report is None:
+            message = f"job {job.id} has no report of its data. Given: a job that is {job.state.value}."
+            raise NotFound(message, code="report_not_found")
+        await exchange.respond_json(job.report)
 
     async def _logs(self, exchange: Exchange, tenant: str) -> None:
         query = exchange.query(("attempt", "rank"))

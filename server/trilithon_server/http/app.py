@@ -57,6 +57,10 @@ ROUTES: tuple[Route, ...] = (
         summary="The playground.",
     ),
     Route(
+        method="GET", path="/jobs", access="ui", handler=operations.jobs, counted=False, media="text/html",
+        summary="The page of finetuning jobs.",
+    ),
+    Route(
         method="GET", path="/static/{name}", access="ui", handler=operations.static, counted=False,
         media="*/*", summary="A file of the pages.",
     ),

@@ -78,6 +78,11 @@ async def docs(service: Service, exchange: Exchange) -> None:
     await _page(exchange, "docs.html")
 
 
+async def jobs(service: Service, exchange: Exchange) -> None:
+    """The page of finetuning jobs; where none are served, it says how to turn them on."""
+    await _page(exchange, "jobs.html")
+
+
 async def static(service: Service, exchange: Exchange) -> None:
     """A file of the pages."""
     await _page(exchange, exchange.path_params["name"])
