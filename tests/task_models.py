@@ -49,7 +49,8 @@ def sequences(
 
     made = []
     for number, length in enumerate(lengths):
-        start = int(draw(length - 2, 1)) + 1
+        question = 1 + length // 4  # with the first token: what an answer may not lie in
+        start = question + int(draw(length - question, 1))
         made.append(
             {
                 "tokens": draw(vocab - 1, length) + 1,  # not 0: transformers gives the padding token no gradient
@@ -59,7 +60,7 @@ def sequences(
                 "label": int(draw(labels, 1)),
                 "start": start if number % 3 else 0,
                 "end": min(start + 1, length - 1) if number % 3 else 0,
-                "context": torch.arange(length) >= 1,
+                "context": torch.arange(length) >= question,
                 "reference": -3.0 * torch.rand(1, generator=generator, dtype=torch.float64),
             }
         )

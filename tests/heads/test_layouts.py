@@ -41,6 +41,9 @@ def test_E8_heads_learn_as_in_one_process(world_size: int, case: str, outcomes: 
     """
     Losses, gradient norms, weights and predictions of three steps are those of one process, for every head, for
     preferences, and with learning rates of their own for some parameters.
+
+    Inverse: gradients of a head summed over tp under sequence parallelism; its dropout drawn as if it were the stage's
+    first layer.
     """
     assert [report.get(case, "never ran") for report in outcomes(world_size)] == ["ok"] * world_size
 
@@ -61,7 +64,11 @@ def test_E10_files_of_transformers_give_its_logits(world_size: int, case: str, o
 @pytest.mark.timeout(2 * LIMIT_S)
 @at("begins")
 def test_new_models_begin_alike_at_every_layout(world_size: int, case: str, outcomes: Outcomes) -> None:
-    """A bare encoder gets a task head, a masked-LM head, more rows or another vocabulary: the same bits everywhere."""
+    """
+    A bare encoder gets a task head, a masked-LM head, more rows or another vocabulary: the same bits everywhere.
+
+    Inverse: a rank that draws its slice from a seed of its own.
+    """
     assert [report.get(case, "never ran") for report in outcomes(world_size)] == ["ok"] * world_size
 
 
