@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -101,3 +102,13 @@ class FinetuneError(Exception):
 def refuse(code: Code, message: str, *, param: str = "", hint: str = "", rank: int = -1) -> FinetuneError:
     """A `FinetuneError` to raise."""
     return FinetuneError(JobError(code=code, message=message, param=param, hint=hint, rank=rank))
+
+
+def bug(where: str) -> JobError:
+    """What a job's owner is told of a fault of ours: an id that stands in the log beside the cause, and no more."""
+    number = secrets.token_hex(4)
+    return JobError(
+        code="bug",
+        message=f"{where} ended with an internal error, number {number}.",
+        hint="The operator finds the number in the job's log.",
+    )

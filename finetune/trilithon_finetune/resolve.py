@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from trilithon_finetune.config import MAX_LORA_RANK, JobConfig, Tuning
+from trilithon_finetune.config import MAX_LORA_RANK, JobConfig, Tuning, seed_of
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Recipe
 from trilithon_parallel.config import ModelConfig, ModelError
@@ -57,10 +55,9 @@ def resolve_choices(config: JobConfig, recipe: Recipe, model: ModelConfig, *, jo
         "betas": optimizer.betas or defaults.betas,
     }
     training = config.training
-    seed = int(hashlib.sha256(job_id.encode()).hexdigest()[:7], 16) if config.seed is None else config.seed
     resolved = config.model_copy(
         update={
-            "seed": seed,
+            "seed": seed_of(job_id) if config.seed is None else config.seed,
             "tuning": tuning,
             "optimizer": optimizer.model_copy(update=chosen),
             "training": training.model_copy(

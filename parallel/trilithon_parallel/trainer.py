@@ -363,6 +363,7 @@ class Trainer:
             return
         if is_due:
             self._tell(None, "checkpoint", timeout_s=600.0)
+            self._told(self._saver.wait())
             self._saver.start(list(self.model.optimizer.pieces()), self._progress())
         else:
             self._told(self._saver.poll())

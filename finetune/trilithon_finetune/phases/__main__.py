@@ -9,7 +9,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from trilithon_finetune.errors import FinetuneError, JobError
+from trilithon_finetune.errors import FinetuneError, JobError, bug
 from trilithon_finetune.paths import JobPaths
 from trilithon_finetune.phases.outcome import Events, write_outcome
 from trilithon_finetune.setup import read_job
@@ -37,9 +37,9 @@ def run_phase(phase: str, directory: Path, number: int) -> int:
         return 0
     except Exception as error:
         job_error = _as_job_error(error, phase)
+        print(f"{phase}: {job_error.message}", file=sys.stderr)
         if job_error.code == "bug":
             traceback.print_exc()
-        print(f"{phase}: {job_error.message}", file=sys.stderr)
         found = error.data if isinstance(error, FinetuneError) else None
         write_outcome(outcome, data=found, error=replace(job_error, attempt=number))
         return 1
@@ -52,8 +52,7 @@ def _as_job_error(error: Exception, phase: str) -> JobError:
         return JobError(code="disk_full", message=f"{phase}: no space is left on the disk.", hint="Make room.")
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         return JobError(code="out_of_memory", message=f"{phase}: not enough memory.", hint="Use shorter rows.")
-    message = f"{phase} ended with {type(error).__name__}: {error}"[:2000]
-    return JobError(code="bug", message=message, hint="Look into the phase's log.")
+    return bug(phase)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ from trilithon_finetune.phases.outcome import Events, write_json
 from trilithon_finetune.resolve import lora_spec
 from trilithon_finetune.series import columns_of, series_row
 from trilithon_finetune.setup import JobFile
-from trilithon_finetune.train.work import Work, open_work
+from trilithon_finetune.train.work import Work, export_digest, open_work
 from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, find_latest
 from trilithon_parallel.checkpoint.run_dir import step_name, sync_directory
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
-from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.report import read_metrics
-from trilithon_server.engine.startup import model_digest
 from trilithon_server.text.template import TEMPLATE_FILE
 
 TASK_FILE = "task.json"
@@ -105,13 +103,6 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
     part.rename(out)
     sync_directory(out.parent)
     return out
-
-
-def export_digest(work: Work, directory: Path) -> str:
-    """The identity of an export, as the server computes it."""
-    if lora_spec(work.config) is None:
-        return model_digest(directory)
-    return read_adapter(directory, config=work.base).digest
 
 
 def _write_results(job: JobFile) -> None:

@@ -23,6 +23,7 @@ class Journal:
 
     Args:
         run_dir: where `metrics.jsonl` is.
+        digest_of: the identity of a checkpoint's weights, as a server computes it.
         resume_step: the step that is continued from; 0 for a new run.
         resume_tokens: tokens seen until then.
         say_line: takes lines for people.
@@ -36,12 +37,14 @@ class Journal:
         stream: JobStream,
         schedule: EpochSchedule,
         evaluator: JobEvaluator,
+        digest_of: Callable[[Path], str],
         resume_step: int,
         resume_tokens: int,
         say_line: Callable[[str], None] = print,
     ) -> None:
         self._run_dir, self._events, self._stream = run_dir, events, stream
         self._schedule, self._evaluator, self._say = schedule, evaluator, say_line
+        self._digest_of = digest_of
         self._log = MetricsLog(run_dir / METRICS_FILE, resume_step=resume_step)
         self._tokens = resume_tokens
         self._supervised = sum(stream.supervised(step) for step in range(resume_step))
@@ -58,6 +61,7 @@ class Journal:
     def step(self, metrics: StepMetrics) -> None:
         """Record a step that is done; after an evaluation, its numbers and the probes' outputs too."""
         self._log.append(metrics)
+        self._latest["train_loss"] = metrics.loss
         self._tokens += metrics.tokens
         self._supervised += self._stream.supervised(metrics.step - 1)
         told: dict[str, Any] = {
@@ -80,7 +84,7 @@ class Journal:
             self._keep_probe(metrics.step)
         if metrics.validation_loss is not None:
             numbers = {"valid_loss": metrics.validation_loss, **(metrics.validation or {})}
-            self._latest = numbers
+            self._latest |= numbers
             shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
             self._events.tell("eval", f"Step {metrics.step}: {shown}", data=_given({"step": metrics.step, **numbers}))
             self._say(f"step {metrics.step}: {shown}")
@@ -95,7 +99,8 @@ class Journal:
         manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
         num_bytes = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
         step = int(manifest["step"])
-        data = {"step": step, "bytes": num_bytes, "directory": directory.name, "metrics": _given(self._latest)}
+        told = {"step": step, "digest": self._digest_of(directory), "bytes": num_bytes, "directory": directory.name}
+        data = {**told, "metrics": _given(self._latest)}
         self._events.tell("checkpoint_saved", f"Checkpoint of step {step} is complete.", data=data)
 
     def _keep_probe(self, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import traceback
@@ -21,7 +22,7 @@ from trilithon_finetune.train.evaluation import JobEvaluator, outputs_of
 from trilithon_finetune.train.journal import Journal
 from trilithon_finetune.train.stream import JobStream, learning_rate_of
 from trilithon_finetune.train.threads import threads_of_a_rank
-from trilithon_finetune.train.work import Work, open_work
+from trilithon_finetune.train.work import Work, export_digest, open_work
 from trilithon_parallel import rendezvous
 from trilithon_parallel.backend import select
 from trilithon_parallel.checkpoint import (
@@ -55,6 +56,9 @@ TIMEOUT_S, FIRST_TIMEOUT_S = 120.0, 600.0
 
 REFERENCES_FILE = "references.safetensors"
 
+LEASE_VARIABLE = "TRILITHON_LEASE_FILE"
+"""Names the file that the worker removes when the attempt has lost its lease."""
+
 
 def main(directory: Path, attempt: int) -> int:
     """
@@ -74,9 +78,9 @@ def main(directory: Path, attempt: int) -> int:
         return EXIT_PEER_LOST
     except Exception as error:
         job_error = _as_job_error(error)
+        print(f"rank {rank}: {job_error.message}", file=sys.stderr)
         if job_error.code == "bug":
             traceback.print_exc()
-        print(f"rank {rank}: {job_error.message}", file=sys.stderr)
         write_outcome(outcome, error=replace(job_error, attempt=attempt, rank=rank))
         return EXIT_FAILED
     finally:
@@ -87,12 +91,14 @@ def _as_job_error(error: Exception) -> JobError:
     """What the job's owner is told of an exception."""
     if isinstance(error, FinetuneError):
         return error.error
-    code, hint = "bug", "Look into the rank's log."
+    code, hint = "bug", ""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         code = "out_of_memory"
         hint = "Lower training.micro_batch_tokens or data.max_tokens, or use more ranks."
     elif isinstance(error, CheckpointError):
-        code = "disk_full" if error.code == "checkpoint_disk_full" else "checkpoint_corrupt"
+        code = {"checkpoint_disk_full": "disk_full", "checkpoint_busy": "lease_lost"}.get(
+            error.code, "checkpoint_corrupt"
+        )
         hint = error.hint
     elif isinstance(error, ModelError | HealthError):
         code = "invalid_config"
@@ -160,6 +166,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
                 stream=stream,
                 schedule=work.schedule,
                 evaluator=evaluator,
+                digest_of=functools.partial(export_digest, work),
                 resume_step=cursor.step,
                 resume_tokens=cursor.consumed_tokens,
             )
@@ -252,6 +259,7 @@ def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:
         dtype=dtype,
         retention=Retention(config.checkpoint.keep, keep_every=1 if config.deploy.on == "checkpoint" else 0),
         side_files_from=job.model_dir,
+        permit=Path(permit) if (permit := os.environ.get(LEASE_VARIABLE)) else None,
     )
 
 

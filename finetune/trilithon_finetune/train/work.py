@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.prepared import Prepared, open_prepared
 from trilithon_finetune.recipes.base import Context, Recipe
-from trilithon_finetune.resolve import task_model
+from trilithon_finetune.resolve import lora_spec, task_model
 from trilithon_finetune.setup import JobFile, open_base
 from trilithon_finetune.train.stream import EpochSchedule, schedule_of
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.lora.peft import read_adapter
+from trilithon_server.engine.startup import model_digest
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,10 @@ def open_work(job: JobFile) -> Work:
     context = replace(base.context, labels=labels, validating=True)
     schedule = schedule_of(job.config, prepared.train.num_units)
     return Work(job, base.recipe, context, base.model, model, prepared, schedule)
+
+
+def export_digest(work: Work, directory: Path) -> str:
+    """The identity of an export, or of a checkpoint as it stands, as the server computes it."""
+    if lora_spec(work.config) is None:
+        return model_digest(directory)
+    return read_adapter(directory, config=work.base).digest

@@ -119,6 +119,7 @@ class Saver:
         side_files_from: a model directory whose tokenizer and chat template go along, of an adapter the template alone;
             None for none.
         max_shard_bytes: size of a file.
+        permit: a file without which nothing is published any more: whoever replaces this run removes it.
     Attributes:
         protected: steps whose checkpoints stay whatever the retention; rank 0's counts.
     Raises:
@@ -136,7 +137,9 @@ class Saver:
         retention: Retention,
         side_files_from: Path | None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        permit: Path | None = None,
     ) -> None:
+        self._permit = permit
         self._run_dir, self._config, self._grid, self._facts = run_dir, config, grid, facts
         self._dtype, self._retention, self._side_files_from = dtype, retention, side_files_from
         assert (config.lora is None) == (facts.base is None), "a run has a base beneath it where it trains an adapter"
@@ -320,6 +323,13 @@ class Saver:
         sizes = self._table.sizes
         files = save.small | {file: FileEntry(bytes=sizes[file], sha256=sums[file]) for file in sizes}
         manifest = self._manifest(save.progress, files)
+        if self._permit is not None and not self._permit.exists():
+            raise CheckpointError(
+                f"this run may not publish {save.directory.name}: {self._permit.name} is gone, so another one has "
+                "taken its place.",
+                code="checkpoint_busy",
+                hint="Nothing is to be done: the other run goes on from the last checkpoint.",
+            )
         write_file(save.temporary / MANIFEST_FILE, encode_manifest(manifest))
         publish(save.temporary, save.directory)
         remove_leftovers(self._run_dir)
