@@ -12,13 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import ModelConfig, TaskHead
 from trilithon_parallel.models.seq2seq import boundary_rows
 from trilithon_parallel.placement import (
     COPY_RULES,
     MASKED_LM_RULES,
     RULES,
     SEQ2SEQ_RULES,
+    TASK_RULES,
     global_shapes,
     local_sizes,
     local_slice,
@@ -28,6 +29,7 @@ from trilithon_parallel.placement import (
     stage_layers,
     stage_names,
 )
+from trilithon_parallel.task_head import for_task
 
 T5 = replace(
     tiny_configs.T5,
@@ -61,13 +63,14 @@ MASKED_LM = replace(
     scale_logits=False,
     mlm_head=True,
 )
-ALL_RULES = (*RULES, *MASKED_LM_RULES, *SEQ2SEQ_RULES, *COPY_RULES)
+TASK = for_task(MASKED_LM, TaskHead("sequence", ("a", "b", "c")))
+ALL_RULES = (*RULES, *MASKED_LM_RULES, *TASK_RULES, *SEQ2SEQ_RULES, *COPY_RULES)
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
     """Small models of odd sizes; an encoder-decoder has at least one layer of each kind."""
-    base, heads = draw(st.sampled_from([T5, T5_1_1, MASKED_LM])), draw(st.integers(1, 6))
+    base, heads = draw(st.sampled_from([T5, T5_1_1, MASKED_LM, TASK])), draw(st.integers(1, 6))
     layers = draw(st.integers(2, 7))
     return replace(
         base,
@@ -94,13 +97,13 @@ def stagings(draw: st.DrawFn, config: ModelConfig) -> tuple[int, tuple[int, ...]
 
 def test_every_name_matches_one_rule_and_every_rule_a_name() -> None:
     """No name is covered twice or not at all, copies included, and no rule is dead."""
-    names = {name for config in (T5, T5_1_1, MASKED_LM) for name in global_shapes(config)}
+    names = {name for config in (T5, T5_1_1, MASKED_LM, TASK) for name in global_shapes(config)}
     names |= {
         name for config in (T5, MASKED_LM) for rank in range(4) for name in stage_names(config, pp=4, pp_rank=rank)
     }
     for name in names:
         assert sum(rule.pattern.fullmatch(name) is not None for rule in ALL_RULES) == 1, name
-    for rule in (*MASKED_LM_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
+    for rule in (*MASKED_LM_RULES, *TASK_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
         assert any(rule.pattern.fullmatch(name) for name in names), rule.pattern
 
 
