@@ -166,8 +166,12 @@ async def relate(
     if tagger:
         tagging, its_task = await run.model(tagger, "annotate")
         (mentions,) = await _tag(run, tagging, its_task, [text], field="text")
+        if len(mentions) > MAX_ENTITIES:
+            rule = f"must hold at most {MAX_ENTITIES} entities"
+            run.found.add("text", rule, given=len(mentions), code="prompt_too_long", todo="Send a shorter text.")
+            run.found.raise_if_any()
     if not pairs:
-        checked = relation.candidates(text, mentions)
+        checked = await off_loop(len(mentions) ** 2, lambda: relation.candidates(text, mentions))
     asked = checked[:most]
     encoded = await off_loop(
         len(text) * len(asked), lambda: [relation.encode(text, a, b, task.pieces) for a, b in asked]

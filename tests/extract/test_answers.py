@@ -101,7 +101,7 @@ def test_E3_http_grpc_client_and_in_process_answer_alike(served: Served, task: T
     """
     One request has one answer, whatever it comes by; long texts are read in several windows.
 
-    Inverse: types left out of the submitted windows turn the question's and the pairs' cases red.
+    Inverse: types left out of the submitted windows turn the question's and the text pairs' cases red.
     """
     over_http = served.ask(task, **BODIES[task])
     over_grpc = served.call(task, **BODIES[task])

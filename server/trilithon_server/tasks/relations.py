@@ -14,8 +14,9 @@ Source: the input form of BioBERT for ChemProt (Lee et al. 2020).
 
 from __future__ import annotations
 
+import functools
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
@@ -80,10 +81,11 @@ class RelationFormat:
             if mention.type not in self.markers:
                 raise ValueError(f"type must be one of {', '.join(self.markers)}. Given: {mention.type!r}.")
         begin, stop = sentence_of(text, a, b)
-        before = _ids(text, (begin, first.start), pieces)
-        between = _ids(text, (first.end, second.start), pieces)
-        after = _ids(text, (second.end, stop), pieces)
-        before, between, after = _fit(before, between, after, self.max_tokens - 4)
+        room = self.max_tokens - 4
+        before = _last(text, (begin, first.start), room, pieces)
+        between = _ends(text, (first.end, second.start), room, pieces)
+        after = _first(text, (second.end, stop), room, pieces)
+        before, between, after = _fit(before, between, after, room)
         markers = self.markers[first.type], self.markers[second.type]
         ids = (pieces.cls_id, *before, markers[0], *between, markers[1], *after, pieces.sep_id)
         return Encoded(ids)
@@ -153,10 +155,17 @@ def split_sentences(text: str) -> list[Span]:
 
 def sentence_of(text: str, a: Mention, b: Mention) -> Span:
     """From the start of the sentence of the first of two mentions to the end of that of the last."""
-    first, last = min(a.start, b.start), max(a.end, b.end)
+    starts, ends = _bounds(text)
+    begin = bisect_right(starts, min(a.start, b.start)) - 1
+    stop = bisect_left(ends, max(a.end, b.end))
+    return starts[begin] if begin >= 0 else 0, ends[stop] if stop < len(ends) else len(text)
+
+
+@functools.lru_cache(maxsize=4)
+def _bounds(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Starts and ends of the sentences, once for all pairs of a text."""
     sentences = split_sentences(text)
-    begin = max((start for start, _ in sentences if start <= first), default=0)
-    return begin, min((end for _, end in sentences if last <= end), default=len(text))
+    return tuple(start for start, _ in sentences), tuple(end for _, end in sentences)
 
 
 def marker_ids(types: Sequence[str], pieces: WordPieces) -> dict[str, int]:
@@ -179,6 +188,42 @@ def marker_ids(types: Sequence[str], pieces: WordPieces) -> dict[str, int]:
             )
         ids[name] = row
     return ids
+
+
+# Only as many words next to a mention can matter as there are tokens: a long text is not read to its ends.
+
+
+def _first(text: str, part: Span, count: int, pieces: WordPieces) -> tuple[int, ...]:
+    """Pieces of a part of a text, or of its beginning where that has `count` words."""
+    start, stop = part
+    size = 8 * count
+    while start + size < stop:
+        cut = text.rfind(" ", start, start + size)
+        if cut > start and len(split_words(text[start:cut])) >= count:
+            return _ids(text, (start, cut), pieces)
+        size *= 2
+    return _ids(text, part, pieces)
+
+
+def _last(text: str, part: Span, count: int, pieces: WordPieces) -> tuple[int, ...]:
+    """Pieces of a part of a text, or of its end where that has `count` words."""
+    start, stop = part
+    size = 8 * count
+    while start + size < stop:
+        cut = text.find(" ", stop - size, stop)
+        if cut >= 0 and len(split_words(text[cut:stop])) >= count:
+            return _ids(text, (cut, stop), pieces)
+        size *= 2
+    return _ids(text, part, pieces)
+
+
+def _ends(text: str, part: Span, count: int, pieces: WordPieces) -> tuple[int, ...]:
+    """Pieces of a part of a text, or of its beginning and its end where each of these has `count` words."""
+    start, stop = part
+    middle = text.find(" ", (start + stop) // 2, stop)
+    if stop - start <= 32 * count or middle < 0:
+        return _ids(text, part, pieces)
+    return _first(text, (start, middle), count, pieces) + _last(text, (middle, stop), count, pieces)
 
 
 def _ids(text: str, part: Span, pieces: WordPieces) -> tuple[int, ...]:
