@@ -37,6 +37,11 @@ _SHARED_STATUS: Mapping[tuple[int, str], str] = {
     (400, "format_unavailable"): "FAILED_PRECONDITION",
     (400, "not_servable"): "FAILED_PRECONDITION",
     (400, "result_gone"): "FAILED_PRECONDITION",
+    (400, "model_load_failed"): "FAILED_PRECONDITION",
+    (400, "adapter_load_failed"): "FAILED_PRECONDITION",
+    (400, "adapters_unsupported"): "FAILED_PRECONDITION",
+    (400, "base_mismatch"): "FAILED_PRECONDITION",
+    (400, "no_catalog"): "FAILED_PRECONDITION",
     (409, "name_taken"): "ALREADY_EXISTS",
     (500, "checkpoint_corrupt"): "DATA_LOSS",
 }
