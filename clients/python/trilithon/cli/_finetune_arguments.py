@@ -80,6 +80,7 @@ def _before(verb: Verb) -> None:
     _data(parser)
     parser.add_argument("--row", type=_positive, default=1, metavar="N", help="line of the file [1]")
     add_output_argument(parser)
+    add_store_arguments(parser, note="the default")
 
 
 def _new(verb: Verb) -> None:

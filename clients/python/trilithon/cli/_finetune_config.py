@@ -54,10 +54,16 @@ def load(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def parsed(config: Mapping[str, Any]) -> JobConfig:
-    """The configuration of a job of this machine: a path of a model becomes absolute. Raises FinetuneError."""
+    """
+    The configuration of a job of this machine: a path of a model becomes absolute, a name stays what it is.
+
+    Raises:
+        FinetuneError: `invalid_config`. NotFound: there is no directory at that path.
+    """
     model = config.get("model")
-    if isinstance(model, str) and (os.sep in model or Path(model).is_dir()):
-        config = {**config, "model": str(_store.resolve(model))}
+    if isinstance(model, str) and model not in {stored.name for stored in _store.list_models()}:
+        if os.sep in model or Path(model).is_dir():
+            config = {**config, "model": str(_store.resolve(model))}
     return parse_config(dict(config))
 
 

@@ -25,6 +25,7 @@ from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.recipes.base import IGNORE, Context, Recipe, Sample
 from trilithon_finetune.resolve import resolve_choices
 from trilithon_finetune.setup import Base, JobFile, open_base
+from trilithon_server.catalog import Catalog
 
 TENANT = "local"
 """Whose jobs are made here: whom a server without keys takes its callers for (`trilithon_server.auth.LOCAL`)."""
@@ -88,10 +89,10 @@ def check(config: Mapping[str, Any], training: DataFile, validation: DataFile | 
 
 
 def validated(
-    config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, max_findings: int
+    config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, store: Path, max_findings: int
 ) -> Report:
     """Everything about a data file. Raises TrilithonError."""
-    with told(), _opened(config, training, validation) as (job, base):
+    with told(), _opened(config, training, validation, store=store) as (job, base):
         return check_file(
             training.path,
             recipe=base.recipe,
@@ -104,14 +105,14 @@ def validated(
         )
 
 
-def preview(config: Mapping[str, Any], training: DataFile, line: int) -> list[Shown] | list[str]:
+def preview(config: Mapping[str, Any], training: DataFile, line: int, *, store: Path) -> list[Shown] | list[str]:
     """
     The samples of one row as the model sees them, or what is wrong with the row, a sentence each.
 
     Raises:
         TrilithonError: the file has no such line, or the configuration is wrong.
     """
-    with told(), _opened(config, training, None) as (job, base):
+    with told(), _opened(config, training, None, store=store) as (job, base):
         context = with_labels(base.context, base.recipe, training.path, file=training.name)
         last = 0
         for item in read_rows(training.path, recipe=base.recipe, file=training.name):
@@ -176,28 +177,39 @@ def _job_file(
 ) -> Iterator[JobFile]:
     """A job that is in no store. Raises FinetuneError, NotFound: its model is not here."""
     job_config = parsed(config)
+    paths = StorePaths(store)
+    model_dir, adapter_dir = _model(job_config.model, Catalog(paths.models))
     with tempfile.TemporaryDirectory(prefix="trilithon-check-") as scratch:
         yield JobFile(
             job_id=_NO_JOB,
             tenant=TENANT,
             name="",
             config=job_config,
-            model_dir=_store.resolve(job_config.model),
+            model_dir=model_dir,
+            adapter_dir=adapter_dir,
             training_path=training.path,
             validation_path=None if validation is None else validation.path,
-            store=StorePaths(store),
+            store=paths,
             paths=JobPaths(Path(scratch)),
             training_name=training.name,
             validation_name="" if validation is None else validation.name,
         )
 
 
+def _model(name: str, catalog: Catalog) -> tuple[Path, Path | None]:
+    """The directory of a model, and of the adapter that is gone on from: what a job of the store made, or a model."""
+    entry = catalog.get(name, tenant=TENANT)
+    if entry is None:
+        return _store.resolve(name), None
+    return (entry.path, None) if entry.kind == "model" else (_store.resolve(entry.base), entry.path)
+
+
 @contextlib.contextmanager
 def _opened(
-    config: Mapping[str, Any], training: DataFile, validation: DataFile | None
+    config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, store: Path
 ) -> Iterator[tuple[JobFile, Base]]:
     """A job and its base with every choice made that does not depend on the data."""
-    with _job_file(config, training, validation, store=Path()) as job:
+    with _job_file(config, training, validation, store=store) as job:
         base = open_base(job)
         job = replace(job, config=resolve_choices(job.config, base.recipe, base.model, job_id=job.job_id))
         yield job, open_base(job)

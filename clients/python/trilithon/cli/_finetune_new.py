@@ -53,7 +53,8 @@ def validate(args: argparse.Namespace) -> int:
     config = _reader().data_config(args.model, args.task, args.data, args.set)
     validation = None if args.validation is None else _data_file(local, args.validation, "--validation")
     data = _data_file(local, args.data, "DATA")
-    report = local.validated(config, data, validation, max_findings=args.max_errors)
+    store = args.store or default_store()
+    report = local.validated(config, data, validation, store=store, max_findings=args.max_errors)
     if args.output == "json":
         print_json(report.to_json())
     else:
@@ -91,7 +92,7 @@ def estimate(args: argparse.Namespace) -> int:
 def preview(args: argparse.Namespace) -> int:
     local = _local("preview")
     config = _reader().data_config(args.model, args.task, args.data, args.set)
-    found = local.preview(config, _data_file(local, args.data, "DATA"), args.row)
+    found = local.preview(config, _data_file(local, args.data, "DATA"), args.row, store=args.store or default_store())
     if isinstance(found[0], str):
         details = "; ".join(found[1:])
         error = InvalidArgument(f"{found[0]}{f' ({details})' if details else ''}", code="invalid_training_file")

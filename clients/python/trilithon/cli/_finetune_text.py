@@ -25,6 +25,8 @@ OPENAI_COLUMNS = (
 """First in every table and in this order (`trilithon_finetune.series` has the same; a test compares)."""
 
 _SHOWN_ROWS = 20
+_NOT_SHOWN = ("consumed_samples", "hfu", "mfu", "memory_bytes", "model_flops_per_s", "skipped", "tokens",
+              "predicted_bytes", "bubble_planned", "bubble_measured", "loss_scale")  # fmt: skip
 
 
 def job_document(job: Job) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def print_job(job: Job) -> None:
         ("task", f"{job.task}, {tuning}"),
         ("result", job.fine_tuned_model),
         ("step", f"{progress.step} of {progress.total_steps}" if progress.total_steps else ""),
-        ("left", duration(progress.seconds_remaining) if progress.seconds_remaining is not None else ""),
+        ("left", duration(progress.seconds_remaining) if progress.seconds_remaining else ""),
         ("queue", f"place {progress.queue_position}" if progress.queue_position else ""),
         ("tokens", f"{progress.trained_tokens:,}" if progress.trained_tokens else ""),
         ("attempt", str(job.attempt) if job.attempt > 1 else ""),
@@ -138,11 +140,11 @@ def print_series(rows: Sequence[Mapping[str, Any]]) -> None:
         print("no steps yet")
         return
     shown = rows[-_SHOWN_ROWS:]
-    names = [name for name in columns(rows) if any(name in row for row in shown)]
+    names = [name for name in columns(rows) if name not in _NOT_SHOWN and any(name in row for row in shown)]
     cells = [["" if name not in row else _number(row[name]) for name in names] for row in shown]
     print_table(names, cells)
     if len(rows) > len(shown):
-        print(f"({len(rows) - len(shown)} earlier rows: --csv or -o json)")
+        print(f"({len(rows) - len(shown)} earlier rows and further columns: --csv or -o json)")
 
 
 def print_checked(checked: Checked, config: Mapping[str, Any]) -> None:

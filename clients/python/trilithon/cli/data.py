@@ -1,4 +1,4 @@
-"""`trilithon data`: texts to token files, a vocabulary from texts, and what a token file holds."""
+"""`trilithon data`: texts to token files, a vocabulary from texts, what a token file holds, published sets to rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from trilithon import _store
+from trilithon.cli import _data_convert as _convert
 from trilithon.cli import _extra
 from trilithon.cli._output import (
     EXIT_CHECK_FAILED,
@@ -35,10 +36,13 @@ def add_arguments(parser: Parser) -> None:
     _add_prepare(actions.add_parser("prepare", help="turn texts into an indexed token file"))
     _add_tokenizer(actions.add_parser("tokenizer", help="train a SentencePiece vocabulary"))
     _add_info(actions.add_parser("info", help="say what a token file holds"))
+    _convert.add(actions.add_parser("convert", help="turn a published data set into rows to finetune on"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says; a mistake in the data is exit code 3."""
+    if args.action == "convert":
+        return _convert.run(args)
     actions = {"prepare": _prepare, "tokenizer": _tokenizer, "info": _info}
     errors = _load("errors")
     config = _extra.load("trilithon_parallel.config", verb="data", extra="engine")
