@@ -61,10 +61,14 @@ def parsed(config: Mapping[str, Any]) -> JobConfig:
         FinetuneError: `invalid_config`. NotFound: there is no directory at that path.
     """
     model = config.get("model")
-    if isinstance(model, str) and model not in {stored.name for stored in _store.list_models()}:
-        if os.sep in model or Path(model).is_dir():
-            config = {**config, "model": str(_store.resolve(model))}
+    if isinstance(model, str) and _is_path(model):
+        config = {**config, "model": str(_store.resolve(model))}
     return parse_config(dict(config))
+
+
+def _is_path(model: str) -> bool:
+    stored = {item.name for item in _store.list_models()}
+    return model not in stored and (os.sep in model or Path(model).is_dir())
 
 
 def data_config(model: str, task: str, data: Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -171,12 +171,19 @@ def opened(args: argparse.Namespace, *, local: bool = False) -> Iterator[Door]:
 @contextlib.contextmanager
 def opened_store(args: argparse.Namespace) -> Iterator[Any]:
     """The door to the store of this machine."""
-    database = args.database
-    if database is not None and "@" in database and ":" in database.partition("://")[2].partition("@")[0]:
-        raise UsageError("--database must hold no password: others can read it there. Put it into ~/.pgpass.")
+    database = database_of(args)
     module = _extra.load("trilithon.cli._finetune_store", verb="finetune --store", extra="jobs")
     with module.open_store(args.store or default_store(), database) as door:
         yield door
+
+
+def database_of(args: argparse.Namespace) -> str | None:
+    """The database's URL; None for SQLite. Raises UsageError: it holds a password."""
+    url: str | None = args.database
+    who, at, _ = (url or "").partition("://")[2].partition("@")
+    if at and ":" in who:
+        raise UsageError("--database must hold no password: others can read it there. Put it into ~/.pgpass.")
+    return url
 
 
 class Uploads:

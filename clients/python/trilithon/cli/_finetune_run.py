@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from trilithon_finetune.jobs.worker import Worker, run_worker
 
 def work(store: Path, database: str | None, *, slots: int) -> int:
     """A worker until SIGTERM or Ctrl-C; its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     return run_worker(store, database, WorkerSettings(slots=slots))
 
 

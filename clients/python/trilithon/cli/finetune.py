@@ -11,7 +11,7 @@ from trilithon.cli import _extra, _finetune_compare, _finetune_logs, _finetune_r
 from trilithon.cli import _finetune_arguments as arguments
 from trilithon.cli import _finetune_new as new
 from trilithon.cli import _finetune_text as text
-from trilithon.cli._finetune_doors import Door, default_store, opened
+from trilithon.cli._finetune_doors import Door, database_of, default_store, opened
 from trilithon.cli._output import EXIT_OK, print_json
 from trilithon.cli._parser import Parser, UsageError
 
@@ -192,7 +192,7 @@ def _deploy(args: argparse.Namespace) -> int:
 
 def _worker(args: argparse.Namespace) -> int:
     runner = _extra.load("trilithon.cli._finetune_run", verb="finetune worker", extra="jobs")
-    return int(runner.work(args.store or default_store(), args.database, slots=args.slots))
+    return int(runner.work(args.store or default_store(), database_of(args), slots=args.slots))
 
 
 _ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
