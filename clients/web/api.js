@@ -54,20 +54,28 @@ export async function* readEvents(chunks) {
   }
 }
 
-async function* textOf(body) {
+/** The text of a body in pieces. After `silenceMs` without any, it ends: nobody is at the other end of the line. */
+async function* textOf(body, silenceMs) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
+  let timer = 0;
   try {
     for (;;) {
+      if (silenceMs) timer = setTimeout(() => reader.cancel().catch(() => {}), silenceMs);
       const { done, value } = await reader.read();
+      clearTimeout(timer);
       if (done) return;
       yield decoder.decode(value, { stream: true });
     }
   } finally {
+    clearTimeout(timer);
     // Leaving early (a stop, an error) must close the connection: that is what tells the server to abort.
     reader.cancel().catch(() => {});
   }
 }
+
+/** The server lets a stream of events be silent for 15 s at most. */
+const SILENCE_MS = 45000;
 
 export class Api {
   /** In memory only: a reload forgets it. */
@@ -143,7 +151,7 @@ export class Api {
   async *events(path, { after = "", signal, onOpen = () => {} } = {}) {
     const response = await this.#fetch(path, { headers: after ? { "last-event-id": after } : {}, signal });
     onOpen();
-    for await (const { id, document } of this.#documents(response)) yield { id, event: document };
+    for await (const { id, document } of this.#documents(response, SILENCE_MS)) yield { id, event: document };
   }
 
   /**
@@ -166,10 +174,10 @@ export class Api {
   }
 
   /** The JSON documents of a stream, each with the id that it was sent under. */
-  async *#documents(response) {
+  async *#documents(response, silenceMs = 0) {
     const requestId = response.headers.get("x-request-id") ?? "";
     try {
-      for await (const { data, id } of readEvents(textOf(response.body))) {
+      for await (const { data, id } of readEvents(textOf(response.body, silenceMs))) {
         if (data === "[DONE]") return;
         const document = JSON.parse(data);
         if (document.error) throw errorFromBody(document, { status: response.status, requestId, retryAfter: "" });

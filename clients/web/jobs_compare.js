@@ -138,7 +138,7 @@ export class Compare {
     const body = { ...content, max_tokens: number("max_tokens"), temperature: number("temperature"), stream: true, stream_options: { include_usage: true } };
     const path = chat ? "/v1/chat/completions" : "/v1/completions";
     const models = [this.#job.model, this.#models.value];
-    const turns = models.map((model) => new AnswerTurn(model, { grew: () => {} }));
+    const turns = models.map((model, index) => new AnswerTurn(`${index ? "after" : "before"}: ${model}`, { grew: () => {} }));
     this.#answers.replaceChildren(...turns.map((turn) => h("ol", { class: "answer" }, turn.element)));
     const { signal } = this.#abort;
     await Promise.all(models.map((model, index) => this.#stream(path, { model, ...body }, turns[index], signal)));

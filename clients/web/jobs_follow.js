@@ -14,9 +14,15 @@ const LASTING = new Set([400, 401, 403, 404]);
 /** Wait; false where the signal came first. */
 export function pause(ms, signal) {
   return new Promise((resolve) => {
-    if (signal?.aborted) resolve(false);
-    const timer = setTimeout(() => resolve(true), ms);
-    signal?.addEventListener("abort", () => { clearTimeout(timer); resolve(false); }, { once: true });
+    const end = (whole) => {
+      clearTimeout(timer);
+      signal.removeEventListener("abort", stop);
+      resolve(whole);
+    };
+    const stop = () => end(false);
+    const timer = setTimeout(() => end(true), ms);
+    signal.addEventListener("abort", stop);
+    if (signal.aborted) stop();
   });
 }
 

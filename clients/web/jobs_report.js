@@ -42,7 +42,7 @@ export function reportBox(report) {
     ["rows", `${count(report.rows ?? 0, "row")}, ${(report.usable_rows ?? 0).toLocaleString("en")} usable`],
     ["format", report.format || "none"],
   ];
-  if (report.tokens) {
+  if (report.tokens && report.lengths) {
     const share = (100 * (report.supervised_share ?? 0)).toFixed(1);
     pairs.push(["tokens", `${report.tokens.toLocaleString("en")}, ${report.supervised_tokens.toLocaleString("en")} of them learned (${share} %)`]);
     const { median, p90, p99, longest } = report.lengths;
@@ -64,22 +64,25 @@ export function reportBox(report) {
   );
 }
 
-/** `estimate`: as `POST /v1/fine_tuning/estimate` answers with it. */
+/** `estimate`: as `POST /v1/fine_tuning/estimate` answers with it. What it does not know is not told. */
 export function estimateBox(estimate) {
+  const { steps, train_tokens: tokens, supervised_tokens: learned, seconds, peak_bytes_per_rank: peak, disk_bytes: disk } = estimate;
   const parts = Object.entries(estimate.memory_parts ?? {}).map(([name, size]) => [name.replaceAll("_", " "), bytes(size)]);
   const free = estimate.available_bytes_per_rank ? ` of ${bytes(estimate.available_bytes_per_rank)}` : "";
+  const pairs = [
+    ["steps", steps, () => steps.toLocaleString("en")],
+    ["tokens", tokens, () => `${tokens.toLocaleString("en")}, ${(learned ?? 0).toLocaleString("en")} of them learned`],
+    ["time", seconds, () => `${duration(seconds)} (${duration(estimate.seconds_low)} to ${duration(estimate.seconds_high)}${estimate.measured ? "" : ", not measured"})`],
+    ["memory of a rank", peak, () => `${bytes(peak)}${free}`],
+    ["disk", disk, () => `${bytes(disk)} of ${bytes(estimate.disk_free_bytes)} free`],
+  ];
+  const known = pairs.filter(([, value]) => value !== undefined).map(([name, , words]) => [name, words()]);
   return h(
     "div",
     { class: "report" },
     h("p", { class: `verdict ${estimate.allowed ? "good" : "bad"}` }, estimate.allowed ? "The job fits." : "The job does not fit."),
     estimate.findings?.length ? h("ol", { class: "findings", "aria-label": "Why" }, ...estimate.findings.map((item) => h("li", { class: "finding error" }, item.message))) : null,
-    facts([
-      ["steps", estimate.steps.toLocaleString("en")],
-      ["tokens", `${estimate.train_tokens.toLocaleString("en")}, ${estimate.supervised_tokens.toLocaleString("en")} of them learned`],
-      ["time", `${duration(estimate.seconds)} (${duration(estimate.seconds_low)} to ${duration(estimate.seconds_high)}${estimate.measured ? "" : ", not measured"})`],
-      ["memory of a rank", `${bytes(estimate.peak_bytes_per_rank)}${free}`],
-      ["disk", `${bytes(estimate.disk_bytes)} of ${bytes(estimate.disk_free_bytes)} free`],
-    ]),
+    facts(known),
     parts.length ? facts(parts, { caption: "Memory of a rank by part" }) : null,
   );
 }

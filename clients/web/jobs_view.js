@@ -23,6 +23,7 @@ export class JobView {
   #abort = new AbortController();
   #job = null;
   #reported = false;
+  #known = ""; // the checkpoints on the page, as the server told them
   #stale = new Set(["job", "checkpoints", "models"]);
   #wake = () => {};
 
@@ -37,7 +38,9 @@ export class JobView {
   #buttons = {};
   #metadata = h("dl", { class: "metadata" });
   #checkpoints = h("tbody");
+  #verdict = h("span", { class: "count" });
   #report = h("div");
+  #reportCard = h("details", { class: "card", id: "report" }, h("summary", {}, "Data report", this.#verdict), this.#report);
   #estimate = h("div", {}, h("p", { class: "faint" }, "After validation."));
   #settings = h("div");
   #log = new EventLog();
@@ -68,7 +71,7 @@ export class JobView {
       h("section", { class: "card" }, h("h3", {}, "Curves"), this.#chart.element),
       h("div", { class: "pair" }, this.#log.element, this.#checkpointCard()),
       this.#compare.element,
-      h("details", { class: "card", id: "report" }, h("summary", {}, "Data report"), this.#report),
+      this.#reportCard,
       h("details", { class: "card", id: "estimate" }, h("summary", {}, "Estimate"), this.#estimate),
       h("details", { class: "card", id: "settings" }, h("summary", {}, "Settings"), this.#settings),
     );
@@ -100,7 +103,7 @@ export class JobView {
         wait = Math.max(3 * REFRESH_MS, 1000 * Number(error.retryAfter));
       }
       await pause(wait, signal);
-      if (!this.#stale.size) await new Promise((resolve) => { this.#wake = resolve; signal.addEventListener("abort", resolve, { once: true }); });
+      if (!this.#stale.size && !signal.aborted) await new Promise((resolve) => (this.#wake = resolve));
     }
   }
 
@@ -111,6 +114,7 @@ export class JobView {
 
   close() {
     this.#abort.abort();
+    this.#wake();
     this.#chart.close();
     this.#log.close();
     this.#compare.close();
@@ -173,7 +177,10 @@ export class JobView {
 
   async #readReport(signal) {
     try {
-      this.#report.replaceChildren(reportBox(await this.#api.json(`${this.#path}/report`, { signal })));
+      const report = await this.#api.json(`${this.#path}/report`, { signal });
+      this.#verdict.textContent = report.summary ?? "";
+      this.#report.replaceChildren(reportBox(report));
+      this.#reportCard.open ||= report.ok === false;
     } catch (error) {
       if (error.status !== 404) {
         this.#reported = false;
@@ -195,8 +202,17 @@ export class JobView {
     const row = ({ step_number: step, fine_tuned_model_checkpoint: model, trilithon }) => {
       const numbers = Object.entries(trilithon.metrics).map(([name, value]) => `${name.replaceAll("_", " ")} ${short(value)}`);
       const marks = [trilithon.verified ? "verified" : "", trilithon.servable ? "" : "removed"].filter(Boolean);
-      return h("tr", {}, h("th", { scope: "row" }, String(step)), h("td", {}, numbers.join(", ")), h("td", {}, bytes(trilithon.bytes)), h("td", {}, h("code", {}, model), ...marks.map((mark) => h("span", { class: "mark" }, mark))));
+      const deploy = trilithon.servable ? h("button", { type: "button", class: "quiet", onclick: () => this.#deploy(step), "aria-label": `Deploy step ${step}` }, "Deploy") : null;
+      return h(
+        "tr", {},
+        h("th", { scope: "row" }, String(step)), h("td", {}, numbers.join(", ")), h("td", {}, bytes(trilithon.bytes)),
+        h("td", {}, h("code", {}, model), ...marks.map((mark) => h("span", { class: "mark" }, mark)), deploy),
+      );
     };
+    // Rows that say what they said before stay: a button of theirs may have the focus.
+    const words = JSON.stringify(all);
+    if (words === this.#known) return;
+    this.#known = words;
     this.#checkpoints.replaceChildren(...(all.length ? all.map(row) : [h("tr", {}, h("td", { colspan: 4, class: "faint" }, "None yet."))]));
   }
 
@@ -267,9 +283,10 @@ export class JobView {
     });
   }
 
-  async #deploy() {
+  /** Point the alias to the result, or to the checkpoint of a step. */
+  async #deploy(step) {
     await this.#do(async () => {
-      const { model, alias, previous } = await this.#api.post(`${this.#path}/deploy`, { alias: this.#alias.value.trim() });
+      const { model, alias, previous } = await this.#api.post(`${this.#path}/deploy`, { alias: this.#alias.value.trim(), step });
       this.#refresh("models");
       return `${alias} is now ${model}${previous ? `; it was ${previous}` : ""}.`;
     });

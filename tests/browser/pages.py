@@ -27,6 +27,35 @@ document.addEventListener("securitypolicyviolation", (event) =>
   window.policyViolations.push(`${event.violatedDirective} ${event.blockedURI}`));
 """
 
+FOCUSED = """() => {
+  const element = document.activeElement;
+  if (element === document.body) return ["BODY", true];
+  // A radio button is invisible under its label, which carries the outline for it.
+  const marked = element.type === "radio" ? element.nextElementSibling : element;
+  const name = element.id || element.name || element.className || element.tagName;
+  return [name, getComputedStyle(marked).outlineStyle !== "none"];
+}"""
+"""Name of the element that has the focus, and whether it is outlined."""
+
+CONTRAST = """(selectors) => {
+  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (e) => {
+    for (; e; e = e.parentElement) {
+      const c = channels(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c;
+    }
+  };
+  return Object.fromEntries(selectors.map((selector) => {
+    const e = document.querySelector(selector);
+    const [a, b] = [luminance(channels(getComputedStyle(e).color)), luminance(ground(e))].sort((x, y) => y - x);
+    return [selector, (a + 0.05) / (b + 0.05)];
+  }));
+}"""
+"""Selectors -> the contrast of the first element of each."""
+
 
 @dataclass
 class Server:
@@ -130,7 +159,7 @@ class Watched:
     def _on_request(self, request: Request) -> None:
         if not request.url.startswith((self.origin + "/", "data:", "about:")):
             self.foreign.append(request.url)
-        if request.method == "POST":
+        if request.headers.get("content-type", "").startswith("application/json"):
             self.bodies.append((request.url.removeprefix(self.origin), request.post_data_json))
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from browser.pages import Server, Watched, eventually
+from browser.pages import CONTRAST, FOCUSED, Server, Watched, eventually
 from playwright.sync_api import Page, expect
 
 Visit = Callable[..., Watched]
@@ -309,7 +309,7 @@ def test_everything_works_with_the_keyboard_alone(server: Server, visit: Visit) 
     unmarked: list[str] = []
     for _ in range(120):
         page.keyboard.press("Tab")
-        name, outline = page.evaluate(_FOCUSED)
+        name, outline = page.evaluate(FOCUSED)
         if name == "prompt":
             break
         # After the last control the focus leaves the page once, and comes back at its top.
@@ -409,36 +409,8 @@ def test_themes_follow_the_system_and_are_legible(server: Server, visit: Visit) 
         ask(page, "Contrast", max_tokens="8")
         grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         ratios = page.evaluate(
-            _CONTRAST, [".said", ".who", ".notes", ".hint-line", ".help", ".vitals dt", ".row > label", ".quiet"]
+            CONTRAST, [".said", ".who", ".notes", ".hint-line", ".help", ".vitals dt", ".row > label", ".quiet"]
         )
         assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
 
     assert grounds[0] != grounds[1]
-
-
-_FOCUSED = """() => {
-  const element = document.activeElement;
-  if (element === document.body) return ["BODY", true];
-  // A radio button is invisible under its label, which carries the outline for it.
-  const marked = element.type === "radio" ? element.nextElementSibling : element;
-  const name = element.id || element.name || element.className || element.tagName;
-  return [name, getComputedStyle(marked).outlineStyle !== "none"];
-}"""
-
-_CONTRAST = """(selectors) => {
-  const channels = (text) => text.match(/[\\d.]+/g).map(Number);
-  const luminance = ([r, g, b]) => [r, g, b].map((c) => c / 255)
-    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (e) => {
-    for (; e; e = e.parentElement) {
-      const c = channels(getComputedStyle(e).backgroundColor);
-      if (c.length === 3 || c[3] === 1) return c;
-    }
-  };
-  return Object.fromEntries(selectors.map((selector) => {
-    const e = document.querySelector(selector);
-    const [a, b] = [luminance(channels(getComputedStyle(e).color)), luminance(ground(e))].sort((x, y) => y - x);
-    return [selector, (a + 0.05) / (b + 0.05)];
-  }));
-}"""
