@@ -9,6 +9,7 @@ import torch
 
 from trilithon_parallel.backend import native_product
 from trilithon_parallel.backend.native import unavailable_reason
+from trilithon_parallel.backend.native_lora import Arena
 from trilithon_parallel.backend.native_product import even_terms
 from trilithon_parallel.backend.torch_ops import TorchBackend
 from trilithon_parallel.config import load_config
@@ -39,8 +40,9 @@ def _pair(
             )
             for part, size in enumerate(outputs)
         ]
-        kernel.pack(factors)(slot)
-        products.pack(factors)(slot)
+        arena = Arena(kernel.room([rank] * len(outputs)))
+        kernel.pack(factors, arena)(slot)
+        products.pack(factors, arena)(slot)
     return kernel, products
 
 

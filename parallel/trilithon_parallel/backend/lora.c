@@ -14,6 +14,8 @@
 #define MAX_RANK 256
 #define MAX_LANES 4
 #define MAX_PARTS 3
+/* Loads ahead of use, in steps of the inner loops: with one row a step there is little to hide memory's latency behind. */
+#define AHEAD 32
 #define INLINE static inline __attribute__((always_inline))
 
 /* One adapter's factors for one product; rank 0 where it has none. */
@@ -60,6 +62,7 @@ INLINE void run_some(const struct lane *lanes, const float *const *x, const int 
 #pragma GCC unroll 4
         for (int i = 0; i < num_lanes; i++) {
             const vec column = load(lanes[i].w + k * WIDTH);
+            __builtin_prefetch(lanes[i].w + (k + AHEAD) * WIDTH);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
                 total[i][r] = multiply_add(total[i][r], x[r][lanes[i].from + k], column, is_bf16);
@@ -107,6 +110,8 @@ INLINE void expand(const float *u, const float *w, int64_t words, vec total[][2]
     for (int r = 0; r < rows; r++) total[r][0] = total[r][1] = (vec){};
     for (int64_t k = 0; k < words; k++) {
         const vec left = load(w + k * PANEL), right = load(w + k * PANEL + WIDTH);
+        __builtin_prefetch(w + (k + AHEAD) * PANEL);
+        __builtin_prefetch(w + (k + AHEAD) * PANEL + WIDTH);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             total[r][0] = multiply_add(total[r][0], u[r * MAX_RANK + k], left, is_bf16);

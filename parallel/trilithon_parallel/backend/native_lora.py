@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -56,18 +58,62 @@ def max_rank() -> int:
     return int(native.library().lora_rank())
 
 
-def pack(a_RK: Tensor, b_OR: Tensor, *, scale: float) -> PackedFactors:
-    """Copy A [R, K] and B [O, R] into panels; what they add is `scale` B (A x)."""
-    if a_RK.dtype == torch.bfloat16 and a_RK.shape[0] % 2:  # two bfloat16 are one word
-        a_RK, b_OR = F.pad(a_RK, (0, 0, 0, 1)), F.pad(b_OR, (0, 1))
-    library = native.library()
-    a_panels = _panels(a_RK, int(library.lora_width()))
-    return PackedFactors(a_panels, _panels(b_OR, 2 * int(library.lora_width())), a_RK.shape[0], scale)
+def panel_floats(a_shape: tuple[int, int], b_shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """What one product's factors A [R, K] and B [O, R] take in panels, in 32-bit words."""
+    width, rank = int(native.library().lora_width()), a_shape[0] + (dtype == torch.bfloat16 and a_shape[0] % 2)
+    elements = -(-rank // width) * width * a_shape[1] + -(-b_shape[0] // (2 * width)) * 2 * width * rank
+    return elements * dtype.itemsize // 4
+
+
+class Arena:
+    """
+    Memory for one adapter's panels, side by side in the largest pages that the system gives.
+
+    A step reads every adapter once, in pieces of a few dozen KiB: on small pages a third of its time would go to
+    looking pages up.
+    """
+
+    def __init__(self, num_floats: int) -> None:
+        region = mmap.mmap(-1, 4 * max(1, num_floats))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them: small pages then
+                region.madvise(mmap.MADV_HUGEPAGE)
+        self._room = torch.frombuffer(region, dtype=torch.float32)  # keeps the region
+
+    def hold(self, panels: Tensor) -> Tensor:
+        """A copy in here."""
+        kept, self._room = self._room[: panels.numel()], self._room[panels.numel() :]
+        return kept.copy_(panels.flatten())
+
+
+def pack(factors: Sequence[tuple[Tensor, Tensor, float] | None], arena: Arena) -> list[PackedFactors | None]:
+    """
+    Copy the factors of products with one input into panels, in the order in which the kernel reads them.
+
+    Args:
+        factors: (A [R, K], B [O, R], scale) of each product, which add `scale` B (A x); None for nothing.
+        arena: with room for them.
+    """
+    width = int(native.library().lora_width())
+    even = [None if item is None else (*_even(item[0], item[1]), item[2]) for item in factors]
+    a_panels = [None if item is None else arena.hold(_panels(item[0], width)) for item in even]
+    b_panels = [None if item is None else arena.hold(_panels(item[1], 2 * width)) for item in even]
+    return [
+        None if item is None or a is None or b is None else PackedFactors(a, b, item[0].shape[0], item[2])
+        for item, a, b in zip(even, a_panels, b_panels, strict=True)
+    ]
+
+
+def _even(a_RK: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """With an even rank where two elements are one word."""
+    if a_RK.dtype == torch.bfloat16 and a_RK.shape[0] % 2:
+        return F.pad(a_RK, (0, 0, 0, 1)), F.pad(b_OR, (0, 1))
+    return a_RK, b_OR
 
 
 def _panels(weight_OK: Tensor, width: int) -> Tensor:
     words_OK = F.pad(weight_OK, (0, 0, 0, -weight_OK.shape[0] % width)).contiguous().view(torch.float32)
-    return words_OK.view(-1, width, words_OK.shape[1]).transpose(1, 2).contiguous()
+    return words_OK.view(-1, width, words_OK.shape[1]).transpose(1, 2)
 
 
 class NativeSite:

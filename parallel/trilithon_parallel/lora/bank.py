@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from trilithon_parallel.backend import native, native_lora
+from trilithon_parallel.backend.native_lora import Arena
 from trilithon_parallel.backend.native_product import NativeProduct, even_terms
 from trilithon_parallel.backend.torch_ops import TorchBackend
 from trilithon_parallel.config import ModelConfig, ModelError
@@ -163,10 +164,10 @@ class AdapterBank:
             ModelError: a file is missing, broken, of another model, or of a larger rank than `max_rank`.
         """
         files = read_adapter(directory, config=self._config, max_rank=self.max_rank)
-        packed = [
-            site.pack(self._factors(files, *names)) for site, names in zip(self._sites, self._leaves, strict=True)
-        ]
-        return Adapter(files.digest, tuple(packed))
+        sites = list(zip(self._sites, self._leaves, strict=True))
+        ranks = {leaf: files.spec.rank_of(leaf) for leaf in files.spec.targets}
+        arena = Arena(sum(site.room([ranks.get(leaf, 0) for leaf in leaves]) for site, (_, leaves) in sites))
+        return Adapter(files.digest, tuple(site.pack(self._factors(files, *names), arena) for site, names in sites))
 
     def put(self, slot: int, adapter: Adapter) -> None:
         """Give a slot what `read` returned."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trilithon_parallel.backend import native_lora
-from trilithon_parallel.backend.native_lora import NativeSite
+from trilithon_parallel.backend.native_lora import Arena, NativeSite
 from trilithon_parallel.backend.torch_ops import TorchBackend
 from trilithon_parallel.layers import Product
 
@@ -53,7 +53,11 @@ Put = Callable[[int], None]
 class Site(Protocol):
     """Products with one input, and what the slots' adapters add to their joint result."""
 
-    def pack(self, factors: Sequence[Factors | None]) -> Put:
+    def room(self, ranks: Sequence[int]) -> int:
+        """32-bit words of an arena that `pack` takes for factors of these ranks; 0 for a product without any."""
+        ...
+
+    def pack(self, factors: Sequence[Factors | None], arena: Arena) -> Put:
         """Pack an adapter's factors, one for each product; None where the adapter leaves a product as it is."""
         ...
 
@@ -71,16 +75,23 @@ class KernelSite:
 
     def __init__(self, terms: Sequence[int], outputs: Sequence[int], *, num_slots: int, dtype: torch.dtype) -> None:
         self._native = NativeSite(terms, outputs, num_slots=num_slots, dtype=dtype)
-        self._num_parts = len(outputs)
+        self._inputs, self._outputs, self._dtype = sum(terms), list(outputs), dtype
 
-    def pack(self, factors: Sequence[Factors | None]) -> Put:
+    def room(self, ranks: Sequence[int]) -> int:
+        """See `Site.room`."""
+        return sum(
+            native_lora.panel_floats((rank, self._inputs), (size, rank), self._dtype)
+            for rank, size in zip(ranks, self._outputs, strict=True)
+        )
+
+    def pack(self, factors: Sequence[Factors | None], arena: Arena) -> Put:
         """See `Site.pack`."""
-        packed = [f if f is None else native_lora.pack(f.a_RK, f.b_OR, scale=f.scale) for f in factors]
+        packed = native_lora.pack([f if f is None else (f.a_RK, f.b_OR, f.scale) for f in factors], arena)
         return functools.partial(self._native.put, factors=packed)
 
     def clear(self, slot: int) -> None:
         """See `Site.clear`."""
-        self._native.put(slot, [None] * self._num_parts)
+        self._native.put(slot, [None] * len(self._outputs))
 
     def add(self, y_TO: Tensor, x_TK: Tensor, rows: Rows) -> None:
         """See `Site.add`."""
@@ -101,7 +112,11 @@ class ProductSite:
         self._terms, self._outputs, self._backend = terms, list(outputs), backend
         self._slots: dict[int, list[tuple[Product, Product, float] | None]] = {}
 
-    def pack(self, factors: Sequence[Factors | None]) -> Put:
+    def room(self, ranks: Sequence[int]) -> int:
+        """See `Site.room`: products have memory of their own."""
+        return 0
+
+    def pack(self, factors: Sequence[Factors | None], arena: Arena) -> Put:
         """See `Site.pack`."""
         make = self._backend.product
         packed = [
