@@ -23,6 +23,7 @@ from trilithon.cli import _extra
 from trilithon.cli._connect import add_server_arguments, connect
 from trilithon.cli._output import plain
 from trilithon.cli._parser import UsageError
+from trilithon.errors import TrilithonError
 
 FILE_FIELDS = ("training_file", "validation_file")
 _FILE_ID = re.compile(r"file-[a-z0-9]{20}")
@@ -205,9 +206,13 @@ class Uploads:
             raise
         return self._given, self
 
-    def __exit__(self, *_: object) -> None:
-        if not self.kept:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self.kept:
             self._remove()
+        elif not self.kept:
+            # A request that was cut off may have made its job all the same, which then reads them.
+            with contextlib.suppress(TrilithonError):
+                self._remove()
 
     def _upload(self, name: str, path: Path) -> str:
         if not path.is_file():

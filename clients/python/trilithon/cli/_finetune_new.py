@@ -108,6 +108,9 @@ def preview(args: argparse.Namespace) -> int:
 
 
 def create(args: argparse.Namespace) -> int:
+    asks = not (args.yes or args.dry_run or args.print_config)
+    if asks and not sys.stdin.isatty():
+        raise UsageError("create asks before it queues a job, and there is no terminal. Given: no -y.")
     config = _config(args)
     with opened(args) as door:
         with Uploads(door, config) as (taken, uploads):
@@ -118,7 +121,7 @@ def create(args: argparse.Namespace) -> int:
             if args.dry_run or not checked.estimate.get("allowed"):
                 _print_checked(args, checked, config)
                 return EXIT_OK if checked.estimate.get("allowed") else EXIT_USAGE
-            if not args.yes and not _confirmed(checked, config):
+            if asks and not _confirmed(checked, config):
                 print("Nothing was queued.", file=sys.stderr)
                 return EXIT_OK
             job = door.create(taken, idempotency_key=args.idempotency_key)
@@ -134,9 +137,7 @@ def create(args: argparse.Namespace) -> int:
 
 
 def _confirmed(checked: Checked, config: Mapping[str, Any]) -> bool:
-    """Show what the job takes and ask; without a terminal there is nobody to ask."""
-    if not sys.stdin.isatty():
-        raise UsageError("create asks before it queues a job, and there is no terminal. Given: no -y.")
+    """Show what the job takes and ask."""
     text.print_checked(checked, config)
     print("Queue this job? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
