@@ -51,9 +51,9 @@ def opened(kind: str, directory: Path) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_E10_exports_open_in_transformers(kind: str, tmp_path: Path) -> None:
     """
-    Our export gives transformers our logits and labels, and us the very model back.
+    Our export, whose names are those that it writes itself, gives transformers our logits and labels, and us the model.
 
-    Inverse: without the pooler's tanh, or with the first label exchanged for the last, it fails.
+    Inverse: without the pooler's tanh; with the names of a bare encoder.
     """
     model = make_model(MODELS[kind], dtype=torch.float32)
     directory = written(model, tmp_path / "model")
@@ -63,6 +63,8 @@ def test_E10_exports_open_in_transformers(kind: str, tmp_path: Path) -> None:
 
     with torch.no_grad():
         assert (model.predict(batches)[0] - said_by(theirs, batches[0])).abs().max() <= LOGITS
+    names = {name for name, _ in theirs.named_parameters()}
+    assert set(safetensors.torch.load_file(directory / "model.safetensors")) == names
     assert config == replace(MODELS[kind], dtype="float32")
     assert config.task_head is not None
     if kind != "span":
