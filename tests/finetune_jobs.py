@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ranks import free_port
 
 from trilithon_finetune.paths import StorePaths
 from trilithon_finetune.phases.__main__ import run_phase
+from trilithon_finetune.train import rank
 
 JOB_ID = "ftjob-" + "a" * 20
 LIMIT_S = 240
@@ -105,6 +107,17 @@ class JobDir:
         """Run all ranks to their end; what they printed."""
         return finish(self.start(), expect=expect)
 
+    def train_here(self, *, expect: int = 0) -> None:
+        """The same for a job of one rank, in this process."""
+        kept, threads = dict(os.environ), torch.get_num_threads()
+        os.environ.update(one_rank(free_port()))
+        try:
+            assert expect == rank.main(self.root, self.attempt)
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
+            torch.set_num_threads(threads)
+
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What the attempt told."""
         path = self.root / "attempts" / str(self.attempt) / "events.jsonl"
@@ -119,6 +132,12 @@ class JobDir:
     def checkpoints(self) -> list[Path]:
         """By step."""
         return sorted(self.run.glob("step_*"))
+
+
+def one_rank(port: int) -> dict[str, str]:
+    """torchrun's variables of a world of one."""
+    sizes = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def one_thread() -> dict[str, str]:

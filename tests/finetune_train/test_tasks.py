@@ -17,7 +17,7 @@ def test_a_task_learns_and_its_export_is_verified(job: MakeJob, task: str) -> No
     made = job(task, optimizer={"lr": 5e-3})
     report = made.phase("validate")["report"]
     made.phase("prepare")
-    made.train()
+    made.train_here()
     exported = made.phase("export")
     verified = made.phase("verify")
 
