@@ -20,6 +20,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from trilithon.errors import SERVER_ERRORS
+from trilithon_finetune.config import JobConfig
+from trilithon_finetune.data.findings import CODES
+from trilithon_finetune.recipes import RECIPES
 from trilithon_parallel.pretrain.config import PretrainConfig
 from trilithon_server.config import LimitsConfig
 from trilithon_server.engine import wire_pb2 as wire
@@ -116,6 +119,52 @@ def pretrain() -> str:
     return table(("field", "default", "meaning"), _fields(PretrainConfig, ""))
 
 
+def jobs() -> str:
+    """Every field of a finetuning job's configuration."""
+    return table(("field", "default", "meaning"), _fields(JobConfig, ""))
+
+
+def tasks() -> str:
+    """Every task of a finetuning job, with what its recipe chooses where the configuration does not."""
+    rows = []
+    for name, recipe in RECIPES.items():
+        chosen = recipe.defaults
+        rate = f"{chosen.lr_full:g}"
+        if recipe.head in ("vocabulary", "preference") and name != "mlm":
+            rate = f"{chosen.lr_lora:g}, full {rate}"
+        elif chosen.head_lr_factor != 1:
+            rate = f"{rate}, head {chosen.lr_full * chosen.head_lr_factor:g}"
+        metric, better = recipe.best_metric
+        rows.append(
+            (
+                f"`{name}`",
+                ", ".join(f"`{form}`" for form in recipe.formats),
+                rate,
+                f"{chosen.schedule}, warm-up {chosen.warmup_ratio:g}",
+                f"{chosen.epochs} x {chosen.batch_size}",
+                str(chosen.max_tokens),
+                f"`{metric}` ({better})",
+            )
+        )
+    head = ("task", "rows", "learning rate", "schedule", "epochs x batch", "max_tokens", "best by")
+    return table(head, rows)
+
+
+def options() -> str:
+    """Options of the tasks that have any."""
+    rows = [
+        (f"`{name}`", f"`options.{field}`", *rest)
+        for name, recipe in RECIPES.items()
+        for field, *rest in ((field.strip("`"), *rest) for field, *rest in _fields(recipe.Options, ""))
+    ]
+    return table(("task", "field", "default", "meaning"), rows)
+
+
+def findings() -> str:
+    """Every finding of a data file."""
+    return table(("code", "severity", "about"), [(f"`{code}`", *about) for code, about in CODES.items()])
+
+
 def _fields(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, str]]:
     for name, field in section.model_fields.items():
         if prefix == "launch.":
@@ -152,6 +201,10 @@ def threads() -> str:
 TABLES: Mapping[str, Callable[[], str]] = {
     "threads": threads,
     "pretrain": pretrain,
+    "jobs": jobs,
+    "tasks": tasks,
+    "options": options,
+    "findings": findings,
     "parameters": parameters,
     "unsupported": unsupported,
     "settings": settings,

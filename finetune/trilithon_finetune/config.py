@@ -59,6 +59,7 @@ class Tuning(Section):
     kind: Literal["lora", "full"] | None = None
     """`lora`: an adapter beside frozen weights. `full`: all weights. None: `lora` for decoders, `full` for encoders."""
     rank: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)] = 16
+    """Of the adapter's two factors."""
     alpha: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 32.0
     """The adapter's product is scaled by alpha / rank."""
     dropout: Share = 0.0
@@ -77,6 +78,7 @@ class Optimizer(Section):
     """AdamW and its learning rate."""
 
     lr: Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)] | None = None
+    """The largest rate, after the warm-up. None: the task's."""
     head_lr: Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)] | None = None
     """Of a new task head. None: the task's default, in proportion to `lr`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
@@ -84,8 +86,11 @@ class Optimizer(Section):
     warmup_ratio: Share | None = None
     """Share of all steps."""
     weight_decay: Rate | None = None
+    """Of matrices and tables; norms and biases never decay."""
     betas: tuple[Share, Share] | None = None
+    """Decay of the mean of gradients, and of their squares."""
     eps: Annotated[float, BeforeValidator(_number), Field(gt=0)] = 1e-8
+    """Added to the root."""
     clip: Annotated[float, BeforeValidator(_number), Field(gt=0)] | None = 1.0
     """Of the gradients' global norm; null for none."""
 
@@ -94,6 +99,7 @@ class Training(Section):
     """How long and in which batches."""
 
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Passes over the data."""
     batch_size: Count | None = None
     """Rows of one optimizer step, over all ranks."""
     micro_batch_tokens: Count | None = None
@@ -108,6 +114,7 @@ class Data(Section):
     """How rows become samples."""
 
     max_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Of a sample. None: the task's, at most the model's window."""
     on_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to rows beyond `max_tokens`."""
     bad_rows_allowed: Annotated[float, BeforeValidator(_number), Field(ge=0)] = 0
@@ -122,15 +129,20 @@ class Parallel(Section):
     """The layout: tp * pp * dp ranks."""
 
     tp: Count = 1
+    """Tensor-parallel ranks."""
     pp: Count = 1
+    """Pipeline stages."""
     dp: Count = 1
+    """Replicas, each with its share of every batch."""
 
 
 class EarlyStop(Section):
     """Stop when a validation metric has not become better `patience` evaluations in a row."""
 
     patience: Count = 3
+    """Evaluations without a better number."""
     metric: str = "valid_loss"
+    """Which number; a loss is better when it is smaller, all else when it is larger."""
 
 
 class Eval(Section):
@@ -139,6 +151,7 @@ class Eval(Section):
     every_steps: Count | None = None
     """None: once an epoch."""
     early_stop: EarlyStop | None = None
+    """None: train to the end."""
 
 
 class Checkpoint(Section):
@@ -154,13 +167,16 @@ class Deploy(Section):
     """Whether and when the result is served under an alias."""
 
     alias: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] | None = None
+    """A name of your own that points to the newest result."""
     on: Literal["succeeded", "checkpoint", "never"] = "succeeded"
+    """When the alias moves; `checkpoint` also serves every checkpoint under a name of its own."""
 
 
 class Limits(Section):
     """When a job is ended."""
 
     max_hours: Annotated[float, BeforeValidator(_number), Field(gt=0)] | None = None
+    """Of work, over all attempts."""
 
 
 class JobConfig(Section):
@@ -169,23 +185,30 @@ class JobConfig(Section):
     model: Annotated[str, Field(min_length=1)]
     """A served base model, a name in the model store, or a path (command line only)."""
     task: Task = "sft"
+    """What is learned."""
     training_file: Annotated[str, Field(min_length=1)]
     """A file id; on the command line also a path, relative to the configuration file."""
     validation_file: str | None = None
+    """Rows to judge by, likewise."""
     suffix: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")] | None = None
+    """Part of the result's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Of order, masks, dropout and new weights. None: from the job's id."""
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
+    """Labels of your own, 16 at most."""
     tuning: Tuning = Tuning()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     data: Data = Data()
     parallel: Parallel = Parallel()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; gradients and moments are fp32."""
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     deploy: Deploy = Deploy()
     limits: Limits = Limits()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Larger runs first."""
     options: dict[str, JsonValue] = {}
     """Of the task; its recipe checks them."""
 

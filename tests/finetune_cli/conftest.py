@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from finetune_jobs import write_rows
 from jobs_server import Worker
+from served import Server, serving
 from task_rows import rows
 from tiny import tiny_bert, tiny_llama
 
@@ -138,3 +139,14 @@ def made(here: Path) -> Iterator[Made]:
     jobs = Jobs(None, StorePaths(here / "jobs"))
     yield Made(jobs, Worker(jobs))
     jobs.close()
+
+
+@pytest.fixture(scope="session")
+def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Jobs]]:
+    """`trilithon serve DECODER --jobs DIR` without a worker, and its store."""
+    store = tmp_path_factory.mktemp("served") / "store"
+    flags = ("--jobs", str(store), "--job-slots", "0", "--kv-cache-bytes", "16MiB", "--served-name", DECODER)
+    with serving(home / "models" / DECODER, *flags, env={"TRILITHON_HOME": str(home)}) as running:
+        jobs = Jobs(None, StorePaths(store))
+        yield running, jobs
+        jobs.close()

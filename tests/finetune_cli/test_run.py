@@ -1,4 +1,4 @@
-"""`finetune run`: a job in the foreground, interrupted, gone on with, failing; once with all that is real."""
+"""`finetune run`: a job in the foreground, interrupted, gone on with, failing. `test_docs.py` runs the real thing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny import tiny_llama
 
 from trilithon.cli import _finetune_new, _finetune_run
 from trilithon.cli._finetune_follow import Follow, duration
@@ -164,45 +162,6 @@ def test_follow_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[2] == "step 11/40  loss 1.0000  58 s left"
     assert lines[-2:] == ["eval: eval!", "warning: warning: warning!"]
     assert duration(58) == "58 s"
-
-
-def test_the_real_thing_from_data_to_a_verified_adapter(job_yaml: Path, run: Run, here: Path) -> None:
-    """
-    A tiny model is trained by the command alone, and its export is verified.
-
-    The inverse: `verify` answers 7 where the base is another one, and 3 for an adapter that lacks a tensor.
-    """
-    done = run("run", job_yaml, "-o", "json", "--store", "jobs", "--set", "optimizer.lr=1e-2")
-    assert done.code == 0, done.err
-    job = done.json
-
-    exported = run("export", job["id"], "-o", "adapter", "--store", "jobs")
-    merged = run("export", job["id"], "--format", "model", "-o", "merged", "--store", "jobs")
-    verified = run("verify", "adapter", "--base", "smollm2-135m-instruct", "-o", "json")
-    whole = run("verify", "merged", "-o", "json")
-    rows = run("metrics", job["id"], "-o", "json", "--store", "jobs").json
-
-    assert (exported.code, merged.code, verified.code, whole.code) == (0, 0, 0, 0)
-    names = {check["name"] for check in verified.json["checks"]}
-    assert {"merged and not merged", "base and adapter are one", "made on this base"} <= names
-    assert whole.json["passed"]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert {"train_loss", "lr", "tokens_per_second"} <= set(rows[0])
-    assert "valid_loss" in rows[2]
-    assert job["state"] == "succeeded"
-    assert job["progress"]["step"] == 6
-
-    other = run("verify", "adapter", "--base", tiny_llama(here / "other", scale=0.1, seed=1))
-    assert other.code == 7
-    assert "made on this base" in other.out
-    unmerged = run("export", job["id"], "--format", "model", "--base", "./other", "-o", "merged-2", "--store", "jobs")
-    assert unmerged.code == 2
-    assert "must be the model that" in unmerged.err
-    state = load_file(here / "adapter" / "adapter_model.safetensors")
-    save_file({name: state[name] for name in sorted(state)[1:]}, here / "adapter" / "adapter_model.safetensors")
-    missing = run("verify", "adapter", "--base", "smollm2-135m-instruct")
-    assert missing.code == 3
-    assert "lora_A" in missing.err
 
 
 @pytest.fixture

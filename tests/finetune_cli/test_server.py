@@ -6,37 +6,25 @@ import io
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs_server import Worker
-from served import Server, serving
+from served import Server
 
 from trilithon._job_types import JobEvent
 from trilithon.cli._finetune_follow import Follow
 from trilithon_finetune.jobs.records import Job
 from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.jobs.states import JobState
-from trilithon_finetune.paths import StorePaths
 from trilithon_server.catalog import Catalog, CatalogEntry
 
 Run = Callable[..., Any]
 Printed = Any
 MODEL, LOCAL = "smollm2-135m-instruct", "local"
 LIMIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Jobs]]:
-    """`trilithon serve MODEL --jobs DIR` without a worker, and its store."""
-    store = tmp_path_factory.mktemp("served") / "store"
-    flags = ("--jobs", str(store), "--job-slots", "0", "--kv-cache-bytes", "16MiB", "--served-name", MODEL)
-    with serving(home / "models" / MODEL, *flags, env={"TRILITHON_HOME": str(home)}) as running:
-        jobs = Jobs(None, StorePaths(store))
-        yield running, jobs
-        jobs.close()
 
 
 @pytest.fixture(params=["http", "grpc"])
