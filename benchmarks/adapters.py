@@ -6,6 +6,9 @@ What adapters cost: throughput of one engine with 0, 1, 4 and 16 adapters in its
 All sides do the same work over the same prompts: `--concurrency` requests at once, `--tokens` answer tokens each,
 greedy and without end tokens. The requests of a side take its adapters in turn, so with 16 every row of a step has its
 own. The adapters are random, of rank 16 over all products of every layer, and loaded before the first round.
+
+Two ratios stand beside each side: of tokens a second, and of the processor time of a step. On a machine that others
+use, the second is the one to read, with `--threads 1`: waiting for a core is no part of it.
 """
 
 from __future__ import annotations
@@ -36,11 +39,12 @@ SIDES = (0, 1, 4, 16)
 
 @dataclass(slots=True)
 class Side:
-    """Rounds of one number of adapters: answer tokens a second, and the mean step in milliseconds."""
+    """Rounds of one number of adapters: answer tokens a second; the mean step in ms by the clock, and of processors."""
 
     adapters: int
     tokens_per_s: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
 
 
 def make_adapters(directory: Path, model_dir: Path, *, count: int, rank: int) -> list[Adapter]:
@@ -59,8 +63,8 @@ def make_adapters(directory: Path, model_dir: Path, *, count: int, rank: int) ->
     return made
 
 
-def run(engine: InProcessEngine, adapters: Sequence[Adapter], *, concurrency: int, tokens: int) -> tuple[float, float]:
-    """One round: (answer tokens a second, mean step in ms), from the first step after every prompt is computed."""
+def run(engine: InProcessEngine, adapters: Sequence[Adapter], side: Side, *, concurrency: int, tokens: int) -> None:
+    """One round of a side, counted from the first step after every prompt is computed."""
     sampling = Sampling(
         num_sequences=1, top_p=1.0, typical_p=1.0, top_p_decay=1.0, repetition_penalty=1.0, max_tokens=tokens,
         logprobs=-1, prompt_logprobs=-1,
@@ -71,18 +75,20 @@ def run(engine: InProcessEngine, adapters: Sequence[Adapter], *, concurrency: in
         if adapters:
             submit.adapter.CopyFrom(adapters[number % len(adapters)])
         engine.send(ToEngine(submit=submit))
-    began = ended = time.perf_counter()
+    began = ended = time.perf_counter(), time.process_time()
     counted, steps = 0, 0
     for step in engine.steps():
         if step.stats.step_decodes < concurrency:  # prompts, and the last steps of an uneven end
             if not steps:
-                began = time.perf_counter()
+                began = time.perf_counter(), time.process_time()
             continue
         counted += sum(len(delta.tokens) for delta in step.deltas)
         steps += 1
-        ended = time.perf_counter()
-    seconds = ended - began
-    return counted / seconds, 1000 * seconds / steps
+        ended = time.perf_counter(), time.process_time()
+    seconds, cpu_s = (stop - start for start, stop in zip(began, ended, strict=True))
+    side.tokens_per_s.append(counted / seconds)
+    side.step_ms.append(1000 * seconds / steps)
+    side.cpu_ms.append(1000 * cpu_s / steps)
 
 
 def measure(args: argparse.Namespace) -> list[Side]:
@@ -100,28 +106,28 @@ def measure(args: argparse.Namespace) -> list[Side]:
                 engine.send(ToEngine(adapter=AdapterControl(kind=AdapterControl.LOAD, adapter=adapter)))
             for _ in engine.steps():
                 pass
-            run(engine, adapters, concurrency=args.concurrency, tokens=8)  # warms up
+            run(engine, adapters, Side(0), concurrency=args.concurrency, tokens=8)  # warms up
             for _ in range(args.rounds):
                 for side in sides:
-                    rate, step_ms = run(
-                        engine, adapters[: side.adapters], concurrency=args.concurrency, tokens=args.tokens
-                    )
-                    side.tokens_per_s.append(rate)
-                    side.step_ms.append(step_ms)
+                    held = adapters[: side.adapters]
+                    run(engine, held, side, concurrency=args.concurrency, tokens=args.tokens)
     return sides
 
 
 def report(sides: Sequence[Side]) -> Mapping[str, object]:
     """Print a table; the ratios are medians over rounds of each round's own ratio to none."""
-    print(f"{'adapters':>8}  {'tokens/s':>9}  {'least':>7}  {'greatest':>8}  {'step ms':>7}  {'of none':>7}")
+    print(
+        f"{'adapters':>8}  {'tokens/s':>9}  {'least':>7}  {'greatest':>8}  {'of none':>7}  {'cpu ms':>7}  {'of none':>7}"
+    )
     ratios = {}
     for side in sides:
-        pairs = zip(side.tokens_per_s, sides[0].tokens_per_s, strict=True)
-        ratio = ratios[side.adapters] = statistics.median(rate / none for rate, none in pairs)
+        by_clock = [rate / none for rate, none in zip(side.tokens_per_s, sides[0].tokens_per_s, strict=True)]
+        by_cpu = [none / spent for spent, none in zip(side.cpu_ms, sides[0].cpu_ms, strict=True)]
+        ratio = ratios[side.adapters] = (statistics.median(by_clock), statistics.median(by_cpu))
         rates = side.tokens_per_s
         print(
-            f"{side.adapters:>8}  {statistics.median(rates):>9.1f}  {min(rates):>7.1f}  {max(rates):>8.1f}  "
-            f"{statistics.median(side.step_ms):>7.2f}  {ratio:>7.3f}"
+            f"{side.adapters:>8}  {statistics.median(rates):>8.1f}  {min(rates):>8.1f}  {max(rates):>8.1f}  "
+            f"{ratio[0]:>8.3f}  {statistics.median(side.cpu_ms):>8.2f}  {ratio[1]:>8.3f}"
         )
     return {"sides": [asdict(side) for side in sides], "ratios": ratios}
 

@@ -74,7 +74,8 @@ class Arena:
     """
 
     def __init__(self, num_floats: int) -> None:
-        region = mmap.mmap(-1, 4 * max(1, num_floats))
+        # Private: memory that processes could share has no large pages.
+        region = mmap.mmap(-1, 4 * max(1, num_floats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them: small pages then
                 region.madvise(mmap.MADV_HUGEPAGE)
