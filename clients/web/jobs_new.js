@@ -44,6 +44,20 @@ export function merge(into, from, path = []) {
   }
 }
 
+/** A key that an object of this JSON text has twice, or null: `JSON.parse` would take the last one in silence. */
+function repeatedKey(text) {
+  const open = [];
+  let name = "";
+  for (const [token] of text.matchAll(/"(?:[^"\\]|\\.)*"|[{}[\]:]/g)) {
+    if (token === "{" || token === "[") open.push(new Set());
+    else if (token === "}" || token === "]") open.pop();
+    else if (token !== ":") name = JSON.parse(token);
+    else if (open.at(-1).has(name)) return name;
+    else open.at(-1).add(name);
+  }
+  return null;
+}
+
 /** The JSON box as an object. Throws FieldError. */
 export function parseMore(text) {
   if (!text.trim()) return {};
@@ -54,6 +68,8 @@ export function parseMore(text) {
     throw new FieldError("more", `must be JSON: ${error.message}.`);
   }
   if (tree === null || typeof tree !== "object" || Array.isArray(tree)) throw new FieldError("more", "must be a JSON object.");
+  const twice = repeatedKey(text);
+  if (twice !== null) throw new FieldError("more", `\`${twice}\` comes twice in one object. Keep one of them.`);
   const taken = ABOVE.find((name) => name in tree);
   if (taken) throw new FieldError("more", `\`${taken}\` has a field above. Leave it out here.`);
   return tree;

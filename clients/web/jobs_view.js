@@ -58,6 +58,7 @@ export class JobView {
       const label = verb[0].toUpperCase() + verb.slice(1);
       this.#buttons[verb] = h("button", { type: "button", class: "plain", id: verb, disabled: true, onclick: () => this.#ask(verb) }, label);
     }
+    this.#buttons.cancel.addEventListener("blur", () => this.#unsure());
     this.#buttons.deploy = h("button", { type: "submit", class: "plain", id: "deploy", disabled: true }, "Deploy");
     const deploy = h("form", { class: "deploy", autocomplete: "off" }, h("label", { class: "sr", for: "alias" }, "Alias"), this.#alias, this.#buttons.deploy);
     deploy.addEventListener("submit", (event) => { event.preventDefault(); this.#deploy(); });
@@ -274,20 +275,25 @@ export class JobView {
     if (verb === "cancel" && !button.dataset.sure) {
       button.dataset.sure = "true";
       button.textContent = "Really cancel";
-      setTimeout(() => { delete button.dataset.sure; button.textContent = "Cancel"; }, 4000);
+      button.focus(); // until it loses the focus
       return;
     }
+    this.#unsure();
     await this.#do(async () => {
       this.#show(await this.#api.json(`${this.#path}/${verb}`, { method: "POST" }));
       return { pause: "It will pause after a checkpoint.", resume: "It goes on.", cancel: "It is being cancelled." }[verb];
     });
   }
 
+  #unsure() {
+    delete this.#buttons.cancel.dataset.sure;
+    this.#buttons.cancel.textContent = "Cancel";
+  }
+
   /** Point the alias to the result, or to the checkpoint of a step. */
   async #deploy(step) {
     await this.#do(async () => {
       const { model, alias, previous } = await this.#api.post(`${this.#path}/deploy`, { alias: this.#alias.value.trim(), step });
-      this.#refresh("models");
       return `${alias} is now ${model}${previous ? `; it was ${previous}` : ""}.`;
     });
   }

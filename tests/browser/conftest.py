@@ -8,11 +8,18 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser.jobs_site import KEY as JOBS_KEY
+from browser.jobs_site import KEYS as JOBS_KEYS
+from browser.jobs_site import PATIENCE_MS, Site, Wire, enter_key
 from browser.pages import Server, Watched, serve
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, expect, sync_playwright
 from tiny import tiny_llama
+
+from trilithon_finetune.jobs.service import Jobs
+from trilithon_finetune.paths import StorePaths
 
 CHROMIUM_ARGS = (
     "--no-sandbox",
@@ -118,3 +125,47 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Watched]]:
     finally:
         for context, _ in opened:
             context.close()
+
+
+@pytest.fixture(scope="session")
+def served_site(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A server with jobs, whose worker is the test."""
+    folder = tmp_path_factory.mktemp("jobs")
+    keys = folder / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(JOBS_KEYS)
+    flags = ("--api-keys-file", str(keys), "--public-ui", "--jobs", str(folder / "store"), "--set", "jobs.slots=0")
+    with serve(model_dir, _free_ports(), folder / "server.log", *flags, key=JOBS_KEY) as server:
+        jobs = Jobs(None, StorePaths(folder / "store"))
+        yield Site(server, jobs, model_dir)
+        jobs.close()
+
+
+@pytest.fixture
+def site(served_site: Site) -> Iterator[Site]:
+    """The server with jobs; what a test has left running is ended behind it."""
+    expect.set_options(timeout=PATIENCE_MS)
+    yield served_site
+    expect.set_options(timeout=5_000)
+    served_site.end()
+
+
+@pytest.fixture
+def wire(site: Site) -> Iterator[Wire]:
+    """A connection to the server that can be cut."""
+    relay = Wire(int(site.server.origin.rpartition(":")[2]))
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def show(site: Site, visit: Callable[..., Watched]) -> Callable[..., Watched]:
+    """A function that opens the page, at a job or a form, and gives it the key."""
+
+    def open_page(at: str = "", *, server: Server | None = None, **options: Any) -> Watched:
+        watched = visit(server or site.server, f"/jobs{'#' if at else ''}{at}", **options)
+        watched.page.set_default_timeout(PATIENCE_MS)
+        enter_key(watched.page)
+        return watched
+
+    return open_page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 
 from browser.pages import Server, Watched
 from jobs_server import Worker
-from playwright.sync_api import Page
+from playwright.sync_api import Locator, Page
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.errors import JobError
@@ -226,3 +227,14 @@ def posted(watched: Watched, path: str) -> list[dict[str, Any]]:
 def rows(*documents: Any) -> bytes:
     """A data file."""
     return "".join(json.dumps(document) + "\n" for document in documents).encode()
+
+
+def row(page: Page, job: Job) -> Locator:
+    """A job's row in the list."""
+    return page.locator(f".job-row[href='#{job.id}']")
+
+
+def points(page: Page, column: str) -> int:
+    """Points of a curve's line."""
+    d = page.locator(f"path.curve.{column}").last.get_attribute("d") or ""
+    return len(re.findall(r"[ML]", d))

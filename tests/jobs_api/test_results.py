@@ -119,6 +119,17 @@ def test_logs_are_the_end_of_what_a_rank_printed(client: Client, served_jobs: Jo
         client.jobs.logs(job.id, rank=7)
 
 
+def test_the_report_of_the_data_is_there_once_it_was_checked(served_jobs: JobsServer) -> None:
+    """A job's report is what validation found out; before that there is none."""
+    worker, job = Worker(served_jobs.jobs), served_jobs.job()
+    path = f"/v1/fine_tuning/jobs/{job.id}/report"
+    before = served_jobs.http.get(path)
+    worker.validated(job.id, report={"ok": True, "rows": 3})
+
+    assert (before.status_code, before.json()["error"]["code"]) == (404, "report_not_found")
+    assert served_jobs.http.get(path).json() == {"ok": True, "rows": 3}
+
+
 def test_the_picture_is_an_image_that_runs_nothing(served_jobs: JobsServer) -> None:
     """plot.svg is an SVG under a policy that loads nothing."""
     job = succeeded(served_jobs)

@@ -17,6 +17,9 @@ from trilithon_server.http import adapters, extract, native, openai, operations,
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
 
+REQUEST_HEADERS = ("authorization", "content-type", "idempotency-key", "last-event-id", "x-api-key", "x-request-id")
+"""What a page of an allowed origin may send."""
+
 _MODEL_QUERY = {
     "after": {"type": "string"},
     "limit": {"type": "integer", "minimum": 0, "maximum": 1000},
@@ -176,7 +179,7 @@ def build_app(service: Service, *, config: ServeConfig, extensions: Sequence[Ext
                 CORSMiddleware,
                 allow_origins=list(config.server.allow_origin),
                 allow_methods=["GET", "POST", "PUT", "DELETE"],
-                allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+                allow_headers=list(REQUEST_HEADERS),
                 expose_headers=["x-request-id", "retry-after"],
             )
         )
