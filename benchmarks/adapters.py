@@ -116,9 +116,8 @@ def measure(args: argparse.Namespace) -> list[Side]:
 
 def report(sides: Sequence[Side]) -> Mapping[str, object]:
     """Print a table; the ratios are medians over rounds of each round's own ratio to none."""
-    print(
-        f"{'adapters':>8}  {'tokens/s':>9}  {'least':>7}  {'greatest':>8}  {'of none':>7}  {'cpu ms':>7}  {'of none':>7}"
-    )
+    names = ("adapters", "tokens/s", "least", "greatest", "of none", "cpu ms", "of none")
+    print("  ".join(f"{name:>8}" for name in names))
     ratios = {}
     for side in sides:
         by_clock = [rate / none for rate, none in zip(side.tokens_per_s, sides[0].tokens_per_s, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine_driver import Answer, Driver
+from ranks import run_ranks
 from tiny import tiny_bert
 from tiny_adapters import tiny_adapter
 
@@ -44,7 +45,7 @@ def test_E2_adapter_in_mixed_batch_equals_alone(start: Start, adapters: list[Ada
     """
     Base and adapters in one batch answer bit for bit what each answers alone, and each answers something else.
 
-    Seen to fail with rows grouped by entry rather than by token.
+    Seen to fail with the rows of one adapter taken and the others' left out.
     """
     driver = start(max_adapters=5)
     alone = [driver.answer(PROMPT, bypass_cache=True)]
@@ -71,7 +72,7 @@ def test_E3_adapter_equals_merged(start: Start, model_dir: Path, tmp_path: Path,
     """
     A served adapter says what the model says that it was merged into.
 
-    Seen to fail with the scale left out and with k's factors put in q's place.
+    Seen to fail with the scale left out.
     """
     path = tiny_adapter(tmp_path / "adapter", model_dir, seed=7, scale=0.05, **spec)
     merge_adapter(model_dir, path, tmp_path / "merged")
@@ -291,6 +292,21 @@ def test_R11_broken_adapter_fails_alike_on_all_ranks(
 
     assert error.code == "adapter_load_failed"
     assert driver.answer(PROMPT, adapter=adapters[0]).last.finish == Finish.MAX_TOKENS
+
+
+def test_R11_ranks_load_together_or_not_at_all(model_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
+    """
+    Where one rank alone cannot read an adapter, none of them uses it, and all say that rank's reason.
+
+    Seen to fail with each rank going by its own reading.
+    """
+    good, missing = str(adapter_dirs[0]), str(tmp_path / "none")
+    for given, is_held in (((good, good), True), ((good, missing), False), ((missing, good), False)):
+        found = run_ranks(Path(__file__).with_name("vote_ranks.py"), 2, tmp_path, model_dir, *given)
+
+        assert [rank["held"] for rank in found] == [is_held] * 2
+        assert found[0] == found[1]
+        assert is_held or "does not exist" in found[0]["message"]
 
 
 def test_engine_without_slots_refuses_by_name(start: Start, adapters: list[Adapter]) -> None:
