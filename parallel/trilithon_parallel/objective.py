@@ -105,9 +105,10 @@ class Batch(PackedBatch):
     ) -> Tensor:
         """Cross-entropy of the tokens that count."""
         targets_T, weights_T = self.targets_T, self.weights_T
-        if isinstance(stage, EncoderStage) and not grid.sequence_parallel:
-            # Few tokens are masked: the head sees those alone. (Under sequence parallelism ranks hold other tokens.)
-            counts_T = weights_T > 0
+        counts_T = weights_T > 0
+        if not grid.sequence_parallel and not bool(counts_T.all()):
+            # Few tokens are masked, and no prompt is learned: the head, a large product, sees what counts alone. (Under
+            # sequence parallelism ranks hold other tokens.)
             hidden_TH, targets_T, weights_T = hidden_TH[counts_T], targets_T[counts_T], weights_T[counts_T]
         # In fp64: 1 / N in fp32 would be off in all of the step's loss and gradients alike.
         scaled_T = weights_T.double() * scale
