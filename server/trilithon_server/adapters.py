@@ -25,7 +25,7 @@ from trilithon_server.config import EngineConfig
 from trilithon_server.hosting import Hosting
 from trilithon_server.served import AdapterRef, Call, ServedModel
 from trilithon_server.task_model import known_capabilities
-from trilithon_server.text.template import TEMPLATE_FILE
+from trilithon_server.text.template import TEMPLATE_FILE, ChatTemplate, template_digest
 from trilithon_server.validation import invalid, nearest, shown
 
 MAX_SHOWN = 20
@@ -177,11 +177,11 @@ class Names:
                 code="adapters_unsupported",
                 hint="Serve it with backend torch and max_adapters above 0.",
             )
-        template = base.template.digest if base.template is not None else ""
-        if found.template_digest and found.template_digest != template and found.digest not in self.allowed:
+        wanted, given = _template_of(found, base), base.template_digest
+        if wanted and wanted != given and found.digest not in self.allowed:
             raise FailedPrecondition(
-                f"adapter `{found.name}` was trained with chat template {found.template_digest[:12]}. "
-                f"Given: `{base.name}` is served with {template[:12] or 'none'}.",
+                f"adapter `{found.name}` was trained with chat template {wanted[:12]}. "
+                f"Given: `{base.name}` is served with {given[:12] or 'none'}.",
                 code="template_mismatch",
                 hint="Serve the base with the adapter's template (--chat-template), or load the adapter with "
                 "allow_template_mismatch.",
@@ -306,6 +306,14 @@ def _held(catalog: Catalog, tenant: str) -> tuple[list[CatalogEntry], list[Alias
     return catalog.entries(tenant=tenant), catalog.aliases(tenant=tenant)
 
 
+def _template_of(adapter: AdapterRef, base: ServedModel) -> str:
+    """The digest of the chat template that an adapter was trained with; empty where none is known."""
+    if adapter.template_digest or not adapter.template:
+        return adapter.template_digest
+    tokens = dict(base.template.tokens) if base.template is not None else {}
+    return template_digest(ChatTemplate(adapter.template, tokens=tokens), base.tokenizer)
+
+
 def _of_entry(entry: CatalogEntry) -> AdapterRef:
     return AdapterRef(
         name=entry.name,
@@ -337,6 +345,6 @@ def _configured(name: str, directory: Path, *, base: str) -> AdapterRef:
         base=base,
         digest=digest.hexdigest(),
         directory=str(directory.resolve()),
-        template_digest=hashlib.sha256(template.read_bytes()).hexdigest() if template.is_file() else "",
+        template=template.read_text(encoding="utf-8") if template.is_file() else "",
         created=int((directory / _FILES[1]).stat().st_mtime),
     )

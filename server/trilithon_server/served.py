@@ -22,7 +22,7 @@ from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.text.detokenizer import TokenTexts
-from trilithon_server.text.template import ChatTemplate
+from trilithon_server.text.template import ChatTemplate, template_digest
 from trilithon_server.validation import Bounds
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -43,6 +43,7 @@ class AdapterRef:
         directory: its files, in PEFT's layout.
         checked: whether the digest is that of the files' content, which they must still have when they are loaded.
         template_digest: of the chat template that it was trained with; empty where none is known.
+        template: that template's text, of an adapter that comes with a file of it; empty where none is known.
         job_id, step: where it comes from; empty and 0 for one that was made elsewhere.
         created: Unix seconds.
     """
@@ -54,6 +55,7 @@ class AdapterRef:
     directory: str
     checked: bool = False
     template_digest: str = ""
+    template: str = ""
     job_id: str = ""
     step: int = 0
     created: int = 0
@@ -101,6 +103,8 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         self.texts = TokenTexts(self.tokenizer)
+        self.template_digest = "" if self.template is None else template_digest(self.template, self.tokenizer)
+        """Of what decides the tokens of a conversation; empty without a template."""
         self.steps = 0
         """Steps of the engine since it started, as its last result told."""
         self.engine.step_listeners.append(self._on_step)
@@ -182,7 +186,7 @@ class ServedModel:
             "id": self.name,
             "kind": "encoder" if self.encoder else "base",
             "digest": hello.model_digest,
-            "template_digest": self.template.digest if self.template is not None else "",
+            "template_digest": self.template_digest,
             "tokenizer_digest": self.tokenizer.digest,
             "max_context_tokens": window,
             "max_output_tokens": 0 if self.encoder else min(window - 1, self.limits.max_output_tokens or window),

@@ -18,9 +18,10 @@ from tiny_adapters import tiny_adapter
 from trilithon import Client, Conflict, FailedPrecondition, NotFound, PermissionDenied
 from trilithon_parallel.config import load_config
 from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.catalog import Catalog, CatalogEntry
 from trilithon_server.engine.startup import model_digest
-from trilithon_server.text.template import load_template
+from trilithon_server.text.template import load_template, template_digest
 
 KEYS = {"user": "k" * 40, "other": "o" * 40, "admin": "a" * 40}
 
@@ -67,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             tenant="one",
             job_id=f"ftjob-{number}",
             step=10 * number,
-            template_digest=template.digest,
+            template_digest=template_digest(template, load_tokenizer(base)),
             created=number,
         )
         entries.append(entry)

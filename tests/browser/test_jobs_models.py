@@ -13,9 +13,10 @@ from tiny_tasks import tiny_task
 
 from trilithon_parallel.config import load_config
 from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.catalog import Catalog, CatalogEntry
 from trilithon_server.engine.startup import model_digest
-from trilithon_server.text.template import load_template
+from trilithon_server.text.template import load_template, template_digest
 
 Visit = Callable[..., Watched]
 
@@ -29,7 +30,7 @@ def adapter_of(site: Site, run: Run, folder: Path) -> None:
     entry = CatalogEntry(
         name=job.name, kind="adapter", base=site.model.name, base_digest=model_digest(site.model), path=path,
         digest=read_adapter(path, config=load_config(site.model)).digest, tenant=TENANT, task=job.task, job_id=job.id,
-        step=100, template_digest=template.digest,
+        step=100, template_digest=template_digest(template, load_tokenizer(site.model)),
     )  # fmt: skip
     Catalog(site.jobs.paths.models).register(entry)
 

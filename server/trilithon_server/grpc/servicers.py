@@ -163,7 +163,7 @@ class Tokens(tokenize_pb2_grpc.TokenizeServiceServicer):
         found = Violations()
         chat = convert.conversation(request.chat, found)
         model, text, ids = await render_chat(self._service, current_call(), request.model, chat, found=found)
-        digest = model.template.digest if model.template is not None else ""
+        digest = model.template_digest
         return tokenize_pb2.RenderChatResponse(text=text, ids=ids, template_digest=digest)
 
 

@@ -139,7 +139,7 @@ async def render_route(service: Service, exchange: Exchange, call: Call) -> None
         model, text, ids = await render_chat(
             service, call, parsed.body.model, conversation(parsed.body), found=parsed.found
         )
-        digest = model.template.digest if model.template is not None else ""
+        digest = model.template_digest
         await exchange.respond_json({"text": text, "ids": ids, "template_digest": digest})
 
     await exchange.race(work())
