@@ -15,13 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
 
 
+JOBS = re.compile(r"fine_tuning|/v1/files|client\.files|client\.jobs")
+"""Code that needs a server with jobs and a data file: `finetune_cli` runs it."""
+
+
 def blocks(language: str) -> list[tuple[str, str]]:
-    """(page, code) of every block of a language that talks to a server."""
+    """(page, code) of every block of a language that talks to a server, but for what makes jobs."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = [
         (page.name, code) for page in pages for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
     ]
-    return [(page, code) for page, code in found if "127.0.0.1:800" in code]
+    return [(page, code) for page, code in found if "127.0.0.1:800" in code and not JOBS.search(code)]
 
 
 def here(code: str, server: Server) -> str:
