@@ -73,9 +73,7 @@ def export(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: s
         return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
 
 
-def exported_files(
-    door: Shelf, job_id: str, *, tenant: str, step: int | None, format: str | None = None
-) -> list[Path]:
+def exported_files(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: str | None = None) -> list[Path]:
     """The files that an export has, of one directory. Args and Raises: as of `export`."""
     job = door.jobs.get(job_id, tenant=tenant)
     made = "peft" if _kind(job) == "lora" else "model"
