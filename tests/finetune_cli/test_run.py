@@ -96,6 +96,7 @@ def test_a_failed_job_has_the_exit_code_of_its_cause(code: str, expected: int, j
 
     assert (done.code, done.code) == (expected, as_json.code)
     assert "failed: Something went wrong. Do better." in done.err
+    assert f"What its processes said: {Path('jobs').resolve()}" in done.err
     assert as_json.json["error"]["code"] == code
 
 

@@ -141,7 +141,7 @@ class _Gang:
         }
         with (spec.directory / "launch.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _MODULE, json.dumps(order)],
+                [sys.executable, "-P", "-m", _MODULE, json.dumps(order)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -182,7 +182,10 @@ def run(args: argparse.Namespace) -> int:
                 uploads.kept = True
         print(job.id, file=sys.stderr)
         job, interrupted = runner.in_foreground(door, job, after_seq=seen)
+        attempts = door.paths.job(job.id).root / "attempts"
     code = _ended(args, job)
+    if job.state == "failed" and args.output == "text":
+        print(f"           What its processes said: {attempts}", file=sys.stderr)
     return EXIT_INTERRUPTED if interrupted and job.state != "succeeded" else code
 
 
