@@ -121,7 +121,11 @@ def test_every_finding_of_a_configuration_is_told(here: Path, run: Callable[...,
 
 
 def test_server_verbs_need_the_base_install_alone(tmp_path: Path) -> None:
-    """Verbs that ask a server load none of the other packages; those that work here say which extra they need."""
+    """
+    Verbs that ask a server load none of the other packages; those that work here say which extra they need.
+
+    Seen red with one of them imported at the top of the verb.
+    """
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         full = [sys.executable, "-c", BASE_INSTALL, "finetune", *arguments]

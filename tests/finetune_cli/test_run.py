@@ -102,7 +102,7 @@ def test_a_failed_job_has_the_exit_code_of_its_cause(code: str, expected: int, j
 
 @pytest.mark.usefixtures("stand_ins")
 def test_only_its_own_job_is_run(job_yaml: Path, run: Run) -> None:
-    """Jobs of others in the same store stay in the queue."""
+    """Jobs of others in the same store stay in the queue. Seen red with a queue that ignores `only`."""
     other = run("create", job_yaml, "-y", "--store", "jobs", "-o", "json").json["id"]
 
     assert run("run", job_yaml, "--store", "jobs").code == 0

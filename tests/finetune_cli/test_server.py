@@ -132,7 +132,7 @@ def test_wait_follows_a_job_and_ctrl_c_leaves_it(
     assert jobs.get(job_id, tenant=LOCAL).state is JobState.VALIDATING
 
 
-def test_what_is_there_is_told(url: str, jobs: Jobs, run: Run) -> None:
+def test_what_is_there_is_told(url: str, jobs: Jobs, run: Run, here: Path) -> None:
     """Every verb that reads says over both protocols what it says of a store."""
     job = _succeeded(jobs)
 
@@ -151,7 +151,7 @@ def test_what_is_there_is_told(url: str, jobs: Jobs, run: Run) -> None:
     assert events.out.splitlines()[-1].endswith("succeeded: The job has succeeded.")
     assert checkpoints[0]["metrics"] == {"train_loss": 2.0}
     assert metrics.out.splitlines()[1].startswith("1,2.0,")
-    assert drawn.code == 0
+    assert (drawn.code, (here / "loss.svg").read_text()[:4]) == (0, "<svg")
     assert missing.code == 2
 
 

@@ -93,7 +93,11 @@ def test_estimate_prints_what_a_job_takes(job_yaml: Path, run: Run) -> None:
 def test_create_queues_prints_and_leaves_nothing_behind(
     job_yaml: Path, made: Any, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dry run and a No leave neither job nor file; -y queues with ids in place of paths; the config round-trips."""
+    """
+    A dry run and a No leave neither job nor file; -y queues with ids in place of paths; the config round-trips.
+
+    Seen red with uploads that stay.
+    """
     dry = run("create", job_yaml, "--dry-run", *made.flags)
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
