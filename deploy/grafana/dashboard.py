@@ -165,6 +165,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     ("trilithon_requests_waiting{$m}", "waiting {{model}}"),
                 ),
             ),
+            Panel(
+                "Adapters",
+                "Loaded ones, and loads a second by how they ended.",
+                (
+                    ("trilithon_adapters_loaded{$m}", "loaded {{model}}"),
+                    (rate("trilithon_adapter_loads_total", "result"), "loads {{result}}"),
+                ),
+            ),
             Panel("Tokens in the queue", "Prompt tokens that wait.", (("trilithon_queue_tokens{$m}", "{{model}}"),)),
             Panel(
                 "Refused",
