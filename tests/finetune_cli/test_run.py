@@ -22,6 +22,7 @@ from trilithon_finetune.jobs.settings import WorkerSettings
 Run = Callable[..., Any]
 STAND_IN = str(Path(__file__).parents[1] / "jobs" / "stand_in.py")
 LIMIT_S = 120.0
+_MAIN = threading.main_thread().ident or 0
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ class _Interrupt:
             for path in self._store.glob("jobs/*/attempts/*/events.jsonl"):
                 text = path.read_text()
                 if f'"step": {self._step},' in text and (self._job_id is None or self._job_id in str(path)):
-                    signal.raise_signal(signal.SIGINT)
+                    signal.pthread_kill(_MAIN, signal.SIGINT)  # as a terminal does: it wakes the main thread
                     return
             time.sleep(0.02)
 
