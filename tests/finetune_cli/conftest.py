@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,3 +151,11 @@ def server(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         jobs = Jobs(None, StorePaths(store))
         yield running, jobs
         jobs.close()
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, although who started the tests may have it ignored, as shells do in the background."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)

@@ -110,7 +110,7 @@ def test_wait_follows_a_job_and_ctrl_c_leaves_it(
 
     def interrupt() -> None:
         assert following.wait(LIMIT_S)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as a terminal does
 
     def meanwhile(what: Callable[[], None]) -> Printed:
         following.clear()
