@@ -15,7 +15,9 @@ from trilithon_parallel.config import ModelError
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.tasks.pieces import WordPieces, split_words
 
-TEXTS = st.text(st.one_of(st.sampled_from(string.ascii_letters + " \t\n.-@$[]"), st.characters()), max_size=40)
+TEXTS = st.text(
+    st.one_of(st.sampled_from(string.ascii_letters + " \t\n.-@$[]"), st.characters(codec="utf-8")), max_size=40
+)
 
 
 @pytest.mark.parametrize(
