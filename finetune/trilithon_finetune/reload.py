@@ -21,21 +21,19 @@ from trilithon_finetune.phases.verify import (
     Check,
     Values,
     between,
+    loaded_stage,
     outputs_of_peft,
     outputs_of_stage,
     said,
 )
 from trilithon_finetune.recipes.base import IGNORE, Sample
-from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import MAX_RANK, AdapterBank
 from trilithon_parallel.lora.files import CONFIG_FILE
 from trilithon_parallel.lora.merge import merge_into
 from trilithon_parallel.lora.peft import read_adapter
-from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
 from trilithon_parallel.tokenizer import load_tokenizer
-from trilithon_parallel.weights.loader import load_stage
 from trilithon_server.engine.startup import model_digest
 
 TEXTS = (
@@ -76,13 +74,13 @@ def _adapter(directory: Path, base: Path) -> list[Check]:
     if made_on := adapter.facts.get("base_digest"):
         checks.append(Check("made on this base", float(made_on != model_digest(base)), 0.0))
     probes = _probes(config, base)
-    stage = _stage(config, base)
+    stage = loaded_stage(config, base, dtype=torch.float32)
     stage.prepare()
     plain = outputs_of_stage(stage, probes)
     bank = AdapterBank(stage, config=config, grid=Grid.single(), max_adapters=1, max_rank=MAX_RANK)
     bank.load(0, directory)
     adapted = outputs_of_stage(stage, probes, bank=bank)
-    merged = _stage(config, base)
+    merged = loaded_stage(config, base, dtype=torch.float32)
     has_effect = merge_into(merged, directory, config=config, grid=Grid.single())
     merged.prepare()
     tolerance = MERGED_TOLERANCE["float32"]
@@ -101,7 +99,7 @@ def _model(directory: Path) -> list[Check]:
     if not config.has_head and config.task_head is None:
         raise refuse("invalid_config", f"{directory} is an encoder without a head: there is nothing to compare.")
     probes = _probes(config, directory)
-    stage = _stage(config, directory)
+    stage = loaded_stage(config, directory, dtype=torch.float32)
     stage.prepare()
     ours = outputs_of_stage(stage, probes)
     checks = [Check("outputs that are not finite", float(sum(not np.isfinite(item).all() for item in ours)), 0.0)]
@@ -109,14 +107,6 @@ def _model(directory: Path) -> list[Check]:
         theirs = _outputs_of_transformers(directory, config, probes)
         checks.append(between("transformers and this software", theirs, ours, TOLERANCE["float32"]))
     return checks
-
-
-def _stage(config: ModelConfig, directory: Path) -> CausalStage | EncoderStage:
-    grid = Grid.single()
-    stage = build_stage(config, grid=grid, backend=select("torch", device="cpu"), dtype=torch.float32)
-    load_stage(stage, directory, config=config, grid=grid)
-    stage.eval().requires_grad_(False)
-    return stage
 
 
 def _probes(config: ModelConfig, directory: Path) -> Probes:

@@ -185,13 +185,12 @@ def worker_process(here: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]
 
 
 def test_a_worker_ends_in_good_order(worker_process: Callable[..., subprocess.Popen[str]], here: Path) -> None:
-    """SIGTERM ends `finetune worker` with exit code 0."""
+    """SIGTERM ends `finetune worker` with exit code 0; its handlers are set before the store is opened."""
     worker = worker_process("--store", "jobs")
     end = time.monotonic() + LIMIT_S
     while not (here / "jobs" / "jobs.db").exists():
         assert time.monotonic() < end, "the worker never opened its store"
         time.sleep(0.05)
-    time.sleep(0.5)  # its signal handlers are set before the store is opened
 
     worker.terminate()
 

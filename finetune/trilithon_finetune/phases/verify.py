@@ -116,7 +116,7 @@ def _probes(work: Work, recorded: dict[str, Values]) -> list[tuple[Sample, Value
 def verify_model(work: Work, export: Path, probes: list[tuple[Sample, Values]]) -> list[Check]:
     """A whole model: loaded from its own directory, by its own configuration."""
     config = load_config(export)
-    stage = _stage(config, export, work)
+    stage = loaded_stage(config, export, dtype=getattr(torch, work.config.dtype))
     stage.prepare()
     return [_compare("export and trainer", outputs_of_stage(stage, probes), probes, TOLERANCE[work.config.dtype])]
 
@@ -124,13 +124,13 @@ def verify_model(work: Work, export: Path, probes: list[tuple[Sample, Values]]) 
 def verify_adapter(work: Work, export: Path, probes: list[tuple[Sample, Values]]) -> list[Check]:
     """An adapter: beside its base, merged into it, against the base alone, and by PEFT where that is installed."""
     dtype, base = work.config.dtype, work.job.model_dir
-    stage = _stage(work.base, base, work)
+    stage = loaded_stage(work.base, base, dtype=getattr(torch, dtype))
     stage.prepare()
     plain = outputs_of_stage(stage, probes)
     bank = AdapterBank(stage, config=work.base, grid=Grid.single(), max_adapters=1, max_rank=MAX_RANK)
     bank.load(0, export)
     adapted = outputs_of_stage(stage, probes, bank=bank)
-    merged = _stage(work.base, base, work)
+    merged = loaded_stage(work.base, base, dtype=getattr(torch, dtype))
     has_effect = merge_into(merged, export, config=work.base, grid=Grid.single())
     merged.prepare()
     checks = [
@@ -145,9 +145,9 @@ def verify_adapter(work: Work, export: Path, probes: list[tuple[Sample, Values]]
     return checks
 
 
-def _stage(config: ModelConfig, directory: Path, work: Work) -> CausalStage | EncoderStage:
+def loaded_stage(config: ModelConfig, directory: Path, *, dtype: torch.dtype) -> CausalStage | EncoderStage:
+    """A whole model from its directory, as a server loads it, not packed yet."""
     grid = Grid.single()
-    dtype: torch.dtype = getattr(torch, work.config.dtype)
     stage = build_stage(config, grid=grid, backend=select("torch", device="cpu"), dtype=dtype)
     load_stage(stage, directory, config=config, grid=grid)
     stage.eval().requires_grad_(False)
