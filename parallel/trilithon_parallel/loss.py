@@ -1,9 +1,10 @@
 """
 Losses. Those of a vocabulary are made without ever gathering logits that tp cuts (arXiv 1909.08053, section 3).
 
-Three small all-reduces: the largest logit, the sum of exponentials, the target's logit. The loss of a step is the sum
-of its tokens' losses over the global number of tokens that count, so it depends on no layout: callers give each token
-the weight 1 / N, and everything after that is a sum.
+Three small all-reduces: the largest logit, the sum of exponentials, the target's logit. Two of them say by the way
+whether a target is the likeliest token of all. The loss of a step is the sum of its tokens' losses over the global
+number of tokens that count, so it depends on no layout: callers give each token the weight 1 / N, and everything after
+that is a sum.
 
 Shapes: T tokens, V this rank's columns of the vocabulary, N cases with L labels, B sequences, P pairs of answers.
 """
@@ -11,6 +12,7 @@ Shapes: T tokens, V this rank's columns of the vocabulary, N cases with L labels
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,23 +27,51 @@ from trilithon_parallel.grid import Axis
 BLOCK_ELEMENTS = 2**18
 
 
+@dataclass(frozen=True, eq=False)
+class Lost:
+    """
+    What the last stage says of a micro-batch, the same on every tp rank.
+
+    `total`: the sum of what is lost, each part by its weight and the step's scale (fp64, a scalar); its gradient to the
+    hidden states is whole on each rank. `num_correct` of `num_judged` (int64, scalars): how many of the tokens that
+    count the model would have said by itself; both 0 where single tokens aren't what is learned.
+    """
+
+    total: Tensor
+    num_correct: Tensor
+    num_judged: Tensor
+
+    @classmethod
+    def of_tokens(cls, total: Tensor, is_correct_T: Tensor, is_judged_T: Tensor) -> Lost:
+        """With both counts, of bools [T]."""
+        return cls(total, is_correct_T.sum(), is_judged_T.sum())
+
+    @classmethod
+    def as_a_whole(cls, total: Tensor) -> Lost:
+        """Of sequences, spans or pairs."""
+        nothing = torch.zeros((), dtype=torch.int64, device=total.device)
+        return cls(total, nothing, nothing)
+
+
 def cross_entropy(
     logits_TV: Tensor, targets_T: Tensor, weights_T: Tensor, *, tp: Axis, real_columns: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The weighted sum of the tokens' losses (fp64, a scalar), and each token's log-probability (fp32 [T], no gradient).
+    The weighted sum of the tokens' losses (fp64, a scalar), and of each token without a gradient its log-probability
+    (fp32 [T]) and whether no token is likelier (bool [T]).
 
     Args:
         logits_TV, targets_T, tp, real_columns: as for `target_logprobs`.
         weights_T: float; 0 where a token does not count.
     """
-    logprobs_T = target_logprobs(logits_TV, targets_T, tp=tp, real_columns=real_columns)
-    return -(logprobs_T * weights_T).sum(), logprobs_T.detach().to(logits_TV.dtype)
+    logprobs_T, is_best_T = target_logprobs(logits_TV, targets_T, tp=tp, real_columns=real_columns)
+    return -(logprobs_T * weights_T).sum(), logprobs_T.detach().to(logits_TV.dtype), is_best_T
 
 
-def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, tp: Axis, real_columns: int) -> Tensor:
+def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, tp: Axis, real_columns: int) -> tuple[Tensor, Tensor]:
     """
-    Each target's log-probability, fp64 [T], the same on every rank of the axis. Differentiable.
+    Each target's log-probability, fp64 [T], differentiable, and whether its logit is the largest of the vocabulary,
+    bool [T]: a token that shares the first place is. Both are the same on every rank of the axis.
 
     Args:
         logits_TV: fp32 or fp64, this rank's columns; taken over: their memory holds something else afterwards.
@@ -49,15 +79,15 @@ def target_logprobs(logits_TV: Tensor, targets_T: Tensor, *, tp: Axis, real_colu
         tp: the axis that the vocabulary is cut along, in rank order, equally many columns each.
         real_columns: columns of this rank that are tokens; those after them are padding.
     """
-    result: Tensor = _LogProbabilities.apply(logits_TV, targets_T, tp, real_columns)  # type: ignore[no-untyped-call]  # torch's apply is untyped
-    return result
+    logprobs_T, is_best_T = _LogProbabilities.apply(logits_TV, targets_T, tp, real_columns)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    return logprobs_T, is_best_T
 
 
 class _LogProbabilities(torch.autograd.Function):
     """log softmax(x_t)[target_t]; its gradient is one-hot - softmax."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, tp: Axis, real_columns: int) -> Tensor:
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, tp: Axis, real_columns: int) -> tuple[Tensor, Tensor]:
         local_T = targets_T - tp.rank * logits_TV.shape[1]
         is_mine_T = (local_T >= 0) & (local_T < real_columns)
         local_T = torch.where(is_mine_T, local_T, 0)
@@ -73,10 +103,13 @@ class _LogProbabilities(torch.autograd.Function):
         chosen_T = all_reduce(chosen_T, tp, label="loss.target")
         ctx.save_for_backward(logits_TV, sums_T, local_T, is_mine_T)
         ctx.real_columns = real_columns
-        return (chosen_T.double() - most_T.double()) - sums_T.log()
+        # Exact: the sum over ranks adds zeros to one rank's logit, and the maximum is one of them.
+        is_best_T = chosen_T == most_T
+        ctx.mark_non_differentiable(is_best_T)
+        return (chosen_T.double() - most_T.double()) - sums_T.log(), is_best_T
 
     @staticmethod
-    def backward(ctx: Any, d_logprobs_T: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_logprobs_T: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_TV, sums_T, local_T, is_mine_T = ctx.saved_tensors
         shrink_T = (-d_logprobs_T / sums_T).to(grad_TV.dtype)
         for rows in _blocks(grad_TV):
@@ -90,6 +123,11 @@ class _LogProbabilities(torch.autograd.Function):
 def label_losses(logits_NL: Tensor, labels_N: Tensor) -> Tensor:
     """-log softmax(x_n)[label_n], fp64 [N], of a head that every rank has whole."""
     return F.cross_entropy(logits_NL.double(), labels_N, reduction="none")
+
+
+def label_is_best(logits_NL: Tensor, labels_N: Tensor) -> Tensor:
+    """Whether no label's logit is larger than that of label_n, bool [N]."""
+    return logits_NL.gather(1, labels_N.unsqueeze(1)).squeeze(1) == logits_NL.amax(1)
 
 
 def span_losses(

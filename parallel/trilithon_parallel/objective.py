@@ -21,7 +21,9 @@ from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.dropout import Dropout, DropoutRates
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import (
+    Lost,
     cross_entropy,
+    label_is_best,
     label_losses,
     preference_losses,
     preference_margins,
@@ -58,12 +60,8 @@ class PackedBatch(ABC):
     @abstractmethod
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
-        """
-        On the last stage: the sum of what is lost, each part by its weight and by `scale` (fp64, a scalar).
-
-        The same on every tp rank; its gradient to `hidden_TH` is whole on each.
-        """
+    ) -> Lost:
+        """On the last stage: what is lost, each part by its weight and by `scale`."""
 
     @abstractmethod
     def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
@@ -88,8 +86,9 @@ class Batch(PackedBatch):
     """
     Tokens of a vocabulary, or none, to be said at each place.
 
-    `targets_T`: int64. `weights_T`: how much each target counts, 0 where it does not. Outputs are the summed
-    log-probabilities of each sequence's targets that count [B]; or of each target, 0 where it does not count [T].
+    `targets_T`: int64. `weights_T`: how much each target counts, 0 where it does not. Outputs are of each sequence's
+    targets that count the summed log-probability, and how many of them are the likeliest token [B, 2]; or of each
+    target the log-probability, 0 where it does not count [T].
     """
 
     targets_T: Tensor
@@ -102,7 +101,7 @@ class Batch(PackedBatch):
 
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
+    ) -> Lost:
         """Cross-entropy of the tokens that count."""
         targets_T, weights_T = self.targets_T, self.weights_T
         counts_T = weights_T > 0
@@ -112,36 +111,36 @@ class Batch(PackedBatch):
             hidden_TH, targets_T, weights_T = hidden_TH[counts_T], targets_T[counts_T], weights_T[counts_T]
         # In fp64: 1 / N in fp32 would be off in all of the step's loss and gradients alike.
         scaled_T = weights_T.double() * scale
-        total, _ = cross_entropy(
+        total, _, is_best_T = cross_entropy(
             stage.local_logits(hidden_TH), targets_T, scaled_T, tp=grid.tp, real_columns=stage.real_columns
         )
-        return total
+        return Lost.of_tokens(total, is_best_T & (weights_T > 0), weights_T > 0)
 
     def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
         """Log-probabilities, see above."""
-        places, logprobs = self._counted(stage, hidden_TH, grid=grid)
+        places, logprobs, is_best = self._counted(stage, hidden_TH, grid=grid)
         if per_token:
             return torch.zeros_like(self.weights_T, dtype=torch.float64).index_put((places,), logprobs)
-        return self._sums(places, logprobs)
+        return torch.stack((self._sums(places, logprobs), self._sums(places, is_best.double())), 1)
 
     def output_shape(self, config: ModelConfig, *, per_token: bool) -> tuple[int, ...]:
-        """[B] or [T]."""
-        return (len(self.tokens_T),) if per_token else (self.num_sequences,)
+        """[B, 2] or [T]."""
+        return (len(self.tokens_T),) if per_token else (self.num_sequences, 2)
 
-    def _counted(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Places of the targets that count, and their log-probabilities (fp64, differentiable)."""
+    def _counted(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Places of targets that count, their log-probabilities (fp64, differentiable), and which are the likeliest."""
         places = (self.weights_T > 0).nonzero().squeeze(1)
         if not grid.sequence_parallel:
             logits = stage.local_logits(hidden_TH[places])
         else:
             logits = stage.local_logits(hidden_TH)[places]
-        return places, target_logprobs(logits, self.targets_T[places], tp=grid.tp, real_columns=stage.real_columns)
+        return places, *target_logprobs(logits, self.targets_T[places], tp=grid.tp, real_columns=stage.real_columns)
 
-    def _sums(self, places: Tensor, logprobs: Tensor) -> Tensor:
-        """By sequence: fp64 [B]."""
+    def _sums(self, places: Tensor, values: Tensor) -> Tensor:
+        """Of fp64 values at these places, by sequence: fp64 [B]."""
         bounds = torch.tensor(self.cu_seqlens[1:], device=places.device)
         sums_B = torch.zeros(self.num_sequences, dtype=torch.float64, device=places.device)
-        return sums_B.index_add(0, torch.searchsorted(bounds, places, right=True), logprobs)
+        return sums_B.index_add(0, torch.searchsorted(bounds, places, right=True), values)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -184,17 +183,18 @@ class PreferenceBatch(Batch):
 
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
+    ) -> Lost:
         """-log sigmoid(beta * margin) of every pair (arXiv 2305.18290, equation 7)."""
-        sums_B = self._sums(*self._counted(stage, hidden_TH, grid=grid))
-        return preference_losses(self.margins(sums_B), self.beta).sum() * scale
+        places, logprobs, _ = self._counted(stage, hidden_TH, grid=grid)
+        margins_P = self.margins(self._sums(places, logprobs))
+        return Lost.as_a_whole(preference_losses(margins_P, self.beta).sum() * scale)
 
     def margins(self, sums_B: Tensor) -> Tensor:
         """
         fp64 [P]: how much more than the reference the model prefers the chosen answers; above 0 it has learned them.
 
         Args:
-            sums_B: the batch's outputs.
+            sums_B: summed log-probabilities of the answers, the first column of the batch's outputs.
         """
         return preference_margins(sums_B.view(-1, 2), self.reference_P2)
 
@@ -229,13 +229,14 @@ class TagBatch(_TaskBatch):
 
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
+    ) -> Lost:
         """Cross-entropy of the labels."""
         assert isinstance(stage, EncoderStage)
         counts_T = self.weights_T > 0
         logits_RL = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)[counts_T]
-        losses_R = label_losses(logits_RL, self.targets_T[counts_T])
-        return (losses_R * self.weights_T[counts_T]).sum() * scale
+        targets_R = self.targets_T[counts_T]
+        total = (label_losses(logits_RL, targets_R) * self.weights_T[counts_T]).sum() * scale
+        return Lost.of_tokens(total, label_is_best(logits_RL.detach(), targets_R), torch.ones_like(targets_R))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -252,11 +253,11 @@ class ClassBatch(_TaskBatch):
 
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
+    ) -> Lost:
         """Cross-entropy of the labels."""
         assert isinstance(stage, EncoderStage)
         losses_B = label_losses(stage.task_logits(hidden_TH, self.cu_seqlens, dropout), self.labels_B)
-        return (losses_B * self.weights_B).sum() * scale
+        return Lost.as_a_whole((losses_B * self.weights_B).sum() * scale)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -280,12 +281,13 @@ class SpanBatch(_TaskBatch):
 
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
-    ) -> Tensor:
+    ) -> Lost:
         """The mean of the start's and the end's cross-entropy over what may be chosen."""
         assert isinstance(stage, EncoderStage)
         allowed_T = self.context_T.index_fill(0, torch.tensor(self.cu_seqlens[:-1], device=hidden_TH.device), True)
         logits_T2 = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)
-        return span_losses(logits_T2, self.starts_B, self.ends_B, allowed_T, self.cu_seqlens).sum() * scale
+        losses_B = span_losses(logits_T2, self.starts_B, self.ends_B, allowed_T, self.cu_seqlens)
+        return Lost.as_a_whole(losses_B.sum() * scale)
 
 
 def _token_shares(grid: Grid) -> int:
@@ -324,7 +326,7 @@ def run(stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, dropou
 
 def learn(
     stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, grid: Grid, scale: float, dropout: Dropout | None
-) -> Tensor:
+) -> Tensor | Lost:
     """
     One micro-batch through one stage.
 
@@ -332,7 +334,7 @@ def learn(
         received: hidden states of the stage before; None on the first.
         scale: of everything that is lost.
     Returns:
-        Hidden states for the next stage; on the last, the batch's loss (fp64, a scalar).
+        Hidden states for the next stage; on the last, what the batch loses.
     """
     hidden_TH = run(stage, batch, received, dropout=dropout)
     if not grid.is_last_stage:
@@ -354,7 +356,7 @@ def log_probabilities(stage: CausalStage, batch: Batch) -> Tensor:
     """fp32 [T]: the log-probability of each target by the training forward, for a model of one stage."""
     hidden_TH = run(stage, batch, None, dropout=None)
     ones_T = torch.ones(len(batch.tokens_T))
-    _, logprobs_T = cross_entropy(
+    _, logprobs_T, _ = cross_entropy(
         stage.local_logits(hidden_TH), batch.targets_T, ones_T, tp=stage.grid.tp, real_columns=stage.real_columns
     )
     return logprobs_T

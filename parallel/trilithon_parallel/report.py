@@ -12,8 +12,8 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ class StepMetrics:
         consumed_samples: sequences since the start of training.
         skipped: steps whose update was left out so far, since something was not finite.
         loss_scale: of fp16 training.
+        token_accuracy: share of the step's supervised tokens that the model would have said, before it learned them;
+            from 0 to 1, None where single tokens aren't what is learned.
         peak_bytes, predicted_bytes: memory of this device, as measured and as planned.
         bubble_planned, bubble_measured: idle share of ideal time in the pipeline.
         validation_loss: where this step was followed by an evaluation; `validation`: what else that measured, by name.
@@ -65,6 +67,7 @@ class StepMetrics:
     hfu: float | None = None
     skipped: int = 0
     loss_scale: float | None = None
+    token_accuracy: float | None = None
     peak_bytes: int | None = None
     predicted_bytes: int | None = None
     bubble_planned: float | None = None
@@ -142,6 +145,26 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     return metrics
 
 
+def add_validation(run_dir: Path, step: int, numbers: Mapping[str, float]) -> None:
+    """Put what was measured of a step afterwards beside its evaluation; the file is replaced as a whole."""
+    path = run_dir / METRICS_FILE
+    rows = read_metrics(path)
+    _replace(path, [_measured(row, numbers) if row.step == step else row for row in rows])
+
+
+def _measured(row: StepMetrics, numbers: Mapping[str, float]) -> StepMetrics:
+    return replace(row, validation={**(row.validation or {}), **numbers})
+
+
+def _replace(path: Path, rows: Sequence[StepMetrics]) -> None:
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{row.to_json()}\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
 class MetricsLog:
     """
     The file of metrics, open for appending.
@@ -152,13 +175,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         if path.exists():
-            kept = [metrics for metrics in read_metrics(path) if metrics.step <= resume_step]
-            part = path.with_suffix(".part")
-            with part.open("w", encoding="utf-8") as file:
-                file.writelines(f"{metrics.to_json()}\n" for metrics in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            _replace(path, [metrics for metrics in read_metrics(path) if metrics.step <= resume_step])
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, metrics: StepMetrics) -> None:

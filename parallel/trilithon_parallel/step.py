@@ -25,6 +25,7 @@ from trilithon_parallel.dropout import DropoutRates as DropoutRates  # part of w
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.lora.spec import LoraSpec
+from trilithon_parallel.loss import Lost
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.models.seq2seq import Stack
 from trilithon_parallel.models.stage import Trunk
@@ -36,13 +37,34 @@ from trilithon_parallel.schedule import schedule, with_messages
 
 
 @dataclass(frozen=True)
+class Measured:
+    """
+    What a global batch loses, the same on every rank.
+
+    `loss`: the mean over its `num_tokens` that count. `num_correct` of `num_judged` tokens are what the model would
+    have said; both 0 where single tokens aren't what is learned.
+    """
+
+    loss: float
+    num_tokens: int
+    num_correct: int
+    num_judged: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the tokens that count whose logit is the largest; None where none was judged."""
+        return self.num_correct / self.num_judged if self.num_judged else None
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """`loss`: the mean over the batch's `num_tokens` that count; the same on every rank, as is all of this."""
+    """`loss` and `accuracy` as in `Measured`, before the step; the same on every rank, as is all of this."""
 
     loss: float
     grad_norm: float
     num_tokens: int
     is_skipped: bool
+    accuracy: float | None
 
 
 class ModelChunk:
@@ -55,6 +77,8 @@ class ModelChunk:
         self.dropout: tuple[DropoutRates, int, int] | None = None
         self.per_token: bool | None = None
         """None while it learns; else it predicts."""
+        self.lost: list[Lost] = []
+        """On the last stage: of the micro-batches so far, their totals detached."""
 
     def forward(self, microbatch: int, received: Tensor | None) -> Tensor:
         """The boundary tensor for the next stage, or on the last one the scaled sum of losses, or the outputs."""
@@ -66,7 +90,11 @@ class ModelChunk:
         with self.backend.autocast():
             if self.per_token is not None:
                 return predict(self.stage, batch, received, grid=self.grid, per_token=self.per_token)
-            return learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
+            made = learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
+            if isinstance(made, Tensor):
+                return made
+            self.lost.append(replace(made, total=made.total.detach()))
+            return made.total
 
     def boundary_shape(self, microbatch: int) -> tuple[int, ...]:
         """[T, H], or [T / tp, H] under sequence parallelism."""
@@ -147,18 +175,19 @@ class TrainingModel:
         self.buckets.zero()
         scale = 1.0 if self.optimizer.loss_scale is None else self.optimizer.loss_scale.value
         dropout = None if self.dropout is None else (self.dropout, self.seed, step)
-        losses = self._run(batches, self.layout.schedule, scale=scale / num_tokens, dropout=dropout)
+        self._run(batches, self.layout.schedule, scale=scale / num_tokens, dropout=dropout)
         outcome = self.optimizer.step(learning_rate)
         for part in self._derived:
             if part.is_trained:
                 part.forget()
-        return StepResult(self._sum(losses) / scale, outcome.grad_norm, num_tokens, outcome.is_skipped)
+        found = self._measured(num_tokens)
+        return StepResult(found.loss / scale, outcome.grad_norm, num_tokens, outcome.is_skipped, found.accuracy)
 
-    def evaluate(self, batches: Sequence[PackedBatch]) -> tuple[float, int]:
-        """The mean loss over this global batch, and its number of tokens; nothing moves and nothing is dropped."""
+    def evaluate(self, batches: Sequence[PackedBatch]) -> Measured:
+        """What this global batch loses; nothing moves and nothing is dropped."""
         num_tokens = self._count(batches)
-        losses = self._run(batches, "forward_only", scale=1.0 / num_tokens, dropout=None)
-        return self._sum(losses), num_tokens
+        self._run(batches, "forward_only", scale=1.0 / num_tokens, dropout=None)
+        return self._measured(num_tokens)
 
     def predict(self, batches: Sequence[PackedBatch], *, per_token: bool = False) -> list[Tensor]:
         """
@@ -167,7 +196,7 @@ class TrainingModel:
 
         Args:
             per_token: of a vocabulary head, each target's log-probability [T] (0 where it does not count) in place of
-                their sum by sequence [B]. A task head's outputs are what they are.
+                their sums by sequence [B, 2]. A task head's outputs are what they are.
         Returns:
             fp32 on the CPU, in the order of `batches`: the outputs of each batch (see the kinds of `objective.py`).
         """
@@ -192,7 +221,7 @@ class TrainingModel:
         self, batches: Sequence[PackedBatch], name: str, *, scale: float, dropout: tuple[DropoutRates, int, int] | None
     ) -> list[Tensor]:
         for chunk in self.chunks:
-            chunk.batches, chunk.scale, chunk.dropout = batches, scale, dropout
+            chunk.batches, chunk.scale, chunk.dropout, chunk.lost = batches, scale, dropout, []
         table = schedule(name, self.layout.pp, self.layout.virtual, len(batches))
         try:
             return pipeline.run(
@@ -218,10 +247,11 @@ class TrainingModel:
             )
         return num_tokens
 
-    def _sum(self, losses: Sequence[Tensor]) -> float:
-        """The losses of the last stage's ranks, over dp, told to everyone."""
-        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+    def _measured(self, num_tokens: int) -> Measured:
+        """What the last stage's ranks said of the micro-batches, over dp, told to everyone."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.grid.device)
         if self.grid.tp.rank == 0:
-            for loss in losses:
-                total += loss
-        return float(all_reduce(total, self.grid.world, label="loss"))
+            for lost in (lost for chunk in self.chunks for lost in chunk.lost):
+                sums += torch.stack((lost.total, lost.num_correct.double(), lost.num_judged.double()))
+        loss, num_correct, num_judged = all_reduce(sums, self.grid.world, label="loss").tolist()
+        return Measured(loss, num_tokens, int(num_correct), int(num_judged))

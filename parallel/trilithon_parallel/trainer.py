@@ -27,7 +27,7 @@ from trilithon_parallel.health import Signals
 from trilithon_parallel.objective import PackedBatch
 from trilithon_parallel.precision import MIN_SCALE
 from trilithon_parallel.report import StepMetrics
-from trilithon_parallel.step import TrainingModel
+from trilithon_parallel.step import StepResult, TrainingModel
 from trilithon_parallel.watchdog import Watchdog
 
 _STATUS = Path("/proc/self/status")
@@ -188,6 +188,9 @@ class PipelineWaits:
             self.seconds += time.monotonic() - self._began
             self._began = None
 
+    def moved(self) -> None:
+        """No wait."""
+
     def take(self) -> float:
         """The seconds since the last call."""
         seconds, self.seconds = self.seconds, 0.0
@@ -275,7 +278,7 @@ class Trainer:
             if is_last or (self.plan.evaluate_every and done % self.plan.evaluate_every == 0):
                 validation = self.evaluate()
                 is_best = self._judge(validation)
-            self._report(rate, step_s, idle_s, tokens, loss, result.grad_norm, validation)
+            self._report(rate, step_s, idle_s, tokens, result, validation)
             should_stop, is_last = self._signals.agreed(self.model.grid), is_last or self._has_given_up()
             is_due = is_last or should_stop or is_best or done % self.plan.checkpoint_every == 0
             self._keep(is_due=is_due)
@@ -291,12 +294,14 @@ class Trainer:
         return self._evaluator(self.model)
 
     def _mean_loss(self, model: TrainingModel) -> Evaluation | None:
-        total, count = 0.0, 0
+        total, count, num_correct, num_judged = 0.0, 0, 0, 0
         for batches in self.stream.evaluation():
             self._tell(None, "evaluation")
-            loss, tokens = model.evaluate(batches)
-            total, count = total + loss * tokens, count + tokens
-        return Evaluation(total / count) if count else None
+            found = model.evaluate(batches)
+            total, count = total + found.loss * found.num_tokens, count + found.num_tokens
+            num_correct, num_judged = num_correct + found.num_correct, num_judged + found.num_judged
+        accuracy = {"token_accuracy": num_correct / num_judged} if num_judged else {}
+        return Evaluation(total / count, accuracy) if count else None
 
     def _judge(self, validation: Evaluation | None) -> bool:
         """Whether this evaluation is the best so far, by the plan's goal."""
@@ -395,8 +400,7 @@ class Trainer:
         step_s: float,
         idle_s: float,
         tokens: int,
-        loss: float,
-        grad_norm: float,
+        result: StepResult,
         validation: Evaluation | None,
     ) -> None:
         if self.reporter is None:
@@ -404,8 +408,8 @@ class Trainer:
         scale = self.model.optimizer.loss_scale
         metrics = StepMetrics.measured(
             step=self.cursor.step,
-            loss=loss,
-            grad_norm=grad_norm,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
             learning_rate=rate,
             tokens=tokens,
             step_s=step_s,
@@ -418,6 +422,7 @@ class Trainer:
             loss_scale=None if scale is None else scale.value,
             peak_bytes=peak_bytes(self.model.grid.device) - self.costs.base_bytes,
             predicted_bytes=self.costs.predicted_bytes,
+            token_accuracy=result.accuracy,
             bubble_planned=self.costs.bubble,
             bubble_measured=None if self.costs.bubble is None else idle_s / (step_s - idle_s),
             validation_loss=None if validation is None else validation.loss,

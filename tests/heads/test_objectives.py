@@ -98,11 +98,11 @@ def test_preferences_are_the_plain_formula() -> None:
     for name, gradient in ours.items():
         assert relative(gradient, theirs[name]) <= EXACT, name
     (said,) = model.predict([batch])
-    assert relative(batch.margins(said), margins_P.detach()) <= 1e-5
+    assert relative(batch.margins(said[:, 0]), margins_P.detach()) <= 1e-5
 
 
 def test_predictions_of_a_decoder_are_its_log_probabilities() -> None:
-    """Summed by sequence, or a token each with zeros where none counts; a batch without any is zeros."""
+    """Summed by sequence, with how many are right, or a token each, 0 where none counts; without any all is zeros."""
     model, rows = model_of("vocabulary"), sequences("vocabulary", 1)
     batch = replace(batch_of("vocabulary", rows, 0), types_T=None)
     assert isinstance(batch, Batch)
@@ -110,13 +110,57 @@ def test_predictions_of_a_decoder_are_its_log_probabilities() -> None:
     with torch.no_grad():
         expected_B = plain_logprobs(model, rows)
 
-    (sums_B, none_B), (each_T, _) = (model.predict([batch, silent], per_token=flag) for flag in (False, True))
+    (sums_B2, none_B2), (each_T, _) = (model.predict([batch, silent], per_token=flag) for flag in (False, True))
 
-    assert relative(sums_B, expected_B) <= 1e-5
-    assert not none_B.any()
+    assert relative(sums_B2[:, 0], expected_B) <= 1e-5
+    assert not none_B2.any()
     assert relative(torch.stack([part.sum() for part in each_T.split(list(batch.lengths))]), expected_B) <= 1e-5
     assert not each_T[batch.weights_T == 0].any()
-    assert sums_B.dtype == each_T.dtype == torch.float32
+    assert sums_B2.dtype == each_T.dtype == torch.float32
+
+
+def test_tokens_are_right_where_torch_says_the_target_is_the_largest() -> None:
+    """
+    What a step, an evaluation and a prediction count as right is what argmax over whole logits finds, in one process.
+
+    Inverse: tokens of prompts, which don't count, counted too.
+    """
+    model = model_of("vocabulary")
+    batch = replace(batch_of("vocabulary", sequences("vocabulary", 4), 0), types_T=None)
+    assert isinstance(batch, Batch)
+    stage = model.chunks[0].stage
+    with torch.no_grad():
+        logits_TV = stage.gather_logits(run(stage, batch, None, dropout=None))  # type: ignore[operator]  # of a stage
+    likeliest_T = logits_TV.argmax(-1)
+    batch = replace(batch, targets_T=torch.where(torch.arange(len(likeliest_T)) % 3 > 0, likeliest_T, batch.targets_T))
+    right_T = (likeliest_T == batch.targets_T) & (batch.weights_T > 0)
+    judged = int((batch.weights_T > 0).sum())
+    found = model.evaluate([batch])
+    (said_B2,) = model.predict([batch])
+    step = model.train_step([batch], learning_rate=0.0, step=0)
+
+    assert 0 < int(right_T.sum()) < judged
+    assert bool((likeliest_T == batch.targets_T)[batch.weights_T == 0].any())
+    assert (found.num_correct, found.num_judged) == (int(right_T.sum()), judged)
+    assert step.accuracy == found.accuracy == int(right_T.sum()) / judged
+    assert said_B2[:, 1].tolist() == [int(part.sum()) for part in right_T.split(list(batch.lengths))]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "sequence", "span", "preference"])
+def test_single_labels_are_judged_and_wholes_are_not(kind: str) -> None:
+    """Labels of tokens are right where their logit is the largest; texts, spans and pairs have no such number."""
+    model, batch = model_of(kind), batch_of(kind, sequences(kind, 5), 0)
+    accuracy = model.train_step([batch], learning_rate=0.0, step=0).accuracy
+
+    if kind != "tokens":
+        assert accuracy is None
+        return
+    assert isinstance(batch, TagBatch)
+    (logits_TL,) = model.predict([batch])
+    counts_T = batch.weights_T > 0
+    right_R = logits_TL.argmax(-1)[counts_T] == batch.targets_T[counts_T]
+    assert accuracy == int(right_R.sum()) / len(right_R)
+    assert 0 < accuracy < 1
 
 
 def test_predicting_changes_nothing() -> None:
@@ -144,11 +188,12 @@ def test_what_has_no_weight_is_not_learned() -> None:
     assert isinstance(batch, TagBatch)
     other = replace(batch, targets_T=torch.where(batch.weights_T > 0, batch.targets_T, 0))
     half = replace(batch, weights_T=batch.weights_T / 2)
-    loss, count = model.evaluate([batch])
+    found, halved = model.evaluate([batch]), model.evaluate([half])
 
-    assert count == int((batch.weights_T > 0).sum())
-    assert model.evaluate([other]) == (loss, count)
-    assert model.evaluate([half]) == (pytest.approx(loss / 2, rel=1e-12), count)
+    assert found.num_tokens == found.num_judged == int((batch.weights_T > 0).sum())
+    assert model.evaluate([other]) == found
+    assert halved == replace(found, loss=halved.loss)
+    assert halved.loss == pytest.approx(found.loss / 2, rel=1e-12)
 
 
 def test_a_batch_without_anything_to_learn_is_refused() -> None:

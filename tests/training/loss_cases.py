@@ -37,6 +37,11 @@ def _check_loss(grid: Grid, vocab: int, dtype: torch.dtype) -> None:
     all_TV[0] *= 100.0  # exponentials that would overflow, were the largest logit not taken off
     targets_T = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(1))
     targets_T[:3] = torch.tensor([0, vocab - 1, min(local, vocab - 1)])  # first and last token, a border
+    best_T = all_TV.argmax(1)
+    targets_T[3:7] = best_T[3:7]
+    all_TV[7, targets_T[7]] = all_TV[7, best_T[7]]  # the first place, shared
+    is_best_T = all_TV.gather(1, targets_T[:, None])[:, 0] == all_TV.amax(1)
+    assert 5 <= int(is_best_T.sum()) < tokens
     for weights_T in (torch.ones(tokens), torch.arange(tokens) % 3 / 2.0):
         whole_TV = all_TV.clone().requires_grad_()
         losses_T = F.cross_entropy(whole_TV, targets_T, reduction="none")
@@ -49,13 +54,14 @@ def _check_loss(grid: Grid, vocab: int, dtype: torch.dtype) -> None:
         mine_TV = torch.full((tokens, local), torch.nan, dtype=dtype)
         mine_TV[:, :real] = all_TV[:, tp.rank * local : tp.rank * local + real]
         mine_TV.requires_grad_()
-        total, logprobs_T = cross_entropy(mine_TV.clone(), targets_T, weights_T, tp=tp, real_columns=real)
+        total, logprobs_T, found_T = cross_entropy(mine_TV.clone(), targets_T, weights_T, tp=tp, real_columns=real)
         (total * 0.7).backward()
         tolerance = TOLERANCE[dtype]
         assert abs(total.item() - expected.item()) <= tolerance * abs(expected.item())
         assert total.dtype == torch.float64
         assert not logprobs_T.requires_grad
         assert logprobs_T.dtype == dtype
+        assert torch.equal(found_T, is_best_T)
         torch.testing.assert_close(-logprobs_T, losses_T.detach(), rtol=tolerance, atol=tolerance)
         assert mine_TV.grad is not None
         assert not mine_TV.grad[:, real:].any()

@@ -22,7 +22,8 @@ from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
-from trilithon_parallel.objective import Batch
+from trilithon_parallel.models import CausalStage, EncoderStage
+from trilithon_parallel.objective import Batch, run
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.step import DropoutRates, TrainingModel
@@ -184,6 +185,34 @@ def check(case: Case) -> None:
         theirs = whole[piece.name][piece.slices]
         worst = (piece.tensor - theirs).abs().max().item()
         assert worst <= tolerance * max(1.0, theirs.abs().max().item()), (piece.name, piece.slices, worst)
+    check_accuracy(model, grid, layout, reference)
+
+
+def check_accuracy(model: TrainingModel, grid: Grid, layout: Layout, reference: TrainingModel) -> None:
+    """Tokens that are right: as many as argmax over one process' whole logits says, at this layout as there."""
+    whole = [with_right_tokens(reference, batch) for batch in batches_of(model.config, 9, Layout(), 0)]
+    mine = [with_right_tokens(reference, batch) for batch in batches_of(model.config, 9, layout, grid.dp.rank)]
+    right = sum(num_right for _, num_right in whole)
+    judged = sum(batch.num_targets for batch, _ in whole)
+    assert judged // 4 < right < judged
+    found = model.evaluate([batch for batch, _ in mine])
+    assert (found.num_correct, found.num_judged) == (right, judged), found
+    said = model.predict([batch for batch, _ in mine])
+    assert [int(said_B2[:, 1].sum()) for said_B2 in said] == [num_right for _, num_right in mine]
+    step = model.train_step([batch for batch, _ in mine], learning_rate=0.0, step=9)
+    assert model.dropout is not None or step.accuracy == right / judged
+
+
+def with_right_tokens(reference: TrainingModel, batch: Batch) -> tuple[Batch, int]:
+    """A batch in which the model is right about every other target at least, and about how many that count."""
+    (chunk,) = reference.chunks
+    with torch.no_grad():
+        hidden_TH = run(chunk.stage, batch, None, dropout=None)
+        assert isinstance(chunk.stage, CausalStage | EncoderStage)
+        likeliest_T = chunk.stage.gather_logits(hidden_TH).argmax(-1)
+    is_mended_T = torch.arange(len(likeliest_T)) % 2 == 0
+    mended = replace(batch, targets_T=torch.where(is_mended_T, likeliest_T, batch.targets_T))
+    return mended, int(((mended.targets_T == likeliest_T) & (mended.weights_T > 0)).sum())
 
 
 def main(work_dir: Path) -> None:

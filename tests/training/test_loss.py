@@ -16,11 +16,13 @@ pytestmark = pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize("size", [2, 4])
 def test_E8_cross_entropy_equals_torch(size: int, on_ranks: OnRanks) -> None:
     """
-    Sum, log-probabilities and gradient of a vocabulary of 50257 in padded cuts: 1e-12 in fp64, 1e-5 in fp32.
+    Sum, log-probabilities and gradient of a vocabulary of 50257 in padded cuts: 1e-12 in fp64, 1e-5 in fp32. Every
+    rank knows which targets have the largest logit of all, shared first places among them.
 
     Columns that are padding are NaN in the test: they reach nothing and get no gradient.
 
-    Inverse check: not setting the gradient of padding columns to zero fails here.
+    Inverse check: not setting the gradient of padding columns to zero fails here, and so does comparing a target with
+    the largest logit of this rank's columns.
     """
     on_ranks("loss_cases.py", size, "cross_entropies")
 

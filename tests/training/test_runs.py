@@ -43,6 +43,12 @@ def test_a_run_learns_and_says_how_it_goes(oracle: Run) -> None:
     assert metrics[-1].loss < metrics[0].loss - 0.3
     assert all(step.tokens == BATCH * SEQ_LEN and step.mfu and step.peak_bytes for step in metrics)
     assert [step.step for step in metrics if step.validation_loss is not None] == [6, 12]
+    accuracies = [step.token_accuracy for step in metrics]
+    assert all(accuracy is not None and 0.0 <= accuracy <= 1.0 for accuracy in accuracies)
+    assert max(map(float, accuracies[-3:])) > float(accuracies[0] or 0.0)
+    assert [list(step.validation or ()) for step in metrics if step.validation_loss is not None] == 2 * [
+        ["token_accuracy"]
+    ]
     assert (oracle.directory / "loss.svg").stat().st_size > 1000
     assert sorted(path.name for path in oracle.directory.glob("step_*")) == ["step_00000009", "step_00000012"]
 
