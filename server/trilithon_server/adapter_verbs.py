@@ -1,4 +1,4 @@
-"""What an operator does with adapters: load and unload them, and point aliases to models."""
+"""What an operator does with adapters: load and unload them, point aliases to models, and take aliases away."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import logging
 import re
 import time
 
-from trilithon.errors import Conflict, DeadlineExceeded, FailedPrecondition
-from trilithon_server.adapters import Names
-from trilithon_server.catalog import CatalogConflict
+from trilithon.errors import Conflict, DeadlineExceeded, FailedPrecondition, NotFound
+from trilithon_server.adapters import MAX_SHOWN, Names
+from trilithon_server.catalog import Catalog, CatalogConflict
 from trilithon_server.served import Call
-from trilithon_server.validation import invalid
+from trilithon_server.validation import invalid, nearest, shown
 
 LOAD_S = 60.0
 """How long an explicit load or unload waits for its end, unless the client's deadline is earlier."""
@@ -77,17 +77,47 @@ async def set_alias(names: Names, alias: str, target: str, expected: str | None,
         FailedPrecondition: `no_catalog`, this server keeps none.
     """
     _check_alias(alias)
-    tenant = call.principal.tenant
-    if names.catalog is None:
-        message = "aliases are kept in a catalogue, and this server has none."
-        raise FailedPrecondition(message, code="no_catalog", hint="Set server.catalog to a directory.")
+    tenant, catalog = call.principal.tenant, _catalog(names)
     found = await names.find(target, tenant)
     if names.is_configured(alias):
         raise Conflict(f"`{alias}` is a model's name and never moves. Choose another alias.")
     try:
-        await asyncio.to_thread(names.catalog.move_alias, alias, found.name, tenant=tenant, expected=expected)
+        await asyncio.to_thread(catalog.move_alias, alias, found.name, tenant=tenant, expected=expected)
     except CatalogConflict as error:
         raise Conflict(str(error), code="version_conflict") from None
+
+
+async def delete_alias(names: Names, alias: str, expected: str | None, call: Call) -> str:
+    """
+    Take an alias of the caller's tenant away; what it points to stays, and requests in flight go on.
+
+    Args:
+        expected: where it must point now; None: wherever it points.
+    Returns:
+        Where it pointed.
+    Raises:
+        NotFound: `alias_not_found`. Conflict: `version_conflict`, it points elsewhere.
+        FailedPrecondition: `no_catalog`, this server keeps none.
+    """
+    tenant, catalog = call.principal.tenant, _catalog(names)
+    try:
+        gone = await asyncio.to_thread(catalog.remove_alias, alias, tenant=tenant, expected=expected)
+    except CatalogConflict as error:
+        raise Conflict(str(error), code="version_conflict") from None
+    if gone is None:
+        mine = [item.name for item in await asyncio.to_thread(catalog.aliases, tenant=tenant) if item.tenant == tenant]
+        listed = ", ".join(f"`{name}`" for name in mine[:MAX_SHOWN]) or "none"
+        raise NotFound(
+            f"no alias {shown(alias)} of yours. Yours: {listed}.{nearest(alias, mine)}", code="alias_not_found"
+        )
+    return gone.target
+
+
+def _catalog(names: Names) -> Catalog:
+    if names.catalog is None:
+        message = "aliases are kept in a catalogue, and this server has none."
+        raise FailedPrecondition(message, code="no_catalog", hint="Set server.catalog to a directory.")
+    return names.catalog
 
 
 def _check_alias(alias: str) -> None:

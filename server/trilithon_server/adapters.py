@@ -66,7 +66,7 @@ class Names:
             for name, path in engine.adapters.items():
                 if name in models or name in self._configured:
                     raise ValueError(f"adapter {name} must have a name of its own. Given: one that is served already.")
-                self._configured[name] = _configured(name, Path(path), base=model.name)
+                self._configured[name] = adapter_in(Path(path), name=name, base=model.name)
 
     # -- requests -------------------------------------------------------------------------------------------
 
@@ -329,8 +329,13 @@ def _of_entry(entry: CatalogEntry) -> AdapterRef:
     )
 
 
-def _configured(name: str, directory: Path, *, base: str) -> AdapterRef:
-    """An adapter that the configuration names; its identity is that of its files as they are now."""
+def adapter_in(directory: Path, *, name: str, base: str) -> AdapterRef:
+    """
+    An adapter by its directory; its identity is that of its files as they are now.
+
+    Raises:
+        ValueError: they are missing; one sentence.
+    """
     digest = hashlib.sha256()
     for file in _FILES:
         try:

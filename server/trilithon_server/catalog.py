@@ -202,6 +202,25 @@ class Catalog:
             _write(self._file("aliases", tenant, name), asdict(alias))
             return alias
 
+    def remove_alias(self, name: str, *, tenant: str, expected: str | None = None) -> Alias | None:
+        """
+        Forget an alias of exactly that tenant; the model that it points to stays. None when there is none.
+
+        Args:
+            expected: where it must point now; None: wherever it points.
+        Raises:
+            CatalogConflict: it points elsewhere.
+        """
+        with self._writing():
+            known = self._alias(tenant, name)
+            if known is None:
+                return None
+            if expected not in (None, known.target):
+                now = f"the alias {name!r} points to {known.target!r}"
+                raise CatalogConflict(f"{now}. Expected: to point to {expected!r}. Read it again, then decide.")
+            self._file("aliases", tenant, name).unlink()
+            return known
+
     # -- files ----------------------------------------------------------------------------------------------
 
     def _file(self, kind: Literal["entries", "aliases"], tenant: str, name: str) -> Path:

@@ -13,7 +13,7 @@ Parameters mean what they mean over HTTP and gRPC: the same validator, the same 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +21,13 @@ from typing import Any
 
 from trilithon.errors import InvalidArgument
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.adapters import adapter_in
 from trilithon_server.assembly import Choice, FinishReason, TokenInfo, engine_error, token_info
 from trilithon_server.engine.inprocess import InProcessEngine
 from trilithon_server.engine.local import LocalEngine
 from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.spec import EngineSpec
-from trilithon_server.engine.wire_pb2 import Abort, Pooling, SequenceDelta, Submit, ToEngine
+from trilithon_server.engine.wire_pb2 import Abort, Adapter, Pooling, SequenceDelta, Submit, ToEngine
 from trilithon_server.generation import best
 from trilithon_server.prompts import Prepared, answer_room
 from trilithon_server.sampling import SamplingParams, to_wire, validate
@@ -78,34 +79,58 @@ class LLM:
         model: a model directory.
         tp: tensor-parallel ranks per stage; with more than one rank in all, ranks are processes of their own.
         pp: pipeline stages.
+        adapters: directories of adapters (PEFT's layout) by the names that `generate` uses.
         options: further fields of `EngineSpec`, such as dtype, max_context, kv_cache_bytes, max_batch_tokens.
     Raises:
+        ValueError: the files of an adapter are missing.
         ModelError: the model can't be served, or the memory does not suffice (one rank).
         LocalEngineError: the same, from ranks that are processes.
     """
 
-    def __init__(self, model: str | Path, *, tp: int = 1, pp: int = 1, **options: Any) -> None:
-        options = {"batch_invariant": options.get("device", "cpu") == "cpu"} | options
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        adapters: Mapping[str, str | Path] | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = {"batch_invariant": options.get("device", "cpu") == "cpu", "max_adapters": len(adapters or {})}
+        options = chosen | options
+        self._adapters = {
+            name: adapter_in(Path(path), name=name, base="llm").wire for name, path in (adapters or {}).items()
+        }
         spec = EngineSpec(name="llm", model_dir=str(Path(model).resolve()), tp=tp, pp=pp, **options)
         self.tokenizer = load_tokenizer(Path(spec.model_dir))
         self._texts = TokenTexts(self.tokenizer)
         self._engine = InProcessEngine(spec) if spec.world_size == 1 else LocalEngine(spec)
         self._handle = 0
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Output]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | Path | None = None,
+    ) -> list[Output]:
         """
         Answers to prompts, in their order; all of them run in one batch.
 
         Args:
             prompts: a text, token ids, or a list of either.
             params: how; None for the defaults.
+            adapter: whose answers: one of `adapters` by its name, or a directory; None: the model's own. A directory
+                needs room, `max_adapters` above 0.
         Raises:
-            InvalidArgument: every broken rule of `params` and the prompts; nothing was run.
+            InvalidArgument: every broken rule of `params` and the prompts, or no such adapter; nothing was run.
+            FailedPrecondition: the adapter cannot be loaded, or there is no room for any.
             TrilithonError: the engine could not finish a prompt; the others were dropped.
         """
         hello = self._engine.hello
         bounds = Bounds(vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
         checked = validate((params or SamplingParams()).given(), bounds)
+        wanted = None if adapter is None else self._adapter(adapter)
         submits, pending = [], {}
         for prompt in _as_list(prompts):
             prepared = self._prepare(prompt, checked)
@@ -125,6 +150,8 @@ class LLM:
             ]
             submit = self._submit(prepared.ids, checked)
             submit.sampling.CopyFrom(sampling)
+            if wanted is not None:
+                submit.adapter.CopyFrom(wanted)
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, choices)
         self._run(submits, pending)
@@ -161,6 +188,16 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _adapter(self, adapter: str | Path) -> Adapter:
+        known = self._adapters.get(str(adapter))
+        if known is not None:
+            return known
+        try:
+            return adapter_in(Path(adapter), name=str(adapter), base="llm").wire
+        except ValueError as error:
+            message = f"{error} Names here: {', '.join(self._adapters) or 'none'}."
+            raise InvalidArgument(message, code="adapter_not_found") from None
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
         if isinstance(prompt, str):

@@ -104,6 +104,26 @@ def test_alias_moves_by_compare_and_swap(catalog: Catalog) -> None:
     assert not catalog.remove("a", tenant="")
 
 
+def test_an_alias_is_taken_away_by_compare(catalog: Catalog) -> None:
+    """An alias goes only from where it is expected to point, and only its own tenant's; the model stays."""
+    for tenant in ("", "t"):
+        catalog.register(_entry("a", digest="a", tenant=tenant))
+        catalog.move_alias("faq", "a", tenant=tenant)
+
+    with pytest.raises(CatalogConflict, match=r"points to 'a'\. Expected: to point to 'b'"):
+        catalog.remove_alias("faq", tenant="t", expected="b")
+    gone = catalog.remove_alias("faq", tenant="t", expected="a")
+
+    assert gone is not None
+    assert (gone.name, gone.target, gone.tenant) == ("faq", "a", "t")
+    left = catalog.alias("faq", tenant="t")
+    assert left is not None
+    assert left.tenant == ""  # everyone's shows again
+    assert catalog.remove_alias("faq", tenant="t") is None
+    assert catalog.get("a", tenant="t") is not None
+    assert catalog.move_alias("faq", "a", tenant="t", expected="").version == 1
+
+
 def test_damaged_file_is_named(catalog: Catalog) -> None:
     """A file that is not the catalogue's is an error that names it, never a missing model."""
     catalog.register(_entry("a"))

@@ -20,7 +20,7 @@ from trilithon_parallel.config import load_config
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.catalog import Catalog, CatalogEntry
-from trilithon_server.engine.startup import model_digest
+from trilithon_server.engine.identity import model_digest
 from trilithon_server.text.template import load_template, template_digest
 
 KEYS = {"user": "k" * 40, "other": "o" * 40, "admin": "a" * 40}
@@ -170,6 +170,7 @@ def test_S3_verbs_need_the_admin_scope(world: World, grpc: bool) -> None:
             lambda: client.models.load("own"),
             lambda: client.models.unload("own"),
             lambda: client.models.set_alias("mine", "own"),
+            lambda: client.models.delete_alias("mine"),
         ):
             with pytest.raises(PermissionDenied):
                 verb()
@@ -222,6 +223,26 @@ def test_alias_is_compared_and_swapped(world: World) -> None:
         assert client.generate("Once", model="swap", max_tokens=1).model == "tiny"
         (row,) = client.models.list(kind="alias")
     assert (row.id, row.alias_of) == ("swap", "tiny")
+
+
+@pytest.mark.parametrize("grpc", [False, True], ids=["http", "grpc"])
+def test_an_alias_is_taken_away(world: World, grpc: bool) -> None:
+    """From where it stands only, then it is nobody's name; the model that it stood for answers as before."""
+    name = f"old-{'grpc' if grpc else 'http'}"
+    with world.client("admin", grpc=grpc) as client:
+        client.models.set_alias(name, "ft:tiny:faq:0")
+        with pytest.raises(Conflict, match="Expected: to point to 'tiny'") as moved:
+            client.models.delete_alias(name, expected_target="tiny")
+        gone = client.models.delete_alias(name, expected_target="ft:tiny:faq:0")
+        with pytest.raises(NotFound) as missing:
+            client.models.delete_alias(name)
+        with pytest.raises(NotFound):
+            client.generate("Once", model=name, max_tokens=1)
+        still = client.generate("Once", model="ft:tiny:faq:0", max_tokens=1)
+
+    assert (gone.alias, gone.target) == (name, "ft:tiny:faq:0")
+    assert (moved.value.code, missing.value.code) == ("version_conflict", "alias_not_found")
+    assert still.model == "ft:tiny:faq:0"
 
 
 def test_alias_moved_under_load(world: World) -> None:

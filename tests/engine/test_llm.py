@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_adapters import tiny_adapter
 
-from trilithon.errors import InvalidArgument
+from trilithon.errors import FailedPrecondition, InvalidArgument
 from trilithon_server import LLM, SamplingParams
 from trilithon_server.constraint_rules import Constraint
 
@@ -76,6 +77,27 @@ def test_E3_ranks_as_processes_equal_in_process(llm: LLM, tiny_dir: Path) -> Non
 
     expected = llm.generate(TEXTS, params)
     assert [o.choices[0].token_ids for o in outputs] == [o.choices[0].token_ids for o in expected]
+
+
+def test_an_adapter_answers_by_name_and_by_directory(llm: LLM, tiny_dir: Path, tmp_path: Path) -> None:
+    """`adapter` gives another answer than the base, the same by either way, and the base's again without it."""
+    paths = [tiny_adapter(tmp_path / f"adapter-{seed}", tiny_dir, seed=seed) for seed in (1, 2)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def said(model: LLM, adapter: str | Path | None = None) -> list[int]:
+        return list(model.generate(TEXTS[0], params, adapter=adapter)[0].choices[0].token_ids)
+
+    with LLM(tiny_dir, kv_cache_bytes=4 << 20, num_threads=1, adapters={"first": paths[0]}, max_adapters=2) as model:
+        base, first, second = said(model), said(model, "first"), said(model, paths[1])
+        assert (said(model, paths[0]), said(model)) == (first, base)
+        with pytest.raises(InvalidArgument, match="Names here: first") as unknown:
+            said(model, "second")
+
+    assert len({tuple(found) for found in (base, first, second)}) == 3
+    assert base == said(llm)
+    assert unknown.value.code == "adapter_not_found"
+    with pytest.raises(FailedPrecondition, match="max_adapters"):
+        said(llm, paths[0])
 
 
 def test_embeddings(tiny_bert_dir: Path) -> None:

@@ -148,6 +148,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
     "unload_adapter": lambda fields: models_pb2.UnloadAdapterRequest(**fields),
     "set_alias": lambda fields: models_pb2.SetAliasRequest(**fields),
+    "delete_alias": lambda fields: models_pb2.DeleteAliasRequest(**fields),
     **_job_messages.REQUESTS,
 }
 """Operation name -> its request message from field values."""
@@ -169,6 +170,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "load_adapter": models_pb2.Model,
     "unload_adapter": models_pb2.UnloadAdapterResponse,
     "set_alias": models_pb2.Model,
+    "delete_alias": models_pb2.DeleteAliasResponse,
     **_job_messages.RESPONSES,
 }
 """Operation name -> its answer's message."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from trilithon import _requests
 from trilithon._parameters import CallOptions
-from trilithon._transport import GET_MODEL, LIST_MODELS, LOAD_ADAPTER, SET_ALIAS, UNLOAD_ADAPTER
-from trilithon._types import Model, ModelPage, Unloaded
+from trilithon._transport import DELETE_ALIAS, GET_MODEL, LIST_MODELS, LOAD_ADAPTER, SET_ALIAS, UNLOAD_ADAPTER
+from trilithon._types import DeletedAlias, Model, ModelPage, Unloaded
 
 if TYPE_CHECKING:
     from trilithon._async_client import AsyncClient
@@ -78,6 +78,20 @@ class Models:
         fields = {"alias": alias, "target": target, "expected_target": expected_target}
         return self._client._call(SET_ALIAS, _requests.plain("set_alias", fields, options), options, Model)
 
+    def delete_alias(
+        self, alias: str, *, expected_target: str | None = None, **options: Unpack[CallOptions]
+    ) -> DeletedAlias:
+        """
+        Take an alias away; the model that it stands for stays, and requests in flight go on. Needs the admin scope.
+
+        Args:
+            expected_target: what it must stand for now; None: anything.
+        Raises:
+            Conflict: it stands for something else. NotFound: there is no such alias.
+        """
+        fields = _requests.plain("delete_alias", {"alias": alias, "expected_target": expected_target}, options)
+        return self._client._call(DELETE_ALIAS, fields, options, DeletedAlias)
+
 
 class AsyncModels:
     """What is served; reached as `client.models`."""
@@ -142,3 +156,17 @@ class AsyncModels:
         """
         fields = {"alias": alias, "target": target, "expected_target": expected_target}
         return await self._client._call(SET_ALIAS, _requests.plain("set_alias", fields, options), options, Model)
+
+    async def delete_alias(
+        self, alias: str, *, expected_target: str | None = None, **options: Unpack[CallOptions]
+    ) -> DeletedAlias:
+        """
+        Take an alias away; the model that it stands for stays, and requests in flight go on. Needs the admin scope.
+
+        Args:
+            expected_target: what it must stand for now; None: anything.
+        Raises:
+            Conflict: it stands for something else. NotFound: there is no such alias.
+        """
+        fields = _requests.plain("delete_alias", {"alias": alias, "expected_target": expected_target}, options)
+        return await self._client._call(DELETE_ALIAS, fields, options, DeletedAlias)

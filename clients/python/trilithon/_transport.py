@@ -15,6 +15,7 @@ from trilithon._extract_types import Annotations, Classifications, Relations, Sp
 from trilithon._types import (
     Aborted,
     Completions,
+    DeletedAlias,
     Embeddings,
     Health,
     Model,
@@ -81,10 +82,11 @@ UNLOAD_ADAPTER = Operation(
     write=lambda fields: {name: str(value).lower() for name, value in fields.items()},
 )
 SET_ALIAS = Operation("set_alias", "PUT /v1/aliases/{alias}", f"{_V1}ModelsService/SetAlias", Model)
+DELETE_ALIAS = Operation("delete_alias", "DELETE /v1/aliases/{alias}", f"{_V1}ModelsService/DeleteAlias", DeletedAlias)
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, LIST_MODELS,
-    GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, HEALTH,
+    GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 
 

@@ -274,6 +274,14 @@ class Unloaded(_Answer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeletedAlias(_Answer):
+    """An alias that is gone, and the model that it stood for, which stays."""
+
+    alias: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPage(_Answer):
     """One page of models."""
 

@@ -28,7 +28,7 @@ _CALL: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
 ADMIN_SERVICE = "trilithon.api.v1.AdminService"
 ADMIN_METHODS = frozenset(
-    f"/trilithon.api.v1.ModelsService/{name}" for name in ("LoadAdapter", "UnloadAdapter", "SetAlias")
+    f"/trilithon.api.v1.ModelsService/{name}" for name in ("LoadAdapter", "UnloadAdapter", "SetAlias", "DeleteAlias")
 )
 """Methods outside of that service which need the same scope."""
 

@@ -246,6 +246,14 @@ class Models(models_pb2_grpc.ModelsServiceServicer):
         await adapter_verbs.set_alias(self._service.names, request.alias, request.target, expected, current_call())
         return await self._row(request.alias)
 
+    async def DeleteAlias(self, request: models_pb2.DeleteAliasRequest, context: Any) -> models_pb2.DeleteAliasResponse:
+        """Take an alias away."""
+        if not request.alias:
+            raise invalid("alias", "must be set", code="missing_parameter")
+        expected = request.expected_target if request.HasField("expected_target") else None
+        target = await adapter_verbs.delete_alias(self._service.names, request.alias, expected, current_call())
+        return models_pb2.DeleteAliasResponse(alias=request.alias, target=target)
+
     async def _row(self, name: str) -> models_pb2.Model:
         return convert.model(await self._service.names.describe(name, current_call().principal.tenant))
 

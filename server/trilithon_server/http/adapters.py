@@ -1,4 +1,4 @@
-"""The routes that load and unload adapters and move aliases."""
+"""The routes that load and unload adapters, move aliases and take them away."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ async def move(service: Service, exchange: Exchange, call: Call) -> None:
     await _tell(service, exchange, call, name)
 
 
+async def delete(service: Service, exchange: Exchange, call: Call) -> None:
+    """DELETE /v1/aliases/{name}"""
+    expected = exchange.query(("expected_target",)).get("expected_target")
+    name = exchange.path_params["name"]
+    target = await adapter_verbs.delete_alias(service.names, name, expected, call)
+    await exchange.respond_json({"alias": name, "target": target})
+
+
 async def _tell(service: Service, exchange: Exchange, call: Call, name: str) -> None:
     await exchange.respond_json(model_dict(await service.names.describe(name, call.principal.tenant)))
 
@@ -68,5 +76,10 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="PUT", path="/v1/aliases/{name}", access="admin", handler=move, request=schemas.AliasRequest,
         answer="Model", counted=False, more_errors=("409",), summary="Point an alias to a model.",
+    ),
+    Route(
+        method="DELETE", path="/v1/aliases/{name}", access="admin", handler=delete, answer="DeletedAlias",
+        counted=False, more_errors=("409", "503"), query={"expected_target": {"type": "string", "minLength": 1}},
+        summary="Take an alias away; the model that it stands for stays.",
     ),
 )  # fmt: skip

@@ -146,6 +146,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         optional=("base", "alias_of", "job_id", "job_step"),
     ),
     "UnloadAnswer": _object({"requests_in_flight": _INT}),
+    "DeletedAlias": _object({"alias": _STR, "target": _STR}),
     "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model")), "has_more": _BOOL}),
     "Token": _object(
         {

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrilithon/api/v1/models.proto\x12\x10trilithon.api.v1\"P\n\x12LoadAdapterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x1f\n\x17\x61llow_template_mismatch\x18\x03 \x01(\x08\"1\n\x14UnloadAdapterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"3\n\x15UnloadAdapterResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"b\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_target\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_target\"?\n\x11ListModelsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\"M\n\x12ListModelsResponse\x12%\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x17.trilithon.api.v1.Model\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"\x1d\n\x0fGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xe8\x05\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.trilithon.api.v1.Model.Kind\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x05 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x06 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_output_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\n\n\x02tp\x18\r \x01(\r\x12\n\n\x02pp\x18\x0e \x01(\r\x12,\n\x05state\x18\x0f \x01(\x0e\x32\x1d.trilithon.api.v1.Model.State\x12\x0f\n\x07\x63reated\x18\x10 \x01(\x03\x12\x14\n\x0c\x63\x61pabilities\x18\x11 \x03(\t\x12\x0e\n\x06job_id\x18\x12 \x01(\t\x12\x10\n\x08job_step\x18\x13 \x01(\r\x12\x37\n\x08\x64\x65\x66\x61ults\x18\x14 \x03(\x0b\x32%.trilithon.api.v1.Model.DefaultsEntry\x1a/\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_BASE\x10\x01\x12\x10\n\x0cKIND_ADAPTER\x10\x02\x12\x0f\n\x0bKIND_MERGED\x10\x03\x12\x0e\n\nKIND_ALIAS\x10\x04\x12\x10\n\x0cKIND_ENCODER\x10\x05\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_AVAILABLE\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x32\xa8\x03\n\rModelsService\x12W\n\nListModels\x12#.trilithon.api.v1.ListModelsRequest\x1a$.trilithon.api.v1.ListModelsResponse\x12\x46\n\x08GetModel\x12!.trilithon.api.v1.GetModelRequest\x1a\x17.trilithon.api.v1.Model\x12L\n\x0bLoadAdapter\x12$.trilithon.api.v1.LoadAdapterRequest\x1a\x17.trilithon.api.v1.Model\x12`\n\rUnloadAdapter\x12&.trilithon.api.v1.UnloadAdapterRequest\x1a\'.trilithon.api.v1.UnloadAdapterResponse\x12\x46\n\x08SetAlias\x12!.trilithon.api.v1.SetAliasRequest\x1a\x17.trilithon.api.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrilithon/api/v1/models.proto\x12\x10trilithon.api.v1\"P\n\x12LoadAdapterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x1f\n\x17\x61llow_template_mismatch\x18\x03 \x01(\x08\"1\n\x14UnloadAdapterRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"3\n\x15UnloadAdapterResponse\x12\x1a\n\x12requests_in_flight\x18\x01 \x01(\r\"b\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_target\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_target\"U\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x1c\n\x0f\x65xpected_target\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_target\"4\n\x13\x44\x65leteAliasResponse\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"?\n\x11ListModelsRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\x12\x0c\n\x04kind\x18\x03 \x01(\t\"M\n\x12ListModelsResponse\x12%\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x17.trilithon.api.v1.Model\x12\x10\n\x08has_more\x18\x02 \x01(\x08\"\x1d\n\x0fGetModelRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xe8\x05\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.trilithon.api.v1.Model.Kind\x12\x0c\n\x04\x62\x61se\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08\x61lias_of\x18\x05 \x01(\t\x12\x17\n\x0ftemplate_digest\x18\x06 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x07 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x19\n\x11max_output_tokens\x18\t \x01(\r\x12\x12\n\nvocab_size\x18\n \x01(\r\x12\r\n\x05\x64type\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\n\n\x02tp\x18\r \x01(\r\x12\n\n\x02pp\x18\x0e \x01(\r\x12,\n\x05state\x18\x0f \x01(\x0e\x32\x1d.trilithon.api.v1.Model.State\x12\x0f\n\x07\x63reated\x18\x10 \x01(\x03\x12\x14\n\x0c\x63\x61pabilities\x18\x11 \x03(\t\x12\x0e\n\x06job_id\x18\x12 \x01(\t\x12\x10\n\x08job_step\x18\x13 \x01(\r\x12\x37\n\x08\x64\x65\x66\x61ults\x18\x14 \x03(\x0b\x32%.trilithon.api.v1.Model.DefaultsEntry\x1a/\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"p\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_BASE\x10\x01\x12\x10\n\x0cKIND_ADAPTER\x10\x02\x12\x0f\n\x0bKIND_MERGED\x10\x03\x12\x0e\n\nKIND_ALIAS\x10\x04\x12\x10\n\x0cKIND_ENCODER\x10\x05\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_AVAILABLE\x10\x01\x12\x11\n\rSTATE_LOADING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x32\x84\x04\n\rModelsService\x12W\n\nListModels\x12#.trilithon.api.v1.ListModelsRequest\x1a$.trilithon.api.v1.ListModelsResponse\x12\x46\n\x08GetModel\x12!.trilithon.api.v1.GetModelRequest\x1a\x17.trilithon.api.v1.Model\x12L\n\x0bLoadAdapter\x12$.trilithon.api.v1.LoadAdapterRequest\x1a\x17.trilithon.api.v1.Model\x12`\n\rUnloadAdapter\x12&.trilithon.api.v1.UnloadAdapterRequest\x1a\'.trilithon.api.v1.UnloadAdapterResponse\x12\x46\n\x08SetAlias\x12!.trilithon.api.v1.SetAliasRequest\x1a\x17.trilithon.api.v1.Model\x12Z\n\x0b\x44\x65leteAlias\x12$.trilithon.api.v1.DeleteAliasRequest\x1a%.trilithon.api.v1.DeleteAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,20 +41,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNLOADADAPTERRESPONSE']._serialized_end=235
   _globals['_SETALIASREQUEST']._serialized_start=237
   _globals['_SETALIASREQUEST']._serialized_end=335
-  _globals['_LISTMODELSREQUEST']._serialized_start=337
-  _globals['_LISTMODELSREQUEST']._serialized_end=400
-  _globals['_LISTMODELSRESPONSE']._serialized_start=402
-  _globals['_LISTMODELSRESPONSE']._serialized_end=479
-  _globals['_GETMODELREQUEST']._serialized_start=481
-  _globals['_GETMODELREQUEST']._serialized_end=510
-  _globals['_MODEL']._serialized_start=513
-  _globals['_MODEL']._serialized_end=1257
-  _globals['_MODEL_DEFAULTSENTRY']._serialized_start=989
-  _globals['_MODEL_DEFAULTSENTRY']._serialized_end=1036
-  _globals['_MODEL_KIND']._serialized_start=1038
-  _globals['_MODEL_KIND']._serialized_end=1150
-  _globals['_MODEL_STATE']._serialized_start=1152
-  _globals['_MODEL_STATE']._serialized_end=1257
-  _globals['_MODELSSERVICE']._serialized_start=1260
-  _globals['_MODELSSERVICE']._serialized_end=1684
+  _globals['_DELETEALIASREQUEST']._serialized_start=337
+  _globals['_DELETEALIASREQUEST']._serialized_end=422
+  _globals['_DELETEALIASRESPONSE']._serialized_start=424
+  _globals['_DELETEALIASRESPONSE']._serialized_end=476
+  _globals['_LISTMODELSREQUEST']._serialized_start=478
+  _globals['_LISTMODELSREQUEST']._serialized_end=541
+  _globals['_LISTMODELSRESPONSE']._serialized_start=543
+  _globals['_LISTMODELSRESPONSE']._serialized_end=620
+  _globals['_GETMODELREQUEST']._serialized_start=622
+  _globals['_GETMODELREQUEST']._serialized_end=651
+  _globals['_MODEL']._serialized_start=654
+  _globals['_MODEL']._serialized_end=1398
+  _globals['_MODEL_DEFAULTSENTRY']._serialized_start=1130
+  _globals['_MODEL_DEFAULTSENTRY']._serialized_end=1177
+  _globals['_MODEL_KIND']._serialized_start=1179
+  _globals['_MODEL_KIND']._serialized_end=1291
+  _globals['_MODEL_STATE']._serialized_start=1293
+  _globals['_MODEL_STATE']._serialized_end=1398
+  _globals['_MODELSSERVICE']._serialized_start=1401
+  _globals['_MODELSSERVICE']._serialized_end=1917
 # @@protoc_insertion_point(module_scope)

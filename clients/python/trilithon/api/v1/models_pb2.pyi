@@ -106,6 +106,48 @@ class SetAliasRequest(google.protobuf.message.Message):
 Global___SetAliasRequest: typing_extensions.TypeAlias = SetAliasRequest
 
 @typing.final
+class DeleteAliasRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: builtins.int
+    EXPECTED_TARGET_FIELD_NUMBER: builtins.int
+    alias: builtins.str
+    """The alias. Zero: an error."""
+    expected_target: builtins.str
+    """What it must stand for now, else ABORTED. Unset: anything."""
+    def __init__(
+        self,
+        *,
+        alias: builtins.str = ...,
+        expected_target: builtins.str | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_target", b"_expected_target", "expected_target", b"expected_target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_target", b"_expected_target", "alias", b"alias", "expected_target", b"expected_target"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_target", b"_expected_target"]) -> typing.Literal["expected_target"] | None: ...
+
+Global___DeleteAliasRequest: typing_extensions.TypeAlias = DeleteAliasRequest
+
+@typing.final
+class DeleteAliasResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: builtins.int
+    TARGET_FIELD_NUMBER: builtins.int
+    alias: builtins.str
+    """The alias that is gone."""
+    target: builtins.str
+    """What it stood for."""
+    def __init__(
+        self,
+        *,
+        alias: builtins.str = ...,
+        target: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alias", b"alias", "target", b"target"]) -> None: ...
+
+Global___DeleteAliasResponse: typing_extensions.TypeAlias = DeleteAliasResponse
+
+@typing.final
 class ListModelsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

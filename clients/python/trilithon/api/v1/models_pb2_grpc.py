@@ -59,6 +59,11 @@ class ModelsServiceStub(object):
                 request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
                 _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/trilithon.api.v1.ModelsService/DeleteAlias',
+                request_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
 
 
 class ModelsServiceServicer(object):
@@ -99,6 +104,13 @@ class ModelsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteAlias(self, request, context):
+        """Take an alias away; the model that it stands for stays. Needs the admin scope.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +138,11 @@ def add_ModelsServiceServicer_to_server(servicer, server):
                     servicer.SetAlias,
                     request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.FromString,
                     response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.Model.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +280,33 @@ class ModelsService(object):
             '/trilithon.api.v1.ModelsService/SetAlias',
             trilithon_dot_api_dot_v1_dot_models__pb2.SetAliasRequest.SerializeToString,
             trilithon_dot_api_dot_v1_dot_models__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trilithon.api.v1.ModelsService/DeleteAlias',
+            trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasRequest.SerializeToString,
+            trilithon_dot_api_dot_v1_dot_models__pb2.DeleteAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

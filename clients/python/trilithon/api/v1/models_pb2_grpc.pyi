@@ -105,7 +105,23 @@ _ModelsServiceSetAliasType = typing_extensions.TypeVar(
     ],
 )
 
-class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServiceGetModelType, _ModelsServiceLoadAdapterType, _ModelsServiceUnloadAdapterType, _ModelsServiceSetAliasType]):
+_ModelsServiceDeleteAliasType = typing_extensions.TypeVar(
+    '_ModelsServiceDeleteAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.DeleteAliasRequest,
+        trilithon.api.v1.models_pb2.DeleteAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.DeleteAliasRequest,
+        trilithon.api.v1.models_pb2.DeleteAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.DeleteAliasRequest,
+        trilithon.api.v1.models_pb2.DeleteAliasResponse,
+    ],
+)
+
+class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServiceGetModelType, _ModelsServiceLoadAdapterType, _ModelsServiceUnloadAdapterType, _ModelsServiceSetAliasType, _ModelsServiceDeleteAliasType]):
     @typing.overload
     def __init__(self: ModelsServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -127,6 +143,10 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
         grpc.UnaryUnaryMultiCallable[
             trilithon.api.v1.models_pb2.SetAliasRequest,
             trilithon.api.v1.models_pb2.Model,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.DeleteAliasRequest,
+            trilithon.api.v1.models_pb2.DeleteAliasResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -152,6 +172,10 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
             trilithon.api.v1.models_pb2.SetAliasRequest,
             trilithon.api.v1.models_pb2.Model,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            trilithon.api.v1.models_pb2.DeleteAliasRequest,
+            trilithon.api.v1.models_pb2.DeleteAliasResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ListModels: _ModelsServiceListModelsType
@@ -168,6 +192,9 @@ class ModelsServiceStub(typing.Generic[_ModelsServiceListModelsType, _ModelsServ
 
     SetAlias: _ModelsServiceSetAliasType
     """Point an alias to a model. Needs the admin scope."""
+
+    DeleteAlias: _ModelsServiceDeleteAliasType
+    """Take an alias away; the model that it stands for stays. Needs the admin scope."""
 
 ModelsServiceAsyncStub: typing_extensions.TypeAlias = ModelsServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -189,6 +216,10 @@ ModelsServiceAsyncStub: typing_extensions.TypeAlias = ModelsServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         trilithon.api.v1.models_pb2.SetAliasRequest,
         trilithon.api.v1.models_pb2.Model,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        trilithon.api.v1.models_pb2.DeleteAliasRequest,
+        trilithon.api.v1.models_pb2.DeleteAliasResponse,
     ],
 ]
 
@@ -232,5 +263,13 @@ class ModelsServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[trilithon.api.v1.models_pb2.Model, collections.abc.Awaitable[trilithon.api.v1.models_pb2.Model]]:
         """Point an alias to a model. Needs the admin scope."""
+
+    @abc.abstractmethod
+    def DeleteAlias(
+        self,
+        request: trilithon.api.v1.models_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[trilithon.api.v1.models_pb2.DeleteAliasResponse, collections.abc.Awaitable[trilithon.api.v1.models_pb2.DeleteAliasResponse]]:
+        """Take an alias away; the model that it stands for stays. Needs the admin scope."""
 
 def add_ModelsServiceServicer_to_server(servicer: ModelsServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
