@@ -30,7 +30,8 @@ from trilithon_finetune.data.batches import Order
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.recipes.base import IGNORE, Output
 from trilithon_finetune.setup import read_job, read_rows_of
-from trilithon_finetune.train.stream import learning_rate_of, schedule_of
+from trilithon_finetune.train.schedule import schedule_of
+from trilithon_finetune.train.stream import learning_rate_of
 from trilithon_finetune.train.work import Work, open_work
 
 FILES = {"ncbi": "ncbi_disease", "bc5cdr": "bc5cdr"}

@@ -34,7 +34,7 @@ from trilithon_parallel.lora.files import CONFIG_FILE
 from trilithon_parallel.lora.merge import merge_into
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.tokenizer import load_tokenizer
-from trilithon_server.engine.startup import model_digest
+from trilithon_server.engine.identity import model_digest
 
 TEXTS = (
     "The river was high after the rain, and the bridge was closed until noon.",

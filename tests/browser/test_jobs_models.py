@@ -15,7 +15,7 @@ from trilithon_parallel.config import load_config
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.catalog import Catalog, CatalogEntry
-from trilithon_server.engine.startup import model_digest
+from trilithon_server.engine.identity import model_digest
 from trilithon_server.text.template import load_template, template_digest
 
 Visit = Callable[..., Watched]

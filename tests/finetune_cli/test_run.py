@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from trilithon.cli import _finetune_new, _finetune_run
+from trilithon.cli._finetune_config import parsed
 from trilithon.cli._finetune_follow import Follow, duration
-from trilithon.cli._finetune_store import open_store
+from trilithon.cli._finetune_store import StoreDoor, open_store
 from trilithon_finetune.jobs.settings import WorkerSettings
 
 Run = Callable[..., Any]
@@ -55,6 +56,26 @@ def test_a_job_runs_to_its_end(job_yaml: Path, run: Run) -> None:
     assert f"{job_id} succeeded" in done.out
     assert "trilithon serve smollm2-135m-instruct --jobs" in done.out
     assert f"trilithon finetune deploy {job_id} --as NAME --store jobs" in done.out
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_job_is_checked_once(job_yaml: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `run` has checked itself no worker checks again: the job begins in the queue."""
+    estimate = {"allowed": True, "steps": 3, "memory_parts": {}, "peak_bytes_per_rank": 110}
+    outcome = {"report": {"rows": 3}, "estimate": estimate}
+
+    def check(self: StoreDoor, config: Any) -> _finetune_new.Checked:
+        resolved = parsed(config).model_dump(mode="json")
+        return _finetune_new.Checked(estimate, outcome=outcome | {"resolved": resolved})
+
+    monkeypatch.setattr(StoreDoor, "check", check)
+
+    done = run("run", job_yaml, "--store", "jobs", "--set", "options={steps: 2}")
+
+    job_id = done.err.splitlines()[0]
+    marks = (Path("jobs") / "jobs" / job_id / "marks" / "log").read_text().splitlines()
+    assert done.code == 0
+    assert {line.split()[1] for line in marks} == {"prepare", "train", "export", "verify"}
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trilithon.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound, Overloaded
+from trilithon_finetune.config import seed_of
 from trilithon_finetune.jobs.database import Database
 from trilithon_finetune.jobs.records import Event
 from trilithon_finetune.jobs.service import Jobs, StoreLimits
@@ -31,6 +32,29 @@ def test_created_job_is_in_validation_with_its_first_event(store: Store) -> None
     assert (first.fine_tuned_model, first.metadata, first.task) == (None, {"team": "a"}, "sft")
     assert store.get(first) == first
     assert (event.kind, event.seq, event.type, event.id) == ("created", 1, "message", f"ftevent-{first.id[6:]}-1")
+
+
+def test_a_job_that_was_checked_is_in_the_queue(store: Store) -> None:
+    """It skips validation with what the check has found, and the seed of its own id; a worker goes on from there."""
+    resolved = store.config(options={"steps": 2}).model_dump(mode="json") | {"seed": 1}
+    estimate = {"allowed": True, "peak_bytes_per_rank": 110}
+    checked = {"resolved": resolved, "report": {"rows": 3}, "estimate": estimate, "seed": 1}
+    digests = {"base_digest": "b" * 64, "data_digest": "d" * 64, "template_digest": "t" * 64}
+
+    job = store.jobs.create(store.config(options={"steps": 2}), tenant=TENANT, checked=checked | digests)
+    given = store.jobs.create(store.config(seed=5), tenant=TENANT, checked=checked | digests)
+    store.work()
+
+    done = store.get(job)
+    assert (job.state, job.queue_position, job.attempt) == (S.QUEUED, 1, 0)
+    assert (job.report, job.base_digest) == ({"rows": 3}, "b" * 64)
+    assert job.seed == seed_of(job.id)
+    assert job.resolved is not None
+    assert job.resolved["seed"] == job.seed
+    assert given.seed == 5
+    assert (done.state, done.attempt) == (S.SUCCEEDED, 1)
+    assert store.kinds(job)[:4] == ["created", "validated", "claimed", "prepare_started"]
+    assert not [mark for mark in store.marks(job) if mark[1] == "validate"]
 
 
 def test_jobs_are_listed_newest_first_in_pages(store: Store) -> None:
@@ -155,9 +179,25 @@ def test_checkpoints_are_paged(store: Store) -> None:
     assert ([item.step for item in first.data], first.has_more) == ([6, 4], True)
     assert ([item.step for item in second.data], second.has_more) == ([2], False)
     assert first.data[0].model == f"{job.name}:step-6"
-    assert first.data[0].metrics == {"valid_loss": 1.0 / 6}
+    assert first.data[0].metrics == {"valid_loss": 1.0 / 6, "exact_match": 0.5}  # the second was measured at its end
+    assert first.data[1].metrics == {"valid_loss": 1.0 / 4}
     with pytest.raises(NotFound, match="after names no checkpoint of this job"):
         store.jobs.checkpoints(job.id, tenant=TENANT, after="ftckpt-x-1")
+
+
+def test_jobs_carry_their_newest_checkpoints(store: Store) -> None:
+    """One job and a list of them tell the newest of each job's own checkpoints, newest first; the rest is paged."""
+    few, many = (store.create(options={"steps": steps}) for steps in (6, 50))
+    store.work()
+    none = store.create()
+    listed = {job.id: job.checkpoints for job in store.jobs.list(tenant=TENANT).data}
+    found = [store.get(job).checkpoints for job in (few, many, none)]
+
+    assert found == [listed[job.id] for job in (few, many, none)]
+    assert found[0] == store.jobs.checkpoints(few.id, tenant=TENANT).data
+    assert [item.step for item in found[1]] == list(range(50, 10, -2))
+    assert found[2] == ()
+    assert store.jobs.checkpoints(many.id, tenant=TENANT, limit=20).has_more
 
 
 def test_metrics_are_the_trainers_own_file(make_store: Callable[..., Store]) -> None:

@@ -17,6 +17,9 @@ from trilithon_finetune.jobs.records import Level
 from trilithon_finetune.jobs.schema import job_attempts, job_events, jobs
 from trilithon_finetune.jobs.states import FINAL, JobState, sources
 
+SOUND = "Configuration and data are sound; the job is in the queue."
+"""What is told of a job that was checked, where the phase has no words of its own."""
+
 _ROWS = 200  # of one statement: SQLite takes 32,766 values in one
 
 
@@ -92,6 +95,13 @@ def change(
     if ending is not None:
         end_attempt(connection, database, row, ending)
     return row
+
+
+def checked_columns(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the phase `validate` has found out, as columns of the job."""
+    digests = ("base_digest", "data_digest", "template_digest")
+    found = {name: data.get(name) for name in ("resolved", "report", "estimate", "seed")}
+    return {**found, **{name: data.get(name) or "" for name in digests}}
 
 
 def write_events(connection: Connection, database: Database, row: RowMapping, events: Sequence[NewEvent]) -> None:

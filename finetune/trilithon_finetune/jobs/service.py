@@ -17,20 +17,23 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sqlalchemy import Connection, RowMapping, delete, func, insert, or_, select, update
 
 from trilithon.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound, Overloaded, Violation
-from trilithon_finetune.config import JobConfig
+from trilithon_finetune.config import JobConfig, seed_of
 from trilithon_finetune.jobs.database import Database
 from trilithon_finetune.jobs.files import Files, StoreLimits
 from trilithon_finetune.jobs.ids import new_id
-from trilithon_finetune.jobs.moves import Ending, NewEvent, change, write_events
+from trilithon_finetune.jobs.moves import SOUND, Ending, NewEvent, change, checked_columns, write_events
 from trilithon_finetune.jobs.paging import check_limit, page_of
+from trilithon_finetune.jobs.policy import read_policy
 from trilithon_finetune.jobs.records import Checkpoint, Desired, Event, File, Job, Page, Purpose
 from trilithon_finetune.jobs.rows import checkpoint_id, checkpoint_of, event_of, job_of
+from trilithon_finetune.jobs.saved import with_checkpoints
 from trilithon_finetune.jobs.schema import checkpoints, idempotency_keys, job_events, jobs
 from trilithon_finetune.jobs.states import FINAL, JobState
 from trilithon_finetune.paths import StorePaths
@@ -50,7 +53,8 @@ class Jobs:
         paths: the store's directory; made where missing.
         database: an open one instead of `url`, for tests and workers.
     Raises:
-        FinetuneError: `store_unavailable`: a network file system under SQLite, or a newer schema.
+        FinetuneError: `store_unavailable`: a network file system under SQLite, or a newer schema; `invalid_config`: of
+            the store's policy.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class Jobs:
         database: Database | None = None,
     ) -> None:
         self.paths, self.limits = paths, limits or StoreLimits()
+        if (days := read_policy(paths).file_days) is not None:
+            self.limits = replace(self.limits, file_days=days)
         self.database = database or Database(url, paths.database)
         self._files = Files(self.database, paths, self.limits)
 
@@ -72,15 +78,22 @@ class Jobs:
     # -- jobs -----------------------------------------------------------------------------------------------
 
     def create(
-        self, config: JobConfig, *, tenant: str, idempotency_key: str | None = None, local_paths: bool = False
+        self,
+        config: JobConfig,
+        *,
+        tenant: str,
+        idempotency_key: str | None = None,
+        local_paths: bool = False,
+        checked: Mapping[str, Any] | None = None,
     ) -> Job:
         """
-        A new job, in `validating`.
+        A new job, in `validating`; one that was checked is in the queue at once.
 
         Args:
             config: its files must be file ids of this tenant.
             idempotency_key: within 24 h the same key with the same configuration answers with the first job.
             local_paths: whether `model` may be a path of this host: the command's, never a request's.
+            checked: what the phase `validate` has found out about this configuration on the host that will run it.
         Raises:
             InvalidArgument: a file is not this tenant's, or the model is a path.
             Conflict: `idempotency_mismatch`, the key came with another configuration.
@@ -90,21 +103,21 @@ class Jobs:
         body = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
         if not local_paths and not _is_name(config.model):
             raise _invalid("model", "invalid_model", f"model must be a name, not a path. Given: {config.model[:64]!r}.")
-        if idempotency_key is not None and not (
-            1 <= len(idempotency_key) <= _KEY_LEN and idempotency_key.isprintable()
-        ):
+        if idempotency_key is not None and not _is_key(idempotency_key):
             message = f"an idempotency key must have 1 to {_KEY_LEN} printable characters."
             raise _invalid("idempotency_key", "invalid_idempotency_key", message)
         with self.database.write() as connection:
             self.database.take_turns(connection, f"tenant:{tenant}")
             known = None if idempotency_key is None else self._known(connection, tenant, idempotency_key, body)
             if known is not None:
-                return self._job(connection, known, tenant)
+                return self._told(connection, self._row(connection, known, tenant))
             self._check_files(connection, config, tenant)
             self._check_live(connection, tenant)
             job_id = new_id("ftjob")
             row = self._insert(connection, job_id, config, document, tenant)
             write_events(connection, self.database, row, [NewEvent(kind="created", message="The job was created.")])
+            if checked is not None:
+                row = self._queued(connection, job_id, config, checked)
             if idempotency_key is not None:
                 connection.execute(
                     insert(idempotency_keys).values(
@@ -115,12 +128,12 @@ class Jobs:
                         expires_at=self.database.now + _DAY_MS,
                     )
                 )
-            return job_of(row)
+            return job_of(row, queue_position=self._position(connection, row))
 
     def get(self, job_id: str, *, tenant: str) -> Job:
         """One job. Raises NotFound."""
         with self.database.read() as connection:
-            return self._job(connection, job_id, tenant)
+            return self._told(connection, self._row(connection, job_id, tenant))
 
     def list(
         self, *, tenant: str, after: str | None = None, limit: int = 20, states: Sequence[JobState] = ()
@@ -130,7 +143,7 @@ class Jobs:
         if states:
             query = query.where(jobs.c.state.in_([str(state) for state in states]))
         with self.database.read() as connection:
-            return page_of(
+            page = page_of(
                 connection,
                 query,
                 jobs,
@@ -139,6 +152,7 @@ class Jobs:
                 tenant=tenant,
                 record=lambda row: job_of(row, queue_position=self._position(connection, row)),
             )
+            return replace(page, data=with_checkpoints(connection, page.data))
 
     def cancel(self, job_id: str, *, tenant: str) -> Job:
         """Ask for its end. Again is no error. Raises FailedPrecondition in a final state."""
@@ -168,7 +182,7 @@ class Jobs:
         check_limit(limit)
         query = select(checkpoints).where(checkpoints.c.job_id == job_id)
         with self.database.read() as connection:
-            job = self._job(connection, job_id, tenant)
+            job = job_of(self._row(connection, job_id, tenant))
             if after is not None:
                 step = after.rpartition("-")[2]
                 if not step.isdecimal() or after != checkpoint_id(job_id, int(step)):
@@ -235,8 +249,12 @@ class Jobs:
         """Where its bytes lie; never to be shown. Raises NotFound."""
         return self._files.path(file_id, tenant=tenant)
 
+    def beyond_their_time(self) -> tuple[Sequence[File], Sequence[Path]]:
+        """The files that `sweep` would take away, and what others have left unfinished."""
+        return self._files.expired(), self._files.leftovers()
+
     def sweep(self) -> int:
-        """Take away what is beyond its time: files, keys of requests; how many files went. Workers call it."""
+        """Take away what is beyond its time: files, keys of requests; how many files went."""
         with self.database.write() as connection:
             connection.execute(delete(idempotency_keys).where(idempotency_keys.c.expires_at <= self.database.now))
         return self._files.sweep()
@@ -251,9 +269,9 @@ class Jobs:
             raise NotFound(f"there is no job {job_id[:64]!r}.", code="job_not_found", hint="List your jobs.")
         return row
 
-    def _job(self, connection: Connection, job_id: str, tenant: str) -> Job:
-        row = self._row(connection, job_id, tenant)
-        return job_of(row, queue_position=self._position(connection, row))
+    def _told(self, connection: Connection, row: RowMapping) -> Job:
+        (job,) = with_checkpoints(connection, [job_of(row, queue_position=self._position(connection, row))])
+        return job
 
     def _position(self, connection: Connection, row: RowMapping) -> int | None:
         if row["state"] != JobState.QUEUED:
@@ -325,6 +343,13 @@ class Jobs:
         }
         return connection.execute(insert(jobs).values(values).returning(jobs)).mappings().one()
 
+    def _queued(self, connection: Connection, job_id: str, config: JobConfig, checked: Mapping[str, Any]) -> RowMapping:
+        """The move that a worker makes after the same check."""
+        seed = seed_of(job_id) if config.seed is None else config.seed
+        columns = checked_columns({**checked, "resolved": {**checked["resolved"], "seed": seed}, "seed": seed})
+        event = NewEvent(kind="validated", message=SOUND)
+        return change(connection, self.database, job_id, to=JobState.QUEUED, events=[event], values=columns)
+
     def _ask(self, job_id: str, tenant: str, wish: Desired) -> Job:
         """Note what the owner wants; where no worker holds the job, do it at once."""
         with self.database.write() as connection:
@@ -357,7 +382,7 @@ class Jobs:
         else:
             ending = Ending(outcome="cancelled") if to is JobState.CANCELLED else None
             row = change(connection, self.database, row["id"], to=to, events=events, values=values, ending=ending)
-        return job_of(row, queue_position=self._position(connection, row))
+        return self._told(connection, row)
 
 
 def _is_name(model: str) -> bool:

@@ -8,63 +8,30 @@ from dataclasses import dataclass
 import torch
 
 from trilithon_finetune.config import JobConfig
-from trilithon_finetune.data.batches import MicroBatch, Order, heaviest_step, in_order, share
+from trilithon_finetune.data.batches import Heaviest, MicroBatch, heaviest, in_order, share
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.recipes.base import Recipe, Sample
 from trilithon_finetune.train.collate import collate
+from trilithon_finetune.train.schedule import EpochSchedule
 from trilithon_parallel.data.ramp import LearningRate, Step
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.objective import PackedBatch
 
 
-@dataclass(frozen=True)
-class EpochSchedule:
-    """Passes over all units in batches, the last of each as small as it comes out; at most `max_steps`."""
-
-    order: Order
-    epochs: int
-    max_steps: int | None = None
-
-    @property
-    def num_steps(self) -> int:
-        """Of the whole run."""
-        steps = self.order.steps_per_epoch * self.epochs
-        return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    def size(self, step: int) -> int:
-        """Units of a step."""
-        at = step % self.order.steps_per_epoch * self.order.batch_size
-        return min(self.order.batch_size, self.order.num_units - at)
-
-    def steps(self, train_samples: int, *, consumed: int = 0, step: int = 0) -> Iterator[Step]:
-        """The steps from a cursor on; `train_samples` is that of `whole_run`, and counts units."""
-        while step < self.num_steps:
-            yield Step(step, consumed, self.size(step))
-            consumed, step = consumed + self.size(step), step + 1
-
-    def whole_run(self, train_samples: int = 0) -> tuple[int, int]:
-        """Steps of the run, and the units that it consumes."""
-        epochs, rest = divmod(self.num_steps, self.order.steps_per_epoch)
-        return self.num_steps, epochs * self.order.num_units + sum(self.size(step) for step in range(rest))
-
-
-def schedule_of(config: JobConfig, num_units: int) -> EpochSchedule:
-    """The steps of a resolved configuration over so many training units."""
-    training = config.training
-    assert training.batch_size is not None
-    assert training.epochs is not None
-    assert config.seed is not None
-    return EpochSchedule(Order(num_units, training.batch_size, config.seed), training.epochs, training.max_steps)
-
-
 def learning_rate_of(config: JobConfig, total_units: int) -> LearningRate:
-    """The learning rate of a resolved configuration, by consumed units."""
-    optimizer = config.optimizer
+    """
+    The learning rate of a resolved configuration, by consumed units.
+
+    Step s of a warm-up of w steps has the rate lr * s / w, counted from 1: a job has few steps and wastes none.
+    """
+    optimizer, batch_size = config.optimizer, config.training.batch_size
+    assert batch_size is not None
     assert optimizer.lr is not None
     assert optimizer.schedule is not None
     assert optimizer.warmup_ratio is not None
     warmup = int(optimizer.warmup_ratio * total_units)
-    return LearningRate(optimizer.lr, 0.0, warmup, max(total_units, warmup + 1), optimizer.schedule)
+    end = max(total_units, warmup + 1)
+    return LearningRate(optimizer.lr, 0.0, warmup, end, optimizer.schedule, ahead_samples=batch_size)
 
 
 class JobStream:
@@ -115,7 +82,11 @@ class JobStream:
 
     def tokens(self, step: Step) -> int:
         """Tokens of a step over all ranks."""
-        return sum(self._lengths[unit] for unit in self._schedule.order.units(step.step))
+        return self.tokens_at(step.step)
+
+    def tokens_at(self, step: int) -> int:
+        """The same, by the step's number."""
+        return sum(int(self._lengths[unit]) for unit in self._schedule.order.units(step))
 
     def supervised(self, step: int) -> int:
         """What a step's loss is divided by, over all ranks."""
@@ -127,11 +98,19 @@ class JobStream:
         units = self._schedule.order.units(step)
         return sorted({self._train.sample(index).row for unit in units for index in self._train.samples_of(unit)})
 
-    def heaviest(self) -> int:
-        """The step whose largest micro-batch is the largest of the first epoch."""
-        return heaviest_step(
-            self._schedule.order, self._lengths, dp=self._grid.dp.size, micro_batch_tokens=self._capacity
+    def heaviest(self) -> Heaviest:
+        """The step whose largest micro-batch is the largest of the run."""
+        schedule, dp = self._schedule, self._grid.dp.size
+        return heaviest(
+            schedule.order, self._lengths, num_steps=schedule.num_steps, dp=dp, micro_batch_tokens=self._capacity
         )
+
+    def typical(self, number: int) -> list[int]:
+        """So many steps of the first epoch, those with the most usual number of tokens."""
+        steps = range(min(self._schedule.order.steps_per_epoch, self._schedule.num_steps))
+        by_size = sorted(steps, key=self.tokens_at)
+        first = max(0, (len(by_size) - number) // 2)
+        return by_size[first : first + number]
 
     def evaluation(self) -> Iterator[Sequence[PackedBatch]]:
         """Nothing: a job has an evaluator of its own."""

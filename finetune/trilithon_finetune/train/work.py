@@ -10,10 +10,10 @@ from trilithon_finetune.data.prepared import Prepared, open_prepared
 from trilithon_finetune.recipes.base import Context, Recipe
 from trilithon_finetune.resolve import lora_spec, task_model
 from trilithon_finetune.setup import JobFile, open_base
-from trilithon_finetune.train.stream import EpochSchedule, schedule_of
+from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.lora.peft import read_adapter
-from trilithon_server.engine.startup import model_digest
+from trilithon_server.engine.identity import model_digest
 
 
 @dataclass(frozen=True)

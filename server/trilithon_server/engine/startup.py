@@ -30,6 +30,7 @@ from trilithon_server.engine import memory
 from trilithon_server.engine.adapter_reads import AdapterReads
 from trilithon_server.engine.constraints import ConstraintCompiler
 from trilithon_server.engine.core import EngineCore
+from trilithon_server.engine.identity import model_digest
 from trilithon_server.engine.intake import Facts
 from trilithon_server.engine.plan import StepPlan
 from trilithon_server.engine.runner import Runner
@@ -269,24 +270,6 @@ def probe_attention(spec: EngineSpec, config: ModelConfig, *, grid: Grid, max_co
     with torch.inference_mode():
         attend(1, min(max_context, spec.max_batch_tokens))
         attend(max(1, min(spec.max_batch_sequences, _gather_tokens(max_context) // max_context)), 1)
-
-
-def model_digest(model_dir: Path) -> str:
-    """
-    Identity of a model directory's weights and tokenizer: names, sizes and the safetensors headers and samples.
-
-    Reads at most 64 KiB at the start, the middle and the end of each file, so it takes milliseconds at any size.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(model_dir.iterdir()):
-        if path.is_file() and path.suffix in (".safetensors", ".json", ".model"):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size};".encode())
-            with path.open("rb") as file:
-                for offset in sorted({0, max(0, size // 2), max(0, size - 65536)}):
-                    file.seek(offset)
-                    digest.update(file.read(65536))
-    return digest.hexdigest()
 
 
 def _useful_blocks(spec: EngineSpec, max_context: int) -> int:

@@ -33,8 +33,10 @@ def export(door: Door, job: Job, *, step: int | None, format: str | None, base: 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         part = Path(scratch) / "export"
         part.mkdir()
-        door.fetch(job.id, step=step, into=part)
-        if format == "model" and made == "peft":
+        merging = format == "model" and made == "peft"
+        there = merging and door.merges and base is None
+        door.fetch(job.id, step=step, into=part, merged=there)
+        if merging and not there:
             merged = Path(scratch) / "merged"
             _merge(part, _base_of(job, base), merged)
             part = merged
@@ -75,7 +77,7 @@ def _row(check: Any) -> tuple[str, ...]:
 def _base_of(job: Job, given: str | None) -> Path:
     """The base of an adapter, which must be the one that it was trained on."""
     path = _store.resolve(given or job.model)
-    digest = _extra.load("trilithon_server.engine.startup", verb="finetune export", extra="engine").model_digest(path)
+    digest = _extra.load("trilithon_server.engine.identity", verb="finetune export", extra="engine").model_digest(path)
     if job.base_digest and digest != job.base_digest:
         raise FailedPrecondition(
             f"--base must be the model that {job.id} was trained on, with digest {job.base_digest[:12]}. "
