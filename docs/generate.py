@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from trilithon.errors import SERVER_ERRORS
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.findings import CODES
+from trilithon_finetune.jobs.policy import Policy
 from trilithon_finetune.recipes import RECIPES
 from trilithon_parallel.pretrain.config import PretrainConfig
 from trilithon_server.config import LimitsConfig
@@ -124,6 +125,11 @@ def jobs() -> str:
     return table(("field", "default", "meaning"), _fields(JobConfig, ""))
 
 
+def policy() -> str:
+    """Every field of a job store's policy."""
+    return table(("field", "default", "meaning"), _fields(Policy, ""))
+
+
 def tasks() -> str:
     """Every task of a finetuning job, with what its recipe chooses where the configuration does not."""
     rows = []
@@ -171,7 +177,7 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str, s
             continue  # its sections repeat launch.slurm and launch.kubernetes, which docs/launch.md tells of
         inner = next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
         if inner is not None:
-            mark = ".N." if "list" in str(field.annotation) else "."
+            mark = ".N." if any(kind in str(field.annotation) for kind in ("list", "tuple")) else "."
             yield from _fields(inner, f"{prefix}{name}{mark}")
             continue
         default = "required" if field.is_required() else f"`{json.dumps(field.get_default(call_default_factory=True))}`"
@@ -202,6 +208,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "threads": threads,
     "pretrain": pretrain,
     "jobs": jobs,
+    "policy": policy,
     "tasks": tasks,
     "options": options,
     "findings": findings,

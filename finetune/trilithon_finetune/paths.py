@@ -4,14 +4,20 @@ Where everything of the job store lies. Names are made here and nowhere else, an
     STORE/                       by default $TRILITHON_HOME/finetune
       jobs.db                    SQLite, unless a PostgreSQL URL is given
       files/SHA256               uploaded files, by content
+      policy.yaml                how long things are kept, where that is not as usual (`jobs/policy.py`)
+      peaks.json                 what a rank of a machine computes at most (`peaks.py`)
+      serving/                   what servers on a host keep for themselves (`jobs/reservations.py`)
       prepared/DIGEST/           tokenised data, shared by jobs with the same data, tokenizer, template and options
+      prepared/.lock             shared while data are prepared, exclusive while some are taken away
       models/                    what is served from here: the catalogue of `trilithon_server.catalog`
       jobs/JOB/
         job.json                 the resolved configuration and the paths that a phase reads
+        prepared.json            which prepared data are the job's: {"prepared": DIGEST}
         run/                     the trainer's directory: step_XXXXXXXX/, latest, metrics.jsonl
         attempts/N/              what attempt N wrote: PHASE.json, events.jsonl, rank-R.log
         export/                  the adapter directory or model directory
         results/                 step_metrics.csv, report.json, predictions
+        tensorboard/             event files, of a job that asks for them
 """
 
 from __future__ import annotations
@@ -36,6 +42,11 @@ class JobPaths:
         return self.root / "job.json"
 
     @property
+    def prepared(self) -> Path:
+        """Which prepared data are the job's; not there before they are."""
+        return self.root / "prepared.json"
+
+    @property
     def run(self) -> Path:
         """The trainer's directory."""
         return self.root / "run"
@@ -49,6 +60,11 @@ class JobPaths:
     def results(self) -> Path:
         """Files of numbers for people."""
         return self.root / "results"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard."""
+        return self.root / "tensorboard"
 
     def attempt(self, number: int) -> Path:
         """What attempt `number`, from 1, wrote."""
@@ -70,6 +86,21 @@ class StorePaths:
     def models(self) -> Path:
         """The catalogue of finetuned models."""
         return self.root / "models"
+
+    @property
+    def policy(self) -> Path:
+        """How long things are kept."""
+        return self.root / "policy.yaml"
+
+    @property
+    def serving(self) -> Path:
+        """What servers keep for themselves."""
+        return self.root / "serving"
+
+    @property
+    def prepared_lock(self) -> Path:
+        """Held by those who prepare data, or take prepared data away."""
+        return self.root / "prepared" / ".lock"
 
     def file(self, sha256: str) -> Path:
         """The bytes of an uploaded file."""

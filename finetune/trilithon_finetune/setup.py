@@ -28,9 +28,6 @@ from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.text.template import TemplateError, load_template
 
-PREPARED_FILE = "prepared.json"
-"""In the job's directory, once its data are prepared: {"prepared": digest}."""
-
 
 @dataclass(frozen=True)
 class JobFile:
@@ -79,8 +76,8 @@ def read_job(directory: Path) -> JobFile:
     """
     try:
         raw: dict[str, Any] = json.loads((directory / "job.json").read_text("utf-8"))
-        if (directory / PREPARED_FILE).is_file():
-            raw |= json.loads((directory / PREPARED_FILE).read_text("utf-8"))
+        if (prepared := JobPaths(directory).prepared).is_file():
+            raw |= json.loads(prepared.read_text("utf-8"))
         known = {item.name for item in dataclasses.fields(JobFile)}
         given = {name: value for name, value in raw.items() if name in known and value is not None}
         paths = {

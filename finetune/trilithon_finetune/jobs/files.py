@@ -17,12 +17,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select
 
 from trilithon.errors import BodyTooLarge, Conflict, InvalidArgument, NotFound, Overloaded, Unavailable, Violation
 from trilithon_finetune.jobs.database import Database
@@ -37,6 +37,7 @@ from trilithon_finetune.paths import StorePaths
 _NAME = re.compile(r"[A-Za-z0-9._ -]{1,128}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _DAY_MS = 86_400_000
+_UPLOAD = ".upload-"
 _UPLOAD_S = 86_400.0  # an upload that has written nothing for so long was cut off
 _CHUNK_BYTES = 1 << 20
 
@@ -47,7 +48,7 @@ class StoreLimits:
     What a tenant may hold.
 
     Attributes:
-        file_bytes: of one file. tenant_bytes, tenant_files: of all its files. tenant_jobs: that are not final.
+        file_bytes: of one file that is sent, not of what a job made. tenant_bytes, tenant_files: of all its files. tenant_jobs: that are not final.
         file_days: after which an uploaded file goes, unless a live job uses it; None: never.
     """
 
@@ -69,7 +70,7 @@ class Upload:
 
     def __enter__(self) -> Upload:
         self._store.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._store.directory, prefix=".upload-")
+        handle, name = tempfile.mkstemp(dir=self._store.directory, prefix=_UPLOAD)
         self._file, self._path = os.fdopen(handle, "wb"), Path(name)
         return self
 
@@ -81,7 +82,7 @@ class Upload:
     def write(self, piece: bytes) -> None:
         """Add bytes. Raises BodyTooLarge beyond the limit of one file, Unavailable where the disk is full."""
         self._bytes += len(piece)
-        if self._bytes > self._store.limits.file_bytes:
+        if self._purpose != "fine-tune-results" and self._bytes > self._store.limits.file_bytes:
             raise BodyTooLarge(f"a file must have at most {self._store.limits.file_bytes} bytes. Given: more.")
         self._digest.update(piece)
         with _disk():
@@ -158,25 +159,34 @@ class Files:
 
     def sweep(self) -> int:
         """Take away files beyond their time that no live job reads, and bytes that nobody means; how many went."""
-        with self.database.read() as connection:
-            old = select(files.c.id, files.c.tenant).where(files.c.expires_at <= self.database.now)
-            found = connection.execute(old).all()
         gone = 0
-        for file_id, tenant in found:
+        for file in self.expired():
             with contextlib.suppress(Conflict, NotFound):
-                self.delete(file_id, tenant=tenant)
+                self.delete(file.id, tenant=file.tenant)
                 gone += 1
         with self._content_lock(fcntl.LOCK_EX):
-            with self.database.read() as connection:
-                used = set(connection.execute(select(files.c.sha256).distinct()).scalars())
-            for path in self.directory.iterdir():
-                if _DIGEST.fullmatch(path.name) and path.name not in used:
-                    path.unlink()
-        for path in self.directory.glob(".upload-*"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > _UPLOAD_S:
-                    path.unlink()
+            for path in self.leftovers():
+                path.unlink(missing_ok=True)
         return gone
+
+    def expired(self) -> Sequence[File]:
+        """Files beyond their time that no live job reads."""
+        unused = ~exists().where(_used_by(files.c.id))
+        query = select(files).where(files.c.expires_at <= self.database.now, unused)
+        with self.database.read() as connection:
+            return [file_of(row) for row in connection.execute(query).mappings()]
+
+    def leftovers(self) -> Sequence[Path]:
+        """Bytes that nobody means, and uploads that were cut off. Only who holds the lock knows that they stay so."""
+        with self.database.read() as connection:
+            used = set(connection.execute(select(files.c.sha256).distinct()).scalars())
+        found = []
+        for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
+            with contextlib.suppress(FileNotFoundError):
+                is_old_upload = path.name.startswith(_UPLOAD) and time.time() - path.stat().st_mtime > _UPLOAD_S
+                if is_old_upload or (_DIGEST.fullmatch(path.name) and path.name not in used):
+                    found.append(path)
+        return found
 
     def place(self, path: Path, digest: str, size: int, *, tenant: str, filename: str, purpose: Purpose) -> File:
         """Move written bytes to where their content belongs, and note whose they are."""
@@ -241,7 +251,7 @@ class Files:
             yield
 
 
-def _used_by(file_id: str) -> ColumnElement[bool]:
+def _used_by(file_id: str | ColumnElement[str]) -> ColumnElement[bool]:
     live = jobs.c.state.not_in([str(state) for state in FINAL])
     return and_(live, or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id))
 

@@ -18,7 +18,7 @@ class WorkerSettings:
         backoff_s: before a lost attempt is tried again; it doubles with each.
         max_attempts: that may be lost before the job fails.
         grace_s: between asking processes to end and ending them.
-        sweep_s: between two looks for files beyond their time.
+        sweep_s: between two looks for what the store need not keep.
         models: directories of base models by their served name; other names are looked for in the model store.
         phase_command: PHASE JOB_DIR --attempt N follow. train_command: JOB_DIR --attempt N follow. With -P, so that
             no file of the working directory stands in for a module.

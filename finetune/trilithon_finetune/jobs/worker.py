@@ -25,6 +25,7 @@ from sqlalchemy.engine import make_url
 
 from trilithon.errors import Unavailable
 from trilithon_finetune.errors import FinetuneError
+from trilithon_finetune.jobs.clean import clean
 from trilithon_finetune.jobs.launch import Launcher, LocalLauncher
 from trilithon_finetune.jobs.leases import Lease
 from trilithon_finetune.jobs.queue import Claim, Queue
@@ -34,6 +35,7 @@ from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.jobs.settings import WorkerSettings
 from trilithon_finetune.jobs.states import JobState
 from trilithon_finetune.paths import StorePaths
+from trilithon_server.catalog import CatalogError
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Worker:
         while not stop.wait(self.settings.look_s):
             if time.monotonic() - swept > self.settings.sweep_s:
                 swept = time.monotonic()
-                self._sweep()
+                self._clean()
         for thread in threads:
             thread.join()
 
@@ -102,13 +104,14 @@ class Worker:
             self._queue, claim, since=since, lease_s=settings.lease_s, renew_s=settings.renew_s, look_s=settings.look_s
         )
 
-    def _sweep(self) -> None:
+    def _clean(self) -> None:
+        """Beside the jobs: nobody reads what goes."""
         try:
-            gone = self.jobs.sweep()
-        except (Unavailable, OSError) as error:
-            _log.warning("files beyond their time stay for now: %s", error)
+            gone = clean(self.jobs)
+        except (Unavailable, OSError, CatalogError, FinetuneError) as error:
+            _log.warning("the store is not cleaned for now: %s", error)
         else:
-            _log.info("%d files were beyond their time", gone)
+            _log.info("cleaned the store of %d things, %d bytes", len(gone), sum(item.bytes for item in gone))
 
 
 def main(arguments: list[str] | None = None) -> int:

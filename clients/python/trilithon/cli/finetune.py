@@ -11,8 +11,8 @@ from trilithon.cli import _extra, _finetune_compare, _finetune_logs, _finetune_r
 from trilithon.cli import _finetune_arguments as arguments
 from trilithon.cli import _finetune_new as new
 from trilithon.cli import _finetune_text as text
-from trilithon.cli._finetune_doors import Door, database_of, default_store, opened
-from trilithon.cli._output import EXIT_OK, print_json
+from trilithon.cli._finetune_doors import Door, database_of, default_store, opened, opened_store
+from trilithon.cli._output import EXIT_OK, human_bytes, print_json, print_table
 from trilithon.cli._parser import Parser, UsageError
 
 
@@ -190,9 +190,33 @@ def _deploy(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _undeploy(args: argparse.Namespace) -> int:
+    with opened(args) as door:
+        gone = door.undeploy(args.alias, expected=args.expected)
+    if args.output == "json":
+        print_json(gone)
+    else:
+        print(f"{gone.alias} is gone; {gone.target} stays.")
+    return EXIT_OK
+
+
 def _worker(args: argparse.Namespace) -> int:
     runner = _extra.load("trilithon.cli._finetune_run", verb="finetune worker", extra="jobs")
     return int(runner.work(args.store or default_store(), database_of(args), slots=args.slots))
+
+
+def _clean(args: argparse.Namespace) -> int:
+    with opened_store(args) as door:
+        gone = door.clean(dry_run=args.dry_run)
+    if args.output == "json":
+        print_json(gone)
+        return EXIT_OK
+    if gone:
+        print_table(("what", "where", "size"), [(item.kind, item.name, human_bytes(item.bytes)) for item in gone])
+    verb = "would go" if args.dry_run else "went"
+    things = "1 thing" if len(gone) == 1 else f"{len(gone)} things"
+    print(f"{things} {verb}, {human_bytes(sum(item.bytes for item in gone))}.")
+    return EXIT_OK
 
 
 _ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
@@ -215,5 +239,7 @@ _ACTIONS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "verify": _verify,
     "deploy": _deploy,
+    "undeploy": _undeploy,
     "worker": _worker,
+    "clean": _clean,
 }
