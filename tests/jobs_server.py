@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -31,6 +32,8 @@ class JobsServer:
     http: httpx.Client
     jobs: Jobs
     """The same store, opened by the test."""
+    model_dir: Path
+    """Of the served model."""
 
     def file(self, content: bytes = DATA, *, tenant: str = ACME_TENANT, name: str = "data.jsonl") -> str:
         """A file of the tenant."""

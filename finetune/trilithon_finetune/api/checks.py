@@ -7,20 +7,18 @@ in a scratch directory, within a time limit, and no more than a few at once.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trilithon.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument, Overloaded, Violation
+from trilithon.errors import FailedPrecondition, Internal, InvalidArgument, Violation
 from trilithon_finetune.api.door import Door
+from trilithon_finetune.api.processes import Turns, output_of
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.errors import JobError
 from trilithon_finetune.paths import JobPaths
@@ -44,8 +42,7 @@ class Checks:
         self._door = door
         self._command = tuple(command)
         self._limit_s = limit_s
-        self._turn = asyncio.Semaphore(MAX_RUNNING)
-        self._waiting = 0
+        self._turns = Turns("checks", running=MAX_RUNNING, waiting=MAX_WAITING)
 
     async def validate(self, config: JobConfig, *, tenant: str, max_findings: int = 20) -> Mapping[str, Any]:
         """
@@ -56,16 +53,9 @@ class Checks:
             InvalidArgument: the configuration is one that the phase refuses; a bad file is a report, not an error.
             Overloaded, DeadlineExceeded: too many at once, or it takes too long.
         """
-        if self._waiting >= MAX_WAITING:
-            message = f"at most {MAX_WAITING} checks may wait at once. Try again later."
-            raise Overloaded(message, code="too_many_checks", retry_after_s=5.0)
-        self._waiting += 1
-        try:
-            spec = await self._spec(config, tenant=tenant, max_findings=max_findings)
-            async with self._turn:
-                return await self._run(spec)
-        finally:
-            self._waiting -= 1
+        spec = await self._spec(config, tenant=tenant, max_findings=max_findings)
+        async with self._turns.taken():
+            return await self._run(spec)
 
     async def _spec(self, config: JobConfig, *, tenant: str, max_findings: int) -> dict[str, Any]:
         door = self._door
@@ -103,29 +93,9 @@ class Checks:
             await self._door.run(shutil.rmtree, scratch, ignore_errors=True)
 
     async def _process(self, scratch: Path) -> bytes:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            "validate",
-            str(scratch),
-            "--attempt",
-            "1",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            async with asyncio.timeout(self._limit_s):
-                output, _ = await process.communicate()
-            return output
-        except TimeoutError:
-            message = f"a check may take at most {self._limit_s:g} s. Use `trilithon finetune validate`."
-            raise DeadlineExceeded(message, code="timeout") from None
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+        late = f"a check may take at most {self._limit_s:g} s. Use `trilithon finetune validate`."
+        command = (*self._command, "validate", str(scratch), "--attempt", "1")
+        return await output_of(command, limit_s=self._limit_s, late=late)
 
 
 def _answer(outcome: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from trilithon.api.v1 import finetune_pb2, finetune_pb2_grpc
 from trilithon_finetune.api.answers import SCHEMAS
 from trilithon_finetune.api.checks import COMMAND, Checks
 from trilithon_finetune.api.door import Door
+from trilithon_finetune.api.exports import Exports
 from trilithon_finetune.api.grpc import Finetunes
 from trilithon_finetune.api.http import HttpJobs
 from trilithon_finetune.api.http_files import HttpFiles
@@ -30,9 +31,10 @@ class JobsExtension:
     def __init__(self, config: ServeConfig, *, check_command: Sequence[str] = COMMAND) -> None:
         self._door = Door(config)
         checks = Checks(self._door, command=check_command)
-        self._servicer = Finetunes(self._door, checks)
+        exports = Exports(self._door)
+        self._servicer = Finetunes(self._door, checks, exports)
         self.routes: tuple[Route, ...] = (
-            *HttpJobs(self._door, checks).routes(),
+            *HttpJobs(self._door, checks, exports).routes(),
             *HttpFiles(self._door, checks).routes(),
         )
         self.schemas: Mapping[str, Any] = SCHEMAS

@@ -12,6 +12,7 @@ from trilithon.errors import BodyTooLarge, InvalidArgument
 from trilithon_finetune.api import convert, history, messages, results
 from trilithon_finetune.api.checks import Checks
 from trilithon_finetune.api.door import Door
+from trilithon_finetune.api.exports import Exports
 from trilithon_finetune.api.http_files import PIECE_BYTES
 from trilithon_finetune.api.requests import (
     check_config,
@@ -30,9 +31,10 @@ from trilithon_server.validation import invalid
 class Finetunes(finetune_pb2_grpc.FinetuneServiceServicer):
     """The servicer."""
 
-    def __init__(self, door: Door, checks: Checks) -> None:
+    def __init__(self, door: Door, checks: Checks, exports: Exports) -> None:
         self._door = door
         self._checks = checks
+        self._exports = exports
 
     # -- jobs -----------------------------------------------------------------------------------------------
 
@@ -158,14 +160,8 @@ class Finetunes(finetune_pb2_grpc.FinetuneServiceServicer):
         if request.format not in ("", "peft", "model"):
             raise invalid("format", "must be peft or model", given=request.format)
         with self._door.working():
-            file = await self._door.run(
-                results.export,
-                self._door,
-                request.job_id,
-                tenant=tenant,
-                step=_seq(request.step, "step") or None,
-                format=request.format or None,
-            )
+            step = _seq(request.step, "step") or None
+            file = await self._exports.export(request.job_id, tenant=tenant, step=step, format=request.format or None)
             return messages.file(file)
 
     async def DeployCheckpoint(self, request: pb.DeployRequest, context: Any) -> pb.DeployResponse:

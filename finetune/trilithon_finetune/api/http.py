@@ -9,6 +9,7 @@ from trilithon.errors import NotFound
 from trilithon_finetune.api import answers, convert, history, results
 from trilithon_finetune.api.checks import Checks
 from trilithon_finetune.api.door import Door
+from trilithon_finetune.api.exports import Exports
 from trilithon_finetune.api.frames import NOSNIFF, PAGE, Handler, busy, calm
 from trilithon_finetune.api.requests import (
     estimate_of,
@@ -38,9 +39,10 @@ _STATES = [state.value for state in JobState]
 class HttpJobs:
     """Handlers over the door."""
 
-    def __init__(self, door: Door, checks: Checks) -> None:
+    def __init__(self, door: Door, checks: Checks, exports: Exports) -> None:
         self._door = door
         self._checks = checks
+        self._exports = exports
 
     def routes(self) -> tuple[Route, ...]:
         """The table."""
@@ -107,7 +109,7 @@ class HttpJobs:
             ),
             Route(
                 method="POST", path=f"{_JOB}/export", handler=busy(self._door, self._export), request=ExportBody,
-                answer="File", summary="What a job made, as a zip file.",
+                answer="File", summary="What a job made, as a zip file; an adapter also merged into its base.",
             ),
             Route(
                 method="POST", path=f"{_JOB}/deploy", handler=busy(self._door, self._deploy), request=DeployBody,
@@ -249,15 +251,13 @@ class HttpJobs:
 
     async def _export(self, exchange: Exchange, tenant: str) -> None:
         body = await parsed(ExportBody, exchange)
-        file = await self._door.run(
-            results.export,
-            self._door,
-            exchange.path_params["job_id"],
-            tenant=tenant,
-            step=body.step,
-            format=body.format,
-        )
-        await exchange.respond_json(answers.file(file))
+
+        async def work() -> None:
+            job_id = exchange.path_params["job_id"]
+            file = await self._exports.export(job_id, tenant=tenant, step=body.step, format=body.format)
+            await exchange.respond_json(answers.file(file))
+
+        await exchange.race(work())
 
     async def _deploy(self, exchange: Exchange, tenant: str) -> None:
         body = await parsed(DeployBody, exchange)

@@ -11,9 +11,9 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from trilithon.errors import Conflict, FailedPrecondition, NotFound
 from trilithon_finetune.jobs.records import Checkpoint, File, Job
@@ -62,26 +62,41 @@ def export(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: s
         FailedPrecondition: there is no result yet, it has another format, or its files are gone.
     """
     files = exported_files(door, job_id, tenant=tenant, step=step, format=format)
+    return archive(door, files, tenant=tenant, filename=archive_name(job_id, step))
+
+
+def archive_name(job_id: str, step: int | None, format: str = "") -> str:
+    """
+    What the zip file of an export is called.
+
+    >>> archive_name("ftjob-1", 40, "model")
+    'ftjob-1-step-40-model.zip'
+    """
+    parts = (job_id, "" if step is None else f"step-{step}", format)
+    return f"{'-'.join(filter(None, parts))}.zip"
+
+
+def archive(door: Shelf, files: Sequence[Path], *, tenant: str, filename: str) -> File:
+    """A zip file of files, stored for a tenant. Raises FailedPrecondition: one of them is gone."""
     with tempfile.TemporaryFile(dir=door.paths.root) as target:
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
             for path in files:
-                info = zipfile.ZipInfo(path.name, _EPOCH)
-                with path.open("rb") as source, archive.open(info, "w", force_zip64=True) as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
+                try:
+                    source = path.open("rb")
+                except FileNotFoundError:
+                    raise FailedPrecondition("the files of the export are gone.", code="result_gone") from None
+                with source, out.open(zipfile.ZipInfo(path.name, _EPOCH), "w", force_zip64=True) as entry:
+                    shutil.copyfileobj(source, entry, 1 << 20)
         target.seek(0)
-        name = f"{job_id}.zip" if step is None else f"{job_id}-step-{step}.zip"
-        return door.jobs.put_file(target, tenant=tenant, filename=name, purpose="fine-tune-results")
+        return door.jobs.put_file(target, tenant=tenant, filename=filename, purpose="fine-tune-results")
 
 
 def exported_files(door: Shelf, job_id: str, *, tenant: str, step: int | None, format: str | None = None) -> list[Path]:
     """The files that an export has, of one directory. Args and Raises: as of `export`."""
     job = door.jobs.get(job_id, tenant=tenant)
-    made = "peft" if _kind(job) == "lora" else "model"
-    if format not in (None, made):
+    if format not in (None, made(job)):
         raise FailedPrecondition(
-            f"the result of {job_id} is of format {made}. Given: {format}.",
-            code="format_unavailable",
-            hint="Merge an adapter with `trilithon finetune export --format model`." if made == "peft" else "",
+            f"the result of {job_id} is of format {made(job)}. Given: {format}.", code="format_unavailable"
         )
     if step is None:
         _require_result(job)
@@ -93,6 +108,12 @@ def exported_files(door: Shelf, job_id: str, *, tenant: str, step: int | None, f
     if not files:
         raise FailedPrecondition(f"the files of {_what(job, step)} are gone.", code="result_gone")
     return files
+
+
+def made(job: Job) -> Literal["peft", "model"]:
+    """The format of what a job makes."""
+    tuning = (job.resolved or job.config).get("tuning") or {}
+    return "peft" if tuning.get("kind") == "lora" else "model"
 
 
 def deploy(door: Shelf, job_id: str, *, tenant: str, step: int | None, alias: str) -> tuple[str, str]:
@@ -129,15 +150,30 @@ def deploy(door: Shelf, job_id: str, *, tenant: str, step: int | None, alias: st
     raise Conflict(reason)
 
 
+def undeploy(door: Shelf, alias: str, *, tenant: str, expected: str | None = None) -> str:
+    """
+    Take an alias away; the model that it points to stays. Blocks.
+
+    Args:
+        expected: where it must point now; None: anywhere.
+    Returns:
+        Where it pointed.
+    Raises:
+        NotFound: there is none. Conflict: it points elsewhere.
+    """
+    try:
+        gone = door.catalog.remove_alias(alias, tenant=tenant, expected=expected)
+    except CatalogConflict as error:
+        raise Conflict(str(error), code="version_conflict") from None
+    if gone is None:
+        raise NotFound(f"no alias {shown(alias)} of yours.", code="alias_not_found")
+    return gone.target
+
+
 def check_alias(alias: str) -> None:
     """Raises InvalidArgument: it is no name of an alias."""
     if not _ALIAS.fullmatch(alias):
         raise invalid("alias", "must be 1 to 64 of a-z, 0-9, ., _ and -, a letter or digit first", given=alias)
-
-
-def _kind(job: Job) -> str:
-    tuning = (job.resolved or job.config).get("tuning") or {}
-    return str(tuning.get("kind") or "")
 
 
 def _require_result(job: Job) -> None:
