@@ -108,14 +108,15 @@ def main() -> None:
     if NAME == "train":
         train() if RANK == 0 else None
         return
-    data: dict[str, object] = {"checks": ["all"], "max_abs": 0.0}
+    data: dict[str, object] = {"checks": ["all"], "max_abs": 0.0, "numbers": {"exact_match": 0.5}}
     if NAME == "validate":
-        data = {"resolved": JOB["config"], "report": {"rows": 3}, "estimate": {"allowed": True}, "seed": 7}
+        estimate = {"allowed": True, "peak_bytes_per_rank": 110}
+        data = {"resolved": JOB["config"], "report": {"rows": 3}, "estimate": estimate, "seed": 7}
         data |= {"base_digest": "b" * 64, "data_digest": "d" * 64, "template_digest": "t" * 64}
     if NAME == "export":
         steps = JOB["config"]["options"].get("steps", 3)
         (JOB_DIR / "export").mkdir(exist_ok=True)
-        data = {"digest": DIGEST, "bytes": 17, "kind": "adapter", "step": steps}
+        data = {"digest": DIGEST, "bytes": 17, "kind": "adapter", "step": steps, "peak_bytes": 100}
         (JOB_DIR / "results").mkdir(exist_ok=True)
         (JOB_DIR / "results" / "step_metrics.csv").write_text("step,train_loss\n1,1.0\n")
     if NAME == "prepare":

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from task_rows import rows
 from tiny import tiny_llama
 
@@ -29,6 +30,7 @@ def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store]
         tuning={"kind": "lora", "rank": 4},
         training={"epochs": 2, "batch_size": 8},
         deploy={"alias": "faq"},
+        integrations=[{"type": "tensorboard"}],
     )
     store.work(
         models={"tiny": model},
@@ -56,3 +58,12 @@ def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store]
         "prepare_progress",
     }
     assert warnings == []
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = loader.EventAccumulator(str(store.jobs.paths.job(job.id).tensorboard))
+    board.Reload()
+    losses = [(event.step, event.value) for event in board.Scalars("train_loss")]
+    assert losses == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in store.jobs.metrics(job.id, tenant=TENANT)
+    ]
+    names = [store.jobs.get_file(file_id, tenant=TENANT).filename for file_id in done.result_files]
+    assert any(name.startswith("events.out.tfevents.") for name in names)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trilithon.errors import InvalidArgument
 from trilithon_finetune.api.convert import config_document, job_config
-from trilithon_finetune.config import JobConfig
+from trilithon_finetune.config import JobConfig, parse_config
+from trilithon_finetune.errors import FinetuneError
 from trilithon_server.config import LimitsConfig
 
 LIMITS = LimitsConfig()
@@ -93,6 +94,25 @@ def test_R11_what_breaks_a_rule_is_named(body: dict[str, Any], field: str, code:
     violation = caught.value.details[0]
     assert (violation.field, violation.code) == (field, code), violation
     assert violation.message.endswith((".", "?", '"'))
+
+
+def test_integrations_are_those_that_there_are() -> None:
+    """TensorBoard is written for, over both protocols; W&B is refused with what to do, anything else by its name."""
+    config = made(integrations=[{"type": "tensorboard"}])
+    document = config_document(
+        model="tiny", training_file="file-1", validation_file="", suffix="", seed=None, metadata={}, task="",
+        config_json='{"integrations": [{"type": "tensorboard"}]}', priority=0,
+    )  # fmt: skip
+
+    assert [item.type for item in config.integrations] == ["tensorboard"]
+    assert job_config(document, LIMITS).integrations == config.integrations
+    with pytest.raises(InvalidArgument, match="`wandb sync` reads"):
+        made(integrations=[{"type": "wandb", "wandb": {"project": "x"}}])
+    with pytest.raises(InvalidArgument) as unknown:
+        made(integrations=[{"type": "mlflow"}])
+    assert unknown.value.details[0].field == "integrations.0.type"
+    with pytest.raises(FinetuneError, match="wandb sync"):
+        parse_config({"model": "m", "training_file": "f", "integrations": [{"type": "wandb"}]})
 
 
 def test_R11_every_broken_rule_is_told() -> None:

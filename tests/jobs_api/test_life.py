@@ -65,7 +65,8 @@ def test_R5_a_drain_ends_streams_with_a_reason_and_lets_an_upload_finish(start_j
     script = tmp_path / "companion.py"
     script.write_text(COMPANION)
     with start_jobs(COMPANION=str(script)) as served_jobs:
-        server = served_jobs.server
+        server, serving = served_jobs.server, served_jobs.jobs.paths.serving
+        reserved = [json.loads(path.read_text()) for path in serving.iterdir()]
         (tmp_path / "die").touch()
         until(lambda: (tmp_path / "starts").read_text().count("started") == 2)
         job = served_jobs.job()
@@ -122,6 +123,8 @@ def test_R5_a_drain_ends_streams_with_a_reason_and_lets_an_upload_finish(start_j
     assert told["upload"].status_code == 200
     assert told["upload"].json()["bytes"] == len(DATA)
     assert code == 0
+    assert [(item["cores"], item["memory_bytes"] > 16 << 20) for item in reserved] == [(0, True)]
+    assert list(serving.iterdir()) == []  # what it kept for itself is free again
     assert (tmp_path / "ended").read_text() == "in good order"
     assert "companion_lost" in output
     assert "the worker speaks" in output

@@ -10,7 +10,7 @@ import pydantic
 
 from trilithon.errors import InvalidArgument
 from trilithon_finetune.api.schemas import OUTER, CreateJobBody, Hyperparameters
-from trilithon_finetune.config import BASE_LR, JobConfig, keys_of
+from trilithon_finetune.config import BASE_LR, NO_WANDB, JobConfig, keys_of
 from trilithon_server.config import LimitsConfig
 from trilithon_server.http.parse import parse
 from trilithon_server.http.strict_json import parse_object
@@ -45,13 +45,11 @@ def job_config(document: Mapping[str, Any], limits: LimitsConfig) -> JobConfig:
             )
             del inner[name]
     _method(body, inner, found)
-    if body.integrations:
-        message = (
-            "`integrations` must be empty: this server has none configured. "
-            f"Given: {len(body.integrations)}. Read the numbers from /v1/fine_tuning/jobs/ID/metrics instead."
-        )
-        found.say("integrations", message, code="unsupported_parameter", rule="must be empty")
     outer = {name: value for name in OUTER if (value := getattr(body, name)) is not None}
+    if any(item.get("type") == "wandb" for item in body.integrations or ()):
+        message = f"`integrations`: {NO_WANDB}"
+        found.say("integrations", message, code="unsupported_parameter", rule="must be tensorboard")
+        del outer["integrations"]
     try:
         config = JobConfig.model_validate_json(json.dumps({**inner, **outer}), strict=True)
     except pydantic.ValidationError as error:
@@ -176,6 +174,7 @@ def config_document(
         "suffix": suffix or None,
         "seed": seed,
         "metadata": dict(metadata) or None,
+        "integrations": inner.pop("integrations", None),
         "trilithon": inner,
     }
     return {name: value for name, value in fields.items() if value is not None}

@@ -3,7 +3,8 @@ What both fronts call: the job store from an event loop.
 
 The store's methods block, so they run in a small pool of threads. What is in flight is known, so that a drain can wait
 for it; streams of events have no end of their own and are ended by the drain's first word. Events are read from the
-table again and again, less often while nothing happens: whoever writes them need not know who reads.
+table again and again, less often while nothing happens: whoever writes them need not know who reads. PostgreSQL's
+NOTIFY would save a reader a second at most, and has the commits of all writers wait for one lock.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +22,14 @@ from trilithon import _store
 from trilithon.errors import NotFound, Overloaded, Unavailable
 from trilithon_finetune.errors import FinetuneError
 from trilithon_finetune.jobs.records import Event
+from trilithon_finetune.jobs.reservations import reserve
 from trilithon_finetune.jobs.service import Jobs, StoreLimits
 from trilithon_finetune.jobs.states import FINAL
 from trilithon_finetune.paths import StorePaths
+from trilithon_parallel.config import load_config
+from trilithon_parallel.placement import global_shapes
 from trilithon_server.catalog import Catalog
-from trilithon_server.config import ServeConfig
+from trilithon_server.config import EngineConfig, ServeConfig
 from trilithon_server.service import Service
 from trilithon_server.validation import invalid, nearest, shown
 
@@ -58,6 +63,7 @@ class Door:
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jobs")
         self._jobs: Jobs | None = None
         self._service: Service | None = None
+        self._reservation: Path | None = None
         self._tasks: set[asyncio.Task[object]] = set()
         self._streams = 0
         self._draining = asyncio.Event()
@@ -87,13 +93,24 @@ class Door:
             self._jobs = await self.run(Jobs, self._config.jobs.database, self.paths, limits=limits)
         except FinetuneError as error:
             raise ValueError(str(error)) from None
+        self._reservation = await self.run(self._reserve)
 
     async def close(self) -> None:
         """Release the store and its threads; idempotent."""
         jobs, self._jobs = self._jobs, None
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
+            await self.run(reservation.unlink, missing_ok=True)
         if jobs is not None:
             await self.run(jobs.close)
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _reserve(self) -> Path:
+        """Tell workers on this host what serving takes."""
+        jobs, memory = self._config.jobs, self._config.jobs.reserve_memory
+        if memory is None:
+            memory = sum(_engine_bytes(engine) for engine in self._config.engines)
+        return reserve(self.paths, memory_bytes=memory, cores=jobs.reserve_cores)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that blocks in one of the door's threads."""
@@ -232,6 +249,13 @@ class Door:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._draining.wait()
+
+
+def _engine_bytes(engine: EngineConfig) -> int:
+    """Weights, and a cache that has a size of its own."""
+    shapes = global_shapes(load_config(Path(engine.model)))
+    element = 4 if engine.dtype in ("auto", "float32") else 2
+    return element * sum(map(math.prod, shapes.values())) + engine.num_ranks * (engine.kv_cache_bytes or 0)
 
 
 def _shutting_down() -> Unavailable:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from trilithon_finetune.config import JobConfig, Task
 
-OUTER = ("model", "training_file", "validation_file", "suffix", "seed", "metadata")
+OUTER = ("model", "training_file", "validation_file", "suffix", "seed", "metadata", "integrations")
 """Fields of `JobConfig` that OpenAI's shape has at the top."""
 
 
@@ -92,7 +92,7 @@ class CreateJobBody(Body):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     suffix: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    integrations: list[dict[str, Any]] | None = Field(None, description="None is configured; only an empty list.")
+    integrations: list[dict[str, Any]] | None = Field(None, description='`[{"type": "tensorboard"}]`, or none.')
     trilithon: Annotated[dict[str, Any], WithJsonSchema(_inner_schema())] | None = None
 
 
@@ -108,7 +108,9 @@ class ExportBody(Body):
     """What is exported."""
 
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="Of which checkpoint; unset: the job's result.")
-    format: Literal["peft", "model"] | None = Field(None, description="Unset: as the job made it.")
+    format: Literal["peft", "model"] | None = Field(
+        None, description="An adapter as it is, or a model directory, merged if need be; unset: as the job made it."
+    )
 
 
 class DeployBody(Body):

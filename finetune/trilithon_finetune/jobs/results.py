@@ -9,10 +9,13 @@ from trilithon_finetune.jobs.service import Jobs
 
 
 def collect_results(jobs: Jobs, job: Job) -> tuple[tuple[str, ...], tuple[NewEvent, ...]]:
-    """Store what lies in the job's `results/`; the ids, and a warning for each file that could not be stored."""
+    """
+    Store what lies in the job's `results/` and `tensorboard/`; the ids, and a warning for each file that could not be.
+    """
     ids, warnings = [], []
-    directory = jobs.paths.job(job.id).results
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+    paths = jobs.paths.job(job.id)
+    found = [path for place in (paths.results, paths.tensorboard) if place.is_dir() for path in sorted(place.iterdir())]
+    for path in found:
         try:
             with path.open("rb") as stream:
                 file = jobs.put_file(stream, tenant=job.tenant, filename=path.name, purpose="fine-tune-results")
