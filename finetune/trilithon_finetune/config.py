@@ -179,6 +179,25 @@ class Limits(Section):
     """Of work, over all attempts."""
 
 
+NO_WANDB = (
+    "wandb is not written to: its client is a service of its own. Ask for tensorboard, whose files `wandb sync` reads."
+)
+
+
+class Integration(Section):
+    """A program that shows runs."""
+
+    type: Literal["tensorboard"]
+    """`tensorboard`: event files beside the job's, and among its `result_files`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("type") == "wandb":
+            raise ValueError(NO_WANDB)
+        return value
+
+
 class JobConfig(Section):
     """The whole configuration of a job."""
 
@@ -207,6 +226,8 @@ class JobConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     deploy: Deploy = Deploy()
     limits: Limits = Limits()
+    integrations: Annotated[tuple[Integration, ...], Field(max_length=1)] = ()
+    """Programs that the numbers of steps are written for."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Larger runs first."""
     options: dict[str, JsonValue] = {}
