@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -148,10 +149,23 @@ def test_learning_rate_rises_then_falls(kind: str, warmup: int, rest: int, data:
     assert rates[-1] == (3.0 if kind == "constant" else 1.0)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@given(batch=st.integers(1, 9), warm=st.integers(0, 9), rest=st.integers(1, 20))
+def test_a_warm_up_that_is_a_batch_ahead_wastes_no_step(kind: str, batch: int, warm: int, rest: int) -> None:
+    """Step s of w has `peak * s / w`; what follows the warm-up is as it is without being ahead, and above 0."""
+    plain = LearningRate(3.0, 0.0, warm * batch, (warm + rest) * batch, kind)  # type: ignore[arg-type]
+    ahead = replace(plain, ahead_samples=batch)
+    rates = [ahead.at(step * batch) for step in range(warm + rest)]
+
+    assert rates[:warm] == pytest.approx([3.0 * s / warm for s in range(1, warm + 1)])
+    assert rates[warm:] == [plain.at(step * batch) for step in range(warm, warm + rest)]
+    assert min(rates) > 0
+
+
 def test_R11_all_faults_of_a_learning_rate_are_listed() -> None:
     """One error names every field that is wrong."""
     with pytest.raises(DataError) as raised:
-        LearningRate(peak=1.0, floor=2.0, warmup_samples=-1, decay_samples=-5, kind="wsd", cooldown_samples=0)
+        LearningRate(1.0, 2.0, warmup_samples=-1, decay_samples=-5, kind="wsd", cooldown_samples=0, ahead_samples=-1)
 
-    for name in ("floor", "warmup_samples", "decay_samples", "cooldown_samples"):
+    for name in ("floor", "warmup_samples", "decay_samples", "cooldown_samples", "ahead_samples"):
         assert name in raised.value.message

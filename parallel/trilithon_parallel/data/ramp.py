@@ -150,6 +150,9 @@ class LearningRate:
     - `wsd` (warm-up, stable, decay): `peak`, then linear to `floor` over the last `cooldown_samples` before
       `decay_samples` (arXiv 2404.06395)
 
+    The first step of a warm-up has a rate of 0, as in Megatron-LM and GPT-3's recipe, unless the warm-up is
+    `ahead_samples` ahead of what was consumed: with those of one batch, step s of w has the rate `peak * s / w`.
+
     Raises:
         DataError: `learning_rate`; the rates or the borders are out of order.
     """
@@ -160,6 +163,7 @@ class LearningRate:
     decay_samples: int
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     cooldown_samples: int = 0
+    ahead_samples: int = 0
 
     def __post_init__(self) -> None:
         findings = []
@@ -167,8 +171,9 @@ class LearningRate:
             findings.append(f"0 <= floor <= peak, peak above 0. Given: floor {self.floor}, peak {self.peak}")
         if self.kind not in ("cosine", "linear", "constant", "wsd"):
             findings.append(f"kind cosine, linear, constant or wsd. Given: {self.kind!r}")
-        if self.warmup_samples < 0:
-            findings.append(f"warmup_samples of at least 0. Given: {self.warmup_samples}")
+        for name in ("warmup_samples", "ahead_samples"):
+            if (given := getattr(self, name)) < 0:
+                findings.append(f"{name} of at least 0. Given: {given}")
         if self.kind != "constant" and self.decay_samples <= self.warmup_samples:
             findings.append(
                 f"decay_samples above warmup_samples. Given: {self.decay_samples} and {self.warmup_samples}"
@@ -185,8 +190,8 @@ class LearningRate:
 
     def at(self, consumed: int) -> float:
         """The rate of the step that begins when so many samples were consumed."""
-        if consumed < self.warmup_samples:
-            return self.peak * consumed / self.warmup_samples
+        if consumed + self.ahead_samples < self.warmup_samples:
+            return self.peak * (consumed + self.ahead_samples) / self.warmup_samples
         if self.kind == "constant":
             return self.peak
         if consumed >= self.decay_samples:
