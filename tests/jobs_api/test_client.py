@@ -58,6 +58,7 @@ def test_a_job_is_run_by_the_client(client: Client, served_jobs: JobsServer, tmp
     assert seen[-1].kind == "succeeded"
     assert (done.state, done.finished, done.fine_tuned_model) == ("succeeded", True, f"ft:{MODEL}:faq:{job.id[6:]}")
     assert [item.step for item in client.jobs.checkpoints(job.id)] == [3]
+    assert (job.checkpoints, done.checkpoints) == ((), client.jobs.checkpoints(job.id))
     assert [(row.step, row.values) for row in client.jobs.metrics(job.id, after_step=1)] == [
         (2, {"train_loss": 1.0}),
         (3, {"train_loss": 0.0}),
@@ -93,6 +94,7 @@ def test_both_protocols_tell_the_same(served_jobs: JobsServer) -> None:
 
     assert over_http == over_grpc
     assert over_http[0].estimate_json
+    assert [item.metrics for item in over_http[0].checkpoints] == [{"train_loss": 2.5, "own": 0.25}]
 
 
 def test_checks_are_answered_alike(client: Client, served_jobs: JobsServer) -> None:

@@ -69,6 +69,7 @@ def _read_job(document: Mapping[str, Any]) -> dict[str, Any]:
         **{name: ours.get(name) for name in inner},
         "progress": {**ours["progress"], "queue_position": ours.get("queue_position") or 0},
         "config_json": _json(ours.get("resolved") or ours["config"]),
+        "checkpoints": [{**item, "job_id": document["id"]} for item in ours.get("checkpoints") or ()],
         "estimate_json": _json(ours["estimate"]) if ours.get("estimate") is not None else "",
     }
 

@@ -48,13 +48,30 @@ class JobProgress(_Answer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint(_Answer):
+    """A state of a job that can be gone on from; `model` is its name where it is served."""
+
+    id: str
+    job_id: str = ""
+    step: int = 0
+    created_at: int = 0
+    model: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    digest: str = ""
+    bytes: int = 0
+    servable: bool = False
+    verified: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job(_Answer):
     """
     A finetuning job.
 
     `state` is validating, queued, preparing, starting, running, pausing, paused, exporting, verifying, cancelling,
     succeeded, failed or cancelled. Times are seconds since 1970 UTC, 0 for not yet. `fine_tuned_model` is the name to
-    ask the server for, once it has succeeded.
+    ask the server for, once it has succeeded. `checkpoints` are the newest 20, the newest first; `jobs.checkpoints`
+    has all.
     """
 
     id: str
@@ -81,6 +98,7 @@ class Job(_Answer):
     estimate_json: str = ""
     last_seq: int = 0
     organization_id: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -113,22 +131,6 @@ class JobEvent(_Answer):
         """Its numbers and details."""
         document: dict[str, Any] = json.loads(self.data_json)
         return document
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint(_Answer):
-    """A state of a job that can be gone on from; `model` is its name where it is served."""
-
-    id: str
-    job_id: str = ""
-    step: int = 0
-    created_at: int = 0
-    model: str = ""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    digest: str = ""
-    bytes: int = 0
-    servable: bool = False
-    verified: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

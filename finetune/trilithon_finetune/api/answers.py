@@ -47,7 +47,7 @@ def job(record: Job) -> dict[str, Any]:
         "hyperparameters": hyperparameters,
         "method": {"type": kind, kind: {"hyperparameters": hyperparameters}},
         "metadata": dict(record.metadata),
-        "integrations": [],
+        "integrations": list(record.config.get("integrations") or ()),
         "organization_id": record.tenant,
         "error": None
         if error is None
@@ -67,10 +67,17 @@ def job(record: Job) -> dict[str, Any]:
             "base_digest": record.base_digest,
             "template_digest": record.template_digest,
             "data_digest": record.data_digest,
+            "checkpoints": [_saved(item) for item in record.checkpoints],
             "last_seq": record.last_seq,
             "error": None if error is None else error.to_json(),
         },
     }
+
+
+def _saved(record: Checkpoint) -> dict[str, Any]:
+    """A checkpoint within its job, which has at most the newest 20: pages of all are at `.../checkpoints`."""
+    names = ("id", "step", "created_at", "model", "digest", "bytes", "servable", "verified")
+    return {**{name: getattr(record, name) for name in names}, "metrics": dict(record.metrics)}
 
 
 def seed(record: Job) -> int:

@@ -57,6 +57,7 @@ def job(record: Job) -> pb.Job:
         data_digest=record.data_digest,
         estimate_json="" if record.estimate is None else _json(record.estimate),
         organization_id=record.tenant,
+        checkpoints=[checkpoint(item) for item in record.checkpoints],
     )
 
 

@@ -19,6 +19,9 @@ Desired = Literal["run", "pause", "cancel"]
 Level = Literal["info", "warn", "error"]
 
 Purpose = Literal["fine-tune", "fine-tune-results", "evidence"]
+SHOWN_CHECKPOINTS = 20
+"""That a job carries with it; the others are asked for by pages."""
+
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 T_co = TypeVar("T_co", covariant=True)
@@ -67,6 +70,7 @@ class Job:
         queue_position: from 1 while it is queued, else None.
         last_seq: number of its newest event.
         seed: None until validation has chosen one.
+        checkpoints: the newest first, at most `SHOWN_CHECKPOINTS`, as the store's readers are told; empty for a worker.
     """
 
     id: str
@@ -101,6 +105,7 @@ class Job:
     result_files: tuple[str, ...]
     last_seq: int
     queue_position: int | None
+    checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def status(self) -> str:

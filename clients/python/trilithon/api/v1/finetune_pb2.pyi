@@ -362,6 +362,7 @@ class Job(google.protobuf.message.Message):
     DATA_DIGEST_FIELD_NUMBER: builtins.int
     ESTIMATE_JSON_FIELD_NUMBER: builtins.int
     ORGANIZATION_ID_FIELD_NUMBER: builtins.int
+    CHECKPOINTS_FIELD_NUMBER: builtins.int
     id: builtins.str
     """ftjob-..."""
     state: Global___JobState.ValueType
@@ -418,6 +419,10 @@ class Job(google.protobuf.message.Message):
     def metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """As given."""
 
+    @property
+    def checkpoints(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
+        """The newest first, at most 20; ListCheckpoints has all."""
+
     def __init__(
         self,
         *,
@@ -445,9 +450,10 @@ class Job(google.protobuf.message.Message):
         data_digest: builtins.str = ...,
         estimate_json: builtins.str = ...,
         organization_id: builtins.str = ...,
+        checkpoints: collections.abc.Iterable[Global___Checkpoint] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error", "progress", b"progress"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "config_json", b"config_json", "created_at", b"created_at", "data_digest", b"data_digest", "error", b"error", "estimate_json", b"estimate_json", "estimated_finish", b"estimated_finish", "fine_tuned_model", b"fine_tuned_model", "finished_at", b"finished_at", "id", b"id", "last_seq", b"last_seq", "metadata", b"metadata", "model", b"model", "organization_id", b"organization_id", "progress", b"progress", "result_files", b"result_files", "seed", b"seed", "started_at", b"started_at", "state", b"state", "task", b"task", "template_digest", b"template_digest", "training_file", b"training_file", "validation_file", b"validation_file"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "base_digest", b"base_digest", "checkpoints", b"checkpoints", "config_json", b"config_json", "created_at", b"created_at", "data_digest", b"data_digest", "error", b"error", "estimate_json", b"estimate_json", "estimated_finish", b"estimated_finish", "fine_tuned_model", b"fine_tuned_model", "finished_at", b"finished_at", "id", b"id", "last_seq", b"last_seq", "metadata", b"metadata", "model", b"model", "organization_id", b"organization_id", "progress", b"progress", "result_files", b"result_files", "seed", b"seed", "started_at", b"started_at", "state", b"state", "task", b"task", "template_digest", b"template_digest", "training_file", b"training_file", "validation_file", b"validation_file"]) -> None: ...
 
 Global___Job: typing_extensions.TypeAlias = Job
 
@@ -1221,7 +1227,9 @@ class ExportRequest(google.protobuf.message.Message):
     step: builtins.int
     """Of which checkpoint. Zero: what the job made."""
     format: builtins.str
-    """peft (the adapter directory) or model (a model directory). Unset: as the job made it. Zero: same as unset."""
+    """peft (the adapter directory) or model (a model directory, of an adapter merged into its base). Unset: as the job
+    made it. Zero: same as unset.
+    """
     def __init__(
         self,
         *,
