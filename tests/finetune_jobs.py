@@ -126,8 +126,12 @@ class JobDir:
 
     def losses(self) -> list[float]:
         """Training losses by step, of all attempts."""
+        return self.numbers("loss")
+
+    def numbers(self, name: str) -> list[float]:
+        """A column of the trainer's record by step, of all attempts."""
         lines = (self.run / "metrics.jsonl").read_text("utf-8").splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return [json.loads(line)[name] for line in lines]
 
     def checkpoints(self) -> list[Path]:
         """By step."""

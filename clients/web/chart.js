@@ -25,7 +25,6 @@ export const PANELS = [
     curves: [
       { column: "train_loss", label: "training" },
       { column: "valid_loss", label: "validation", dots: true },
-      { column: "full_valid_loss", label: "full validation", dots: true },
     ],
   },
   { title: "learning rate", height: 72, curves: [{ column: "lr", label: "learning rate" }] },

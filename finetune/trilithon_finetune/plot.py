@@ -2,6 +2,7 @@
 The curves of a job as an SVG picture, drawn by hand: no library, no script, no style sheet.
 
     loss            training and validation, as panels above one another over the same steps
+    token accuracy  likewise
     learning rate
     throughput
 
@@ -56,7 +57,14 @@ PANELS = (
         (
             Curve("train_loss", "training", "#2f6fde"),
             Curve("valid_loss", "validation", "#d9622b", dots=True),
-            Curve("full_valid_loss", "full validation", "#8f3fb4", dots=True),
+        ),
+    ),
+    Panel(
+        "token accuracy",
+        110,
+        (
+            Curve("train_mean_token_accuracy", "training", "#2f6fde"),
+            Curve("valid_mean_token_accuracy", "validation", "#d9622b", dots=True),
         ),
     ),
     Panel("learning rate", 110, (Curve("lr", "learning rate", "#2c8c5a"),)),
@@ -168,7 +176,7 @@ def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> li
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.8, 3.0, 3.2])
     """
     if high - low <= max(1 / HUGE, 1e-9 * max(abs(low), abs(high))):
-        pad = abs(low) / 30 or 1.0
+        pad = abs(low) / 30 if abs(low) > 1 / HUGE else 1.0
         low, high, count = low - pad, high + pad, 2
     rough = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(rough))

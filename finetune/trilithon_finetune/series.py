@@ -21,8 +21,11 @@ OPENAI_COLUMNS = (
 )
 """First in every table and in this order; what is not measured stays empty."""
 
+VALID_ACCURACY = "valid_mean_token_accuracy"
+
 _NAMES = {
     "loss": "train_loss",
+    "token_accuracy": "train_mean_token_accuracy",
     "learning_rate": "lr",
     "tokens_per_s": "tokens_per_second",
     "step_s": "step_seconds",
@@ -36,11 +39,22 @@ def series_row(row: Mapping[str, Any]) -> dict[str, Any]:
     One line of the trainer's record, renamed, without what was not measured or is not finite.
 
     >>> series_row({"step": 2, "loss": 0.5, "mfu": None, "validation_loss": 0.6, "validation": {"f1": 0.9}})
-    {'step': 2, 'train_loss': 0.5, 'valid_loss': 0.6, 'f1': 0.9}
+    {'step': 2, 'train_loss': 0.5, 'valid_loss': 0.6, 'f1': 0.9, 'full_valid_loss': 0.6}
     """
     flat = {_NAMES.get(name, name): value for name, value in row.items() if name != "validation"}
-    flat |= row.get("validation") or {}
+    flat = with_full(flat | (row.get("validation") or {}))
     return {name: value for name, value in flat.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def with_full(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    With OpenAI's names of a whole validation beside those of a part: every evaluation here reads all rows.
+
+    >>> with_full({"valid_loss": 0.6})
+    {'valid_loss': 0.6, 'full_valid_loss': 0.6}
+    """
+    whole = {f"full_{name}": numbers[name] for name in ("valid_loss", VALID_ACCURACY) if name in numbers}
+    return {**numbers, **whole}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -12,6 +12,9 @@ from crashing import poll
 from finetune_jobs import JobDir, finish
 from safetensors.torch import load_file, save_file
 
+from trilithon_finetune.train import rank
+from trilithon_parallel.watchdog import Watchdog
+
 MakeJob = Callable[..., JobDir]
 
 LAYOUTS = [
@@ -41,7 +44,7 @@ def twin(made: JobDir, folder: Path) -> JobDir:
 def test_E8_a_job_learns_the_same_at_every_layout(
     job: MakeJob, tmp_path: Path, task: str, sizes: dict[str, int]
 ) -> None:
-    """Losses and validation numbers of a job are those of one process, whatever its layout (1e-5)."""
+    """Losses, accuracies and validation numbers of a job are those of one process, whatever its layout (1e-5)."""
     alone = prepared(job(task, count=18, optimizer={"lr": 1e-3}))
     other = twin(alone, tmp_path / "other")
     other.configure("parallel", **sizes)
@@ -49,6 +52,8 @@ def test_E8_a_job_learns_the_same_at_every_layout(
     other.train()
 
     assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    if task in ("sft", "ner", "mlm"):
+        assert alone.numbers("token_accuracy") == other.numbers("token_accuracy")
     numbers = [made.events("eval")[-1]["data"] for made in (alone, other)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
 
@@ -94,6 +99,19 @@ def test_E7_a_stopped_job_goes_on_at_another_layout(job: MakeJob, tmp_path: Path
     assert 2 <= stopped_at < 18
     assert moved.events("running")[0]["data"]["step"] == stopped_at
     assert whole.losses() == pytest.approx(moved.losses(), rel=1e-5)
+
+
+def test_no_step_of_a_job_is_wasted(job: MakeJob) -> None:
+    """The warm-up begins with a rate above 0 and reaches the whole rate at its last step; the last step learns too."""
+    made = prepared(job("sft", training={"epochs": 4}, optimizer={"lr": 1e-3, "warmup_ratio": 0.35}))
+    made.train_here()
+
+    rates = made.numbers("learning_rate")
+    assert len(rates) == 12
+    # 80 rows in batches of 8, 8 and 4: a warm-up of 28 rows ends within the fourth step.
+    assert rates[:4] == pytest.approx([1e-3 * 8 / 28, 1e-3 * 16 / 28, 1e-3 * 24 / 28, 1e-3])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] > 0
 
 
 def test_R11_a_rate_that_explodes_is_told_with_step_tensor_and_lines(job: MakeJob) -> None:
@@ -143,3 +161,31 @@ def test_an_export_that_computes_something_else_is_caught(job: MakeJob, damage: 
 
     assert not outcome["ok"]
     assert outcome["error"]["code"] == "verify_mismatch"
+
+
+def test_R2_the_watchdog_hears_of_every_step_and_pass(job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A job of one rank waits for nobody, so its steps and its passes are what shows that it is alive, evaluations too.
+
+    Inverse seen: a trainer that is not given the watchdog is taken for hung once its first limit is over.
+    """
+    told: list[int] = []
+    moved: list[str] = []
+
+    class Told(Watchdog):
+        def step(self, number: int) -> None:
+            told.append(number)
+            super().step(number)
+
+        def moved(self) -> None:
+            moved.append(self.state().phase)
+            super().moved()
+
+    monkeypatch.setattr(rank, "Watchdog", Told)
+    made = prepared(job("sft", training={"micro_batch_tokens": 64}))
+    made.train_here()
+
+    steps = len(made.losses())
+    assert told == list(range(steps))
+    assert moved.count("step") >= 4 * steps  # two micro-batches a step at least, forward and backward
+    assert moved.count("evaluation") >= 2

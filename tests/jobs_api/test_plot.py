@@ -6,7 +6,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trilithon_finetune.plot import MAX_POINTS, plot, thinned, ticks
@@ -21,15 +21,23 @@ def texts(svg: str) -> list[str]:
 def test_curves_attempts_and_checkpoints_are_drawn() -> None:
     """Each series has its curve and name, each attempt a dashed line, each checkpoint a mark; markup is escaped."""
     rows = [{"step": step, "train_loss": 3 / step, "lr": 1e-4, "tokens_per_second": 900.0} for step in range(1, 51)]
-    rows[9]["valid_loss"] = 0.5
+    rows[9] |= {"valid_loss": 0.5, "valid_mean_token_accuracy": 0.75}
 
     svg = plot(rows, title="<job> & co\x00", attempts=[20], checkpoints=[10, 20, 50, 999])
 
     words = texts(svg)
     assert words[0] == "<job> & co"
-    for name in ("loss, training", "loss, validation", "learning rate", "tokens per second", "step", "checkpoint"):
+    for name in (
+        "loss, training",
+        "loss, validation",
+        "token accuracy",
+        "learning rate",
+        "tokens per second",
+        "step",
+        "checkpoint",
+    ):
         assert name in words
-    assert svg.count("stroke-dasharray") == 3  # one in each panel
+    assert svg.count("stroke-dasharray") == 4  # one in each panel
     assert svg.count('stroke-width="3"') == 3 + 1  # the last in the legend
     assert "<script" not in svg
 
@@ -43,6 +51,7 @@ def test_a_job_without_steps_has_a_picture_too() -> None:
 NUMBERS = st.one_of(st.floats(), st.integers(-(10**6), 10**6), st.booleans(), st.none(), st.text(max_size=3))
 
 
+@example(rows=[{"step": 0.0, "lr": 2.2e-309}], title="")  # a thirtieth of it is nothing
 @given(
     rows=st.lists(st.fixed_dictionaries({"step": NUMBERS, "train_loss": NUMBERS, "lr": NUMBERS}), max_size=8),
     title=st.text(max_size=20),

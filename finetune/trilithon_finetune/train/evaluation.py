@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.recipes.base import IGNORE, Context, Head, Output, Recipe, Sample
+from trilithon_finetune.series import VALID_ACCURACY
 from trilithon_finetune.train.stream import held_batches, plan_outputs
 from trilithon_parallel.collectives import all_gather
 from trilithon_parallel.step import TrainingModel
@@ -44,7 +46,7 @@ def outputs_of(
 
     Args:
         units: which; None for all.
-        per_token: of a vocabulary, log-probabilities of single tokens [T] in place of their sum [1].
+        per_token: of a vocabulary, log-probabilities of single tokens [T] in place of both sums [2].
     """
     grid = model.grid
     plan = plan_outputs(part, dp=grid.dp.size, micro_batch_tokens=micro_batch_tokens, units=units)
@@ -79,12 +81,28 @@ def value_size(head: Head, length: int, labels: int, *, per_token: bool) -> int:
         return length * labels
     if head == "sequence":
         return labels
-    return length if per_token else 1
+    return length if per_token else 2
 
 
-def sample_loss(head: Head, sample: Sample, values: Values) -> tuple[float, int]:
+@dataclass(frozen=True, slots=True)
+class SampleLoss:
     """
-    The sum of what one sample loses, by its outputs, and what it counts for; the same loss that training lowers.
+    What one sample loses, and the tokens of it that the model would have said.
+
+    Attributes:
+        total: the sum over what counts; the same loss that training lowers.
+        count: what counts.
+        correct: how many of it are tokens whose target is the likeliest; None where single tokens aren't learned.
+    """
+
+    total: float
+    count: int
+    correct: int | None = None
+
+
+def sample_loss(head: Head, sample: Sample, values: Values) -> SampleLoss:
+    """
+    What one sample loses, by its outputs.
 
     A preference's loss is that of pairs and is not asked for here.
     """
@@ -92,18 +110,31 @@ def sample_loss(head: Head, sample: Sample, values: Values) -> tuple[float, int]
         case "tokens":
             targets = np.array(sample.targets)
             counts = targets != IGNORE
-            chosen = _log_softmax(values[counts])[np.arange(counts.sum()), targets[counts]]
-            return -float(chosen.sum()), int(counts.sum())
+            logits, labels = values[counts], targets[counts, None]
+            chosen = np.take_along_axis(_log_softmax(logits), labels, 1)
+            correct = np.take_along_axis(logits, labels, 1)[:, 0] == logits.max(1)
+            return SampleLoss(-float(chosen.sum()), int(counts.sum()), int(correct.sum()))
         case "sequence":
-            return -float(_log_softmax(values)[sample.columns["label"]]), 1
+            return SampleLoss(-float(_log_softmax(values)[sample.columns["label"]]), 1)
         case "span":
             allowed = np.zeros(len(values), dtype=bool)
             allowed[sample.columns["context_start"] : sample.columns["context_stop"]] = True
             allowed[0] = True
             logprobs = _log_softmax(np.where(allowed[:, None], values, -np.inf), axis=0)
-            return -float(logprobs[sample.columns["start"], 0] + logprobs[sample.columns["end"], 1]) / 2, 1
+            both = float(logprobs[sample.columns["start"], 0] + logprobs[sample.columns["end"], 1])
+            return SampleLoss(-both / 2, 1)
+        case _ if sample.columns.get("only_scored"):
+            return SampleLoss(0.0, 0, 0)
         case _:
-            return (0.0, 0) if sample.columns.get("only_scored") else (-float(values[0]), sample.num_supervised)
+            return SampleLoss(-float(values[0]), sample.num_supervised, round(float(values[1])))
+
+
+def total_loss(parts: Sequence[SampleLoss]) -> tuple[float, dict[str, float]]:
+    """The mean loss over what counts in all of these, and where single tokens are learned their accuracy by name."""
+    count = sum(part.count for part in parts)
+    correct = [part.correct for part in parts if part.correct is not None]
+    accuracy = {VALID_ACCURACY: sum(correct) / count} if correct and count else {}
+    return math.fsum(part.total for part in parts) / max(1, count), accuracy
 
 
 def _log_softmax(values: Values, axis: int = -1) -> npt.NDArray[np.float64]:
@@ -173,9 +204,8 @@ class JobEvaluator:
         if self._recipe.head == "preference":
             loss, numbers = preference_numbers([output.values for output in outputs], self.references, self._beta)
             return Evaluation(loss, numbers)
-        parts = [sample_loss(self._recipe.head, output.sample, output.values) for output in outputs]
-        total, count = math.fsum(loss for loss, _ in parts), sum(count for _, count in parts)
-        return Evaluation(total / max(1, count), dict(self._recipe.metrics(outputs, self._rows, self._context)))
+        loss, accuracy = total_loss([sample_loss(self._recipe.head, o.sample, o.values) for o in outputs])
+        return Evaluation(loss, {**accuracy, **self._recipe.metrics(outputs, self._rows, self._context)})
 
     def _outputs(
         self, model: TrainingModel, part: Part, *, units: Sequence[int] | None = None, per_token: bool = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from trilithon_finetune.phases.outcome import Events
+from trilithon_finetune.series import series_row, with_full
 from trilithon_finetune.train.evaluation import JobEvaluator, probe_file
-from trilithon_finetune.train.stream import EpochSchedule, JobStream
+from trilithon_finetune.train.schedule import EpochSchedule
+from trilithon_finetune.train.stream import JobStream
+from trilithon_finetune.train.tracking import Tracker
 from trilithon_parallel.report import METRICS_FILE, MetricsLog, StepMetrics
 
 
@@ -26,6 +30,7 @@ class Journal:
         digest_of: the identity of a checkpoint's weights, as a server computes it.
         resume_step: the step that is continued from; 0 for a new run.
         resume_tokens: tokens seen until then.
+        trackers: programs that are given every row too.
         say_line: takes lines for people.
     """
 
@@ -40,11 +45,12 @@ class Journal:
         digest_of: Callable[[Path], str],
         resume_step: int,
         resume_tokens: int,
+        trackers: Sequence[Tracker] = (),
         say_line: Callable[[str], None] = print,
     ) -> None:
         self._run_dir, self._events, self._stream = run_dir, events, stream
         self._schedule, self._evaluator, self._say = schedule, evaluator, say_line
-        self._digest_of = digest_of
+        self._digest_of, self._trackers = digest_of, trackers
         self._log = MetricsLog(run_dir / METRICS_FILE, resume_step=resume_step)
         self._tokens = resume_tokens
         self._supervised = sum(stream.supervised(step) for step in range(resume_step))
@@ -57,11 +63,17 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._log.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def step(self, metrics: StepMetrics) -> None:
         """Record a step that is done; after an evaluation, its numbers and the probes' outputs too."""
         self._log.append(metrics)
+        for tracker in self._trackers:
+            tracker.step(metrics.step, series_row(asdict(metrics)))
         self._latest["train_loss"] = metrics.loss
+        if metrics.token_accuracy is not None:
+            self._latest["train_mean_token_accuracy"] = metrics.token_accuracy
         self._tokens += metrics.tokens
         self._supervised += self._stream.supervised(metrics.step - 1)
         told: dict[str, Any] = {
@@ -69,6 +81,7 @@ class Journal:
             "total_steps": self._schedule.num_steps,
             "epoch": metrics.step / self._schedule.order.steps_per_epoch,
             "train_loss": metrics.loss,
+            "train_mean_token_accuracy": metrics.token_accuracy,
             "lr": metrics.learning_rate,
             "grad_norm": metrics.grad_norm,
             "tokens": metrics.tokens,
@@ -84,7 +97,7 @@ class Journal:
             self._keep_probe(metrics.step)
         if metrics.validation_loss is not None:
             numbers = {"valid_loss": metrics.validation_loss, **(metrics.validation or {})}
-            self._latest |= numbers
+            self._latest |= with_full(numbers)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
             self._events.tell("eval", f"Step {metrics.step}: {shown}", data=_given({"step": metrics.step, **numbers}))
             self._say(f"step {metrics.step}: {shown}")

@@ -20,7 +20,7 @@ _COLOURS = ("#2f6fde", "#d9622b", "#2c8c5a", "#8f3fb4", "#7a6a1c", "#b4233f", "#
 _CURVES = (("loss", "train_loss"), ("validation loss", "valid_loss"), ("learning rate", "lr"))
 _NOT_MEASURES = ("step", "lr", "grad_norm", "tokens", "mfu", "hfu", "memory_bytes", "step_seconds", "predicted_bytes",
                  "tokens_per_second", "model_flops_per_s", "consumed_samples", "skipped", "loss_scale",
-                 "bubble_planned", "bubble_measured")  # fmt: skip
+                 "bubble_planned", "bubble_measured", "full_valid_loss", "full_valid_mean_token_accuracy")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Compared:
                 if name == "train_loss":
                     found[name] = value
                 else:
-                    better = min if name.endswith("loss") else max
+                    better = min if "loss" in name else max
                     found[name] = better(found.get(name, value), value)
         return found
 

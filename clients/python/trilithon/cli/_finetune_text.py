@@ -26,7 +26,8 @@ OPENAI_COLUMNS = (
 
 _SHOWN_ROWS = 20
 _NOT_SHOWN = ("consumed_samples", "hfu", "mfu", "memory_bytes", "model_flops_per_s", "skipped", "tokens",
-              "predicted_bytes", "bubble_planned", "bubble_measured", "loss_scale")  # fmt: skip
+              "predicted_bytes", "bubble_planned", "bubble_measured", "loss_scale",
+              "full_valid_loss", "full_valid_mean_token_accuracy")  # fmt: skip
 
 
 def job_document(job: Job) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def print_jobs(jobs: Sequence[Job]) -> None:
 def print_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
     """A table of checkpoints, with the numbers that any of them has."""
     names = columns({"step": 0, **item.metrics} for item in checkpoints)[1:]
-    used = [name for name in names if any(name in item.metrics for item in checkpoints)]
+    used = [name for name in names if name not in _NOT_SHOWN and any(name in item.metrics for item in checkpoints)]
     rows = [
         (
             item.step,
@@ -177,7 +178,8 @@ def print_checked(checked: Checked, config: Mapping[str, Any]) -> None:
         (
             "time",
             f"{duration(estimate.get('seconds', 0))}, from {duration(estimate.get('seconds_low', 0))} "
-            f"to {duration(estimate.get('seconds_high', 0))}; not measured",
+            f"to {duration(estimate.get('seconds_high', 0))}; "
+            + ("measured by steps of the job" if estimate.get("measured") else "not measured"),
         ),
         ("fits", "yes" if estimate.get("allowed") else "no"),
     ]
