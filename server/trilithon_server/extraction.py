@@ -8,6 +8,7 @@ The formats read and write; these functions check a request and bring the two to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -205,6 +206,7 @@ async def answer(
     values: Mapping[str, Any],
     *,
     n_best: int = 0,
+    null_threshold: float | None = None,
     found: Violations | None = None,
 ) -> Answered:
     """
@@ -214,6 +216,7 @@ async def answer(
         question: at least one word.
         contexts: 1 to `limits.max_extract_texts`.
         n_best: 1 to `MAX_ANSWERS`; 0 = `DEFAULT_ANSWERS`.
+        null_threshold: by how much "no answer" must score above the best answer to be said; None = the model's own.
     Raises:
         TrilithonError: refused, or the engine could not finish.
     """
@@ -230,6 +233,8 @@ async def answer(
         run.found.add("question", f"must have at most {MAX_QUESTION_CHARS} characters", given=len(question))
     if not 0 <= n_best <= MAX_ANSWERS:
         run.found.add("n_best", f"must be from 1 to {MAX_ANSWERS}", given=n_best)
+    if null_threshold is not None and not math.isfinite(null_threshold):
+        run.found.add("null_threshold", "must be a finite number", given=null_threshold)
     run.found.raise_if_any()
     size = sum(map(len, contexts))
     windows = await off_loop(size, lambda: [spans.encode(question, text, task.pieces) for text in contexts])
@@ -244,7 +249,7 @@ async def answer(
         answers, null = list(parts[0].answers[:count]), parts[0].no_answer_probability
     else:
         answers, null = merge_answers(parts, n_best=count)
-    threshold = spans.null_threshold
+    threshold = spans.null_threshold if null_threshold is None else null_threshold
     silent = threshold is not None and all(part.null_margin > threshold for part in parts)
     return Answered(answers=answers, no_answer_probability=null, no_answer=silent or not answers, told=run.told(model))
 

@@ -27,7 +27,7 @@ CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "annotate": ("extract.annotate", (["p53 binds"],), {"types": ["GENE"], "timeout": 60.0}),
     "relations": ("extract.relations", ("p53 binds",), {"pairs": [(GENE, GENE)], "timeout": 60.0}),
     "relations_found": ("extract.relations", ("p53 binds",), {"entities": [GENE], "tagger": "t"}),
-    "answer": ("extract.answer", ("who?", ["p53 binds"]), {"n_best": 2}),
+    "answer": ("extract.answer", ("who?", ["p53 binds"]), {"n_best": 2, "null_threshold": 0.5}),
     "classify": ("extract.classify", (["p53"],), {"text_pairs": ["binds"]}),
     "models.list": ("models.list", (), {}),
     "models.get": ("models.get", ("m",), {}),

@@ -235,6 +235,23 @@ def test_one_context_keeps_places_and_several_add_up(served: Served) -> None:
     assert len(served.ask("span_qa", question=QUESTION, contexts=[TEXT]).json()["answers"]) == 5
 
 
+def test_a_request_chooses_when_there_is_no_answer(served: Served) -> None:
+    """Its threshold is used in place of the model's own, zero too, over both protocols; unset it is the model's."""
+    body: dict[str, Any] = {"question": QUESTION, "contexts": [TEXT]}
+    thresholds: dict[float | None, bool] = {-1e6: True, 1e6: False, None: False}
+    found = {
+        value: [
+            served.ask("span_qa", **body, null_threshold=value).json()["no_answer"],
+            served.call("span_qa", **body, null_threshold=value).no_answer,
+        ]
+        for value in thresholds
+    }
+    zero = served.ask("span_qa", **body, null_threshold=0.0).json()
+
+    assert found == {value: [expected, expected] for value, expected in thresholds.items()}
+    assert zero["no_answer"] == (zero["no_answer_probability"] > zero["answers"][0]["probability"])
+
+
 def test_a_long_class_text_is_cut_and_says_so(served: Served) -> None:
     """What is longer than the model reads is answered from its beginning, marked as such."""
     results = served.ask("classify", texts=[TEXT * 5, "short"]).json()["results"]

@@ -348,7 +348,7 @@ def test_the_task_file_is_the_format_that_was_trained(
 ) -> None:
     """Through JSON and back the server reads the labels, sizes and markers that the recipe used."""
     context = context_of(recipe, tokenizer, [row], max_tokens=77)
-    document = json.loads(json.dumps(recipe.task_file(context)))
+    document = json.loads(json.dumps(recipe.task_file(context, {})))
     format_ = task_format(document)
 
     assert isinstance(format_, kind)
@@ -356,6 +356,27 @@ def test_the_task_file_is_the_format_that_was_trained(
     assert format_.task_file() == document
     assert document["task"] == recipe.task
     assert tuple(document["labels"]) == context.labels
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers", "expected"),
+    [
+        ({"no_answer": True}, {"best_threshold": 1.25}, 1.25),
+        ({"no_answer": True, "null_threshold": -0.5}, {"best_threshold": 1.25}, -0.5),
+        ({"no_answer": True}, {}, 0.0),
+        ({"no_answer": True}, {"best_threshold": float("nan")}, 0.0),
+        ({"no_answer": True}, {"best_threshold": float("inf")}, 0.0),
+        ({}, {"best_threshold": 1.25}, None),
+    ],
+    ids=["found", "chosen", "no-validation", "not-a-number", "nothing-found", "always-answers"],
+)
+def test_no_answer_is_served_by_the_threshold_that_did_best(
+    tokenizer: Tokenizer, options: dict[str, Any], numbers: dict[str, float], expected: float | None
+) -> None:
+    """The validation's threshold goes into the task file, unless the job's owner chose one or no question lacks one."""
+    context = context_of(SPANS, tokenizer, [ASKED], options=options)
+
+    assert SPANS.task_file(context, numbers)["null_threshold"] == expected
 
 
 @pytest.mark.parametrize(

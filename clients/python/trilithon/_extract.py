@@ -70,7 +70,13 @@ class Extract:
         return self._client._call(RELATE, fields, options, Relations)
 
     def answer(
-        self, question: str, contexts: Sequence[str], *, n_best: int | None = None, **options: Unpack[CallOptions]
+        self,
+        question: str,
+        contexts: Sequence[str],
+        *,
+        n_best: int | None = None,
+        null_threshold: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> SpanAnswers:
         """
         Spans of the contexts that answer the question.
@@ -78,8 +84,10 @@ class Extract:
         Args:
             contexts: 1 to 64 texts, none empty; long ones are read in windows.
             n_best: how many candidates, 1 to 20. Default: 5.
+            null_threshold: by how much "no answer" must score above the best answer to be said. Default: the model's.
         """
-        return self._client._call(ANSWER, answer_fields(question, contexts, n_best, options), options, SpanAnswers)
+        fields = answer_fields(question, contexts, n_best, null_threshold, options)
+        return self._client._call(ANSWER, fields, options, SpanAnswers)
 
     def classify(
         self, texts: Sequence[str], *, text_pairs: Sequence[str] | None = None, **options: Unpack[CallOptions]
@@ -134,7 +142,13 @@ class AsyncExtract:
         return await self._client._call(RELATE, fields, options, Relations)
 
     async def answer(
-        self, question: str, contexts: Sequence[str], *, n_best: int | None = None, **options: Unpack[CallOptions]
+        self,
+        question: str,
+        contexts: Sequence[str],
+        *,
+        n_best: int | None = None,
+        null_threshold: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> SpanAnswers:
         """
         Spans of the contexts that answer the question.
@@ -142,8 +156,9 @@ class AsyncExtract:
         Args:
             contexts: 1 to 64 texts, none empty; long ones are read in windows.
             n_best: how many candidates, 1 to 20. Default: 5.
+            null_threshold: by how much "no answer" must score above the best answer to be said. Default: the model's.
         """
-        fields = answer_fields(question, contexts, n_best, options)
+        fields = answer_fields(question, contexts, n_best, null_threshold, options)
         return await self._client._call(ANSWER, fields, options, SpanAnswers)
 
     async def classify(
@@ -185,10 +200,16 @@ def relation_fields(
     return plain("relations", fields, options)
 
 
-def answer_fields(question: str, contexts: Sequence[str], n_best: int | None, options: CallOptions) -> dict[str, Any]:
+def answer_fields(
+    question: str,
+    contexts: Sequence[str],
+    n_best: int | None,
+    null_threshold: float | None,
+    options: CallOptions,
+) -> dict[str, Any]:
     """Fields of a question."""
-    fields = {"question": question, "contexts": _texts("answer", contexts), "n_best": n_best}
-    return plain("answer", fields, options)
+    given = {"n_best": n_best, "null_threshold": null_threshold}
+    return plain("answer", {"question": question, "contexts": _texts("answer", contexts), **given}, options)
 
 
 def classify_fields(texts: Sequence[str], text_pairs: Sequence[str] | None, options: CallOptions) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, fin
 from trilithon_parallel.checkpoint.run_dir import step_name, sync_directory
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
-from trilithon_parallel.report import read_metrics
+from trilithon_parallel.report import StepMetrics, read_metrics
 from trilithon_server.text.template import TEMPLATE_FILE
 
 TASK_FILE = "task.json"
@@ -42,11 +43,12 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
     out = write_export(work, directory, job.paths.export, step=step)
     digest = export_digest(work, out)
     num_bytes = sum(path.stat().st_size for path in out.iterdir())
-    _write_results(job)
+    steps = read_metrics(job.paths.run)
+    write_results(job, steps)
     kind = "model" if lora_spec(job.config) is None else "adapter"
     told = {"digest": digest, "bytes": num_bytes, "kind": kind, "step": step}
     events.tell("exported", f"The {kind} of step {step} is written.", data=told)
-    return told
+    return {**told, "peak_bytes": max((metrics.peak_bytes or 0 for metrics in steps), default=0)}
 
 
 def chosen_checkpoint(job: JobFile) -> tuple[int, Path]:
@@ -94,7 +96,7 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
                     shutil.copy2(checkpoint / name, part / name)
     except CheckpointError as error:
         raise refuse("export_failed", f"checkpoint {checkpoint.name} cannot be exported: {error}") from None
-    if task := work.recipe.task_file(work.context):
+    if task := work.recipe.task_file(work.context, validation_of(work.job, step)):
         write_json(part / TASK_FILE, task)
     if work.context.template is not None:
         (part / TEMPLATE_FILE).write_text(work.context.template.source, encoding="utf-8")
@@ -105,11 +107,17 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
     return out
 
 
-def _write_results(job: JobFile) -> None:
-    """`step_metrics.csv` and `report.json`, for people and spreadsheets."""
+def validation_of(job: JobFile, step: int) -> Mapping[str, float]:
+    """What the evaluation behind a step measured, by name; empty where none followed it."""
+    found = {metrics.step: metrics.validation for metrics in read_metrics(job.paths.run)}
+    return found.get(step) or {}
+
+
+def write_results(job: JobFile, steps: Sequence[StepMetrics]) -> None:
+    """`step_metrics.csv`, for people and spreadsheets."""
     results = job.paths.results
     results.mkdir(parents=True, exist_ok=True)
-    rows = [series_row(asdict(step)) for step in read_metrics(job.paths.run)]
+    rows = [series_row(asdict(step)) for step in steps]
     with (results / "step_metrics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns_of(rows), restval="")
         writer.writeheader()

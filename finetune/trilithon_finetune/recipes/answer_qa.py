@@ -3,25 +3,27 @@ Task `answer_qa`: answer questions in own words. Rows are
 
     {"question": "...", "answers": ["...", {"text": "..."}], "context": "..."}
 
-with the context left out where the model is to answer from memory. The first answer is learned; a validation of written
-answers accepts any of them. The text around them is that of `trilithon_server.tasks.answer_format`.
+with the context left out where the model is to answer from memory. The first answer is learned; of the answers that the
+exported model writes to validation questions any is accepted. The text around them is that of
+`trilithon_server.tasks.answer_format`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding, shown
 from trilithon_finetune.data.placed import PlacedRow
-from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
+from trilithon_finetune.metrics.squad import best_of, exact_match, token_f1
+from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample, Writing
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_finetune.recipes.questions import encode_question
-from trilithon_server.tasks.answer_format import answer_prompt, answer_text
+from trilithon_server.tasks.answer_format import ANSWER_END, answer_prompt, answer_text, read_answer
 
 QUESTION = "question/answers"
 NESTED = "data/paragraphs/qas"
@@ -30,7 +32,10 @@ KEYS = ("question", "answers", "context", "id", "title", "document_id", "is_impo
 
 
 class AnswerOptions(Section):
-    """Task `answer_qa` has no options."""
+    """Options of the task `answer_qa`."""
+
+    written_answers: Annotated[int, Field(ge=0)] = 200
+    """Validation questions, at most, that the export answers in its own words, for `exact_match` and `f1`; 0: none."""
 
 
 class AnswerQa(Recipe):
@@ -90,10 +95,28 @@ class AnswerQa(Recipe):
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
     ) -> Mapping[str, float]:
-        """The loss says it all while training; exact match and F1 need answers that the model writes."""
+        """The loss says it all while training; exact match and F1 need answers that the export writes."""
         return {}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def writing(self, context: Context) -> Writing | None:
+        """So many questions, each answered on one line."""
+        options = context.options
+        assert isinstance(options, AnswerOptions)
+        return Writing(options.written_answers, (ANSWER_END,)) if options.written_answers else None
+
+    def judge(
+        self, texts: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]], context: Context
+    ) -> Mapping[str, float]:
+        """`exact_match` and `f1` as SQuAD 1.1 has them, from 0 to 1, and how many `written_answers` they are of."""
+        golds = {line: [_text(answer) or "" for answer in rows[line]["answers"]] for line in texts}
+        said = {line: read_answer(text) for line, text in texts.items()}
+        return {
+            "exact_match": sum(best_of(exact_match, said[line], golds[line]) for line in texts) / len(texts),
+            "f1": sum(best_of(token_f1, said[line], golds[line]) for line in texts) / len(texts),
+            "written_answers": float(len(texts)),
+        }
+
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: a caller writes the prompt."""
         return {}
 

@@ -118,12 +118,26 @@ class Output:
 
     Attributes:
         sample: the sample.
-        values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; vocabulary and preference: [1], the
-            summed log-probability of the supervised tokens.
+        values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; vocabulary and preference: [2], the
+            summed log-probability of the supervised tokens, and how many of them are the likeliest.
     """
 
     sample: Sample
     values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """
+    How an export is asked to write answers to validation rows.
+
+    Attributes:
+        count: rows, at most.
+        stops: a text ends before any of these, if not at its end token.
+    """
+
+    count: int
+    stops: tuple[str, ...] = ()
 
 
 class Recipe(Protocol):
@@ -181,6 +195,21 @@ class Recipe(Protocol):
         """Numbers of a validation by name; `rows` by line. Empty where the loss says it all."""
         ...
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
-        """What the server must know to serve the task: written as `task.json` beside the model."""
+    def writing(self, context: Context) -> Writing | None:
+        """How the export's own answers are asked for; None where they measure nothing."""
+        return None
+
+    def judge(
+        self, texts: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]], context: Context
+    ) -> Mapping[str, float]:
+        """Numbers of the texts that an export wrote, by name; texts and rows by line. Asked where `writing` says how."""
+        return {}
+
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
+        """
+        What the server must know to serve the task: written as `task.json` beside the model.
+
+        Args:
+            numbers: of the validation of what is exported, as `metrics` gave them; empty where there was none.
+        """
         ...

@@ -77,6 +77,6 @@ class CausalLm(Recipe):
         """The loss says it all."""
         return {}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: it is served as any decoder."""
         return {}

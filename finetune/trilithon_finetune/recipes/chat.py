@@ -83,6 +83,6 @@ class Chat(Recipe):
         """The loss says it all."""
         return {}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: the chat template says how it is served."""
         return {}

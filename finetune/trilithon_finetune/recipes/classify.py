@@ -80,6 +80,6 @@ class Classify(Recipe):
         numbers = {"accuracy": accuracy(gold, predicted), "macro_f1": macro_f1(gold, predicted)}
         return numbers | {f"f1/{name}": score.f1 for name, score in class_scores(gold, predicted).items()}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `ClassFormat` reads."""
         return ClassFormat(context.labels, context.max_tokens).task_file()

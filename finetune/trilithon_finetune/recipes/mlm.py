@@ -93,10 +93,16 @@ class MaskedTokens(Recipe):
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
     ) -> Mapping[str, float]:
-        """The loss says it all."""
-        return {}
+        """
+        `loss_per_byte`: nats for each byte of the masked text, which vocabularies can be compared by; the loss of a
+        token can't, since a coarser vocabulary guesses longer tokens.
+        """
+        lost = -sum(float(output.values[0]) for output in outputs)
+        masked = (target for output in outputs for target in output.sample.targets if target != IGNORE)
+        num_bytes = sum(len(context.tokenizer.token_bytes(target)) for target in masked)
+        return {"loss_per_byte": lost / num_bytes} if num_bytes else {}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: it is served as any encoder."""
         return {}
 

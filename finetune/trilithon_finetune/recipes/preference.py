@@ -101,6 +101,6 @@ class Preference(Recipe):
         """The loss says it all: margins need the model that training began from."""
         return {}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: the chat template says how it is served."""
         return {}

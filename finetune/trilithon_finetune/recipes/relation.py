@@ -111,7 +111,7 @@ class Relation(Recipe):
         each = class_scores(gold, predicted)
         return numbers | {f"f1/{name}": score.f1 for name, score in each.items() if name != format_.negative}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `RelationFormat` reads."""
         return _format(context).task_file()
 

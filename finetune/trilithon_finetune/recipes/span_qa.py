@@ -7,7 +7,9 @@ Rows are SQuAD's, 1.1 or 2.0: the nested JSON document, or flat lines
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
@@ -33,8 +35,9 @@ class SpanOptions(Section):
 
     no_answer: bool = False
     """Questions may have no answer: rows may say `is_impossible`, and the model may say so too."""
-    null_threshold: float = 0.0
-    """With `no_answer`: by how much "no answer" must score above the best answer to be said."""
+    null_threshold: float | None = None
+    """With `no_answer`: by how much "no answer" must score above the best answer to be said. None: what does best on the
+    validation of the exported checkpoint; 0 until then, and where all of its questions have answers."""
     doc_stride: Annotated[int, Field(ge=1)] = 128
     """Tokens from the start of one window of a long context to the next."""
     max_question_tokens: Annotated[int, Field(ge=1)] = 64
@@ -141,8 +144,11 @@ class SpanQa(Recipe):
             questions.append(Question(golds, found.best(None), found.null_margin))
         return evaluate(questions, null_threshold=format_.null_threshold)
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
-        """What `SpanFormat` reads."""
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
+        """What `SpanFormat` reads, with the threshold of "no answer" that did best, where none was chosen."""
+        options, best = _options(context), numbers.get("best_threshold")
+        if options.null_threshold is None and best is not None and math.isfinite(best):
+            context = replace(context, options=options.model_copy(update={"null_threshold": best}))
         return _format(context).task_file()
 
 
@@ -160,7 +166,7 @@ def _format(context: Context) -> SpanFormat:
         max_question_tokens=options.max_question_tokens,
         max_answer_tokens=options.max_answer_tokens,
         n_best=options.n_best,
-        null_threshold=options.null_threshold if options.no_answer else None,
+        null_threshold=options.null_threshold or 0.0 if options.no_answer else None,
     )
 
 

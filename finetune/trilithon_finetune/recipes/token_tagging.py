@@ -114,7 +114,7 @@ class TokenTagging(Recipe):
         numbers = {"precision": total.precision, "recall": total.recall, "f1": total.f1}
         return numbers | {f"f1/{name}": score.f1 for name, score in scores.items()}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `TaggingFormat` reads."""
         return _format(context).task_file()
 

@@ -101,6 +101,6 @@ class YesNoMaybe(Recipe):
             predicted.append(likeliest([logprobs[i] for i in range(len(ANSWERS))]))
         return {"accuracy": accuracy(gold, predicted), "macro_f1": macro_f1(gold, predicted)}
 
-    def task_file(self, context: Context) -> dict[str, JsonValue]:
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """Nothing: a caller writes the prompt and compares."""
         return {}

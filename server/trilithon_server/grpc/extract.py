@@ -63,6 +63,7 @@ class Extractions(extract_pb2_grpc.ExtractServiceServicer):
             list(request.contexts),
             convert.meta_values(request.meta),
             n_best=request.n_best,
+            null_threshold=request.null_threshold if request.HasField("null_threshold") else None,
         )
         return extract_pb2.SpanAnswerResponse(**extract_answers.answered(result))
 

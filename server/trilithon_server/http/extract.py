@@ -73,6 +73,11 @@ class SpansRequest(_Body):
     question: str
     contexts: list[str]
     n_best: int = Field(0, ge=0, le=MAX_ANSWERS, description="How many answers; 0 means the default, 5.")
+    null_threshold: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description='By how much "no answer" must score above the best answer to be said; null means the model\'s own.',
+    )
 
 
 class ClassesRequest(_Body):
@@ -132,6 +137,7 @@ async def spans(service: Service, exchange: Exchange, call: Call) -> None:
             body.contexts,
             parsed.values,
             n_best=body.n_best,
+            null_threshold=body.null_threshold,
             found=parsed.found,
         )
         await _respond(exchange, extract_answers.answered(result), result.told)

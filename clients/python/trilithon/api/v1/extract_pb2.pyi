@@ -310,10 +310,13 @@ class SpanAnswerRequest(google.protobuf.message.Message):
     QUESTION_FIELD_NUMBER: builtins.int
     CONTEXTS_FIELD_NUMBER: builtins.int
     N_BEST_FIELD_NUMBER: builtins.int
+    NULL_THRESHOLD_FIELD_NUMBER: builtins.int
     question: builtins.str
     """Range: at least one word, at most 4096 characters; what is longer than the model's own limit is cut."""
     n_best: builtins.int
     """How many answers. Unset: 5. Range: 1 to 20. Zero: same as unset."""
+    null_threshold: builtins.float
+    """By how much "no answer" must score above the best answer to be said. Unset: the model's own. Range: any finite number."""
     @property
     def meta(self) -> trilithon.api.v1.common_pb2.RequestMeta:
         """Unset: all of its defaults."""
@@ -329,9 +332,11 @@ class SpanAnswerRequest(google.protobuf.message.Message):
         question: builtins.str = ...,
         contexts: collections.abc.Iterable[builtins.str] | None = ...,
         n_best: builtins.int = ...,
+        null_threshold: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["meta", b"meta"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["contexts", b"contexts", "meta", b"meta", "n_best", b"n_best", "question", b"question"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_null_threshold", b"_null_threshold", "meta", b"meta", "null_threshold", b"null_threshold"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_null_threshold", b"_null_threshold", "contexts", b"contexts", "meta", b"meta", "n_best", b"n_best", "null_threshold", b"null_threshold", "question", b"question"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_null_threshold", b"_null_threshold"]) -> typing.Literal["null_threshold"] | None: ...
 
 Global___SpanAnswerRequest: typing_extensions.TypeAlias = SpanAnswerRequest
 
