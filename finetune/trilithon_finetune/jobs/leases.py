@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from trilithon.errors import Unavailable
 from trilithon_finetune.jobs.moves import Ending, LeaseLost
-from trilithon_finetune.jobs.queue import Claim, Move, NewCheckpoint, Queue
+from trilithon_finetune.jobs.queue import Claim, Move, NewCheckpoint, Queue, Verified
 from trilithon_finetune.jobs.records import Desired, Job
 
 _AGAIN_S = 0.25  # between two tries while the database is away
@@ -88,7 +88,7 @@ class Lease:
         wait_s: float | None = None,
         release: bool = False,
         ending: Ending | None = None,
-        verified: int | None = None,
+        verified: Verified | None = None,
     ) -> Job:
         """`Queue.write`, insisting. Raises LeaseLost."""
         used = {"used_ms": int(self.used_s * 1000)} if release else {}

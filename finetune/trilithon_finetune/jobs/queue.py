@@ -55,6 +55,14 @@ class NewCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """The step whose export was verified, and what was measured of it then."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
     """One step of a job: the new state (None: it stays) and what is told of it."""
 
@@ -123,7 +131,7 @@ class Queue:
         ending: Ending | None = None,
         offset: int | None = None,
         saved: Sequence[NewCheckpoint] = (),
-        verified: int | None = None,
+        verified: Verified | None = None,
     ) -> Job:
         """
         Write what a worker did, in one transaction. The second try of a write whose answer was lost changes nothing.
@@ -135,7 +143,7 @@ class Queue:
             release: end the lease.
             ending: of the attempt.
             offset: of the attempt's events.jsonl behind the events of these moves.
-            saved: rows of checkpoints. verified: step of the one whose export was verified.
+            saved: rows of checkpoints. verified: the one whose export was verified.
         Raises:
             LeaseLost: somebody else has the job.
         """
@@ -166,8 +174,10 @@ class Queue:
             for checkpoint in saved:
                 self._save(connection, claim, checkpoint)
             if verified is not None:
-                key = {"job_id": claim.job.id, "step": verified}
-                connection.execute(update(checkpoints).filter_by(**key).values(verified=True))
+                key = {"job_id": claim.job.id, "step": verified.step}
+                known = connection.execute(select(checkpoints.c.metrics).filter_by(**key)).scalar_one_or_none() or {}
+                found = {"verified": True, "metrics": {**known, **verified.metrics}}
+                connection.execute(update(checkpoints).filter_by(**key).values(found))
             self._thin(connection, claim, [event.step for event in last.events if event.step is not None])
             return job_of(row)
 

@@ -21,14 +21,16 @@ from typing import Any, Literal
 
 from trilithon.errors import Unavailable
 from trilithon_finetune.errors import JobError
+from trilithon_finetune.estimate import compared
 from trilithon_finetune.jobs.ends import give_up, release, rest
 from trilithon_finetune.jobs.jobfile import LEASE_FILE, LOCK_FILE, write_job_file, write_lease
 from trilithon_finetune.jobs.launch import Exit, Launcher, LaunchHandle, LaunchSpec
 from trilithon_finetune.jobs.leases import Lease
-from trilithon_finetune.jobs.moves import Ending, LeaseLost, NewEvent
+from trilithon_finetune.jobs.moves import SOUND, Ending, LeaseLost, NewEvent, checked_columns
 from trilithon_finetune.jobs.news import NewsDesk
 from trilithon_finetune.jobs.outcome import STOPPED, AttemptFailed, bug, error_of, phase_data
-from trilithon_finetune.jobs.queue import Move
+from trilithon_finetune.jobs.queue import Move, Verified
+from trilithon_finetune.jobs.reservations import lack
 from trilithon_finetune.jobs.results import collect_results
 from trilithon_finetune.jobs.service import Jobs
 from trilithon_finetune.jobs.settings import WorkerSettings
@@ -102,25 +104,22 @@ class JobRun:
 
     def _validate(self) -> None:
         data = self._phase("validate")
-        values = {name: data.get(name) for name in ("resolved", "report", "estimate", "seed")}
-        values |= {name: data.get(name) or "" for name in ("base_digest", "data_digest", "template_digest")}
-        moves = [
-            Move(
-                S.QUEUED, (self._news.told("validated", "Configuration and data are sound; the job is in the queue."),)
-            )
-        ]
+        moves = [Move(S.QUEUED, (self._news.told("validated", SOUND),))]
         if self._lease.look() == "pause":
             moves.append(Move(S.PAUSED, (_event("paused", "The job rests until it is resumed."),)))
-        self._lease.write(*moves, values={**values, "next_attempt": self._attempt}, release=True)
+        self._lease.write(*moves, values={**checked_columns(data), "next_attempt": self._attempt}, release=True)
 
     def _work(self) -> None:
         self._phase("prepare")
+        self._wait_for_room()
         self._move(S.STARTING, self._news.told("prepared", "The data is prepared."))
         self._train()
         self._move(S.EXPORTING, self._news.told("export_started", "The result is being written."))
         exported = self._phase("export")
         started = self._news.told("verify_started", "It is read back and compared with what was trained.")
-        self._move(S.VERIFYING, self._news.told("exported", "The result is written.", exported), started)
+        written = self._news.told("exported", "The result is written.", exported)
+        needed = compared(self._lease.job.estimate, exported["peak_bytes"])
+        self._lease.write(Move(S.VERIFYING, (written, started)), values={"estimate": needed})
         verified = self._phase("verify")
         served = self._serve(exported)
         files, warnings = collect_results(self._jobs, self._lease.job)
@@ -132,8 +131,18 @@ class JobRun:
             values={"result": result, "result_files": list(files), "error": None},
             release=True,
             ending=Ending(outcome="succeeded"),
-            verified=exported["step"],
+            verified=Verified(exported["step"], verified.get("numbers", {})),
         )
+
+    def _wait_for_room(self) -> None:
+        """A server on this host comes first. Nothing runs for the job meanwhile, and it can be paused and cancelled."""
+        told = False
+        while (reason := lack(self._jobs.paths, self._config, self._lease.job.estimate)) is not None:
+            if not told:
+                self._lease.write(Move(None, (_event("waiting", reason),)))
+                told = True
+            self._obey()
+            time.sleep(self._settings.look_s)
 
     def _phase(self, name: str) -> dict[str, Any]:
         handle = self._start(name, self._settings.phase_command, name, nproc=1)

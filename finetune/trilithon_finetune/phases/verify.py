@@ -2,7 +2,8 @@
 Verification: a fresh process loads the export as a server does and holds it against what the trainer said.
 
 A job succeeds only when its export says of held-out samples what the model said in training. That catches what loads
-without a complaint and computes something else: a transposed factor, two projections swapped, a scale left out.
+without a complaint and computes something else: a transposed factor, two projections swapped, a scale left out. Then a
+task that measures answers has the export write some.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from trilithon.errors import TrilithonError
 from trilithon_finetune.errors import FinetuneError, JobError
-from trilithon_finetune.phases.export import chosen_checkpoint
+from trilithon_finetune.phases.export import chosen_checkpoint, write_results
 from trilithon_finetune.phases.outcome import Events
+from trilithon_finetune.phases.written import written_numbers
 from trilithon_finetune.recipes.base import IGNORE, Sample
 from trilithon_finetune.resolve import lora_spec
 from trilithon_finetune.setup import JobFile
@@ -34,6 +37,7 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import MAX_RANK, AdapterBank
 from trilithon_parallel.lora.merge import merge_into
 from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
+from trilithon_parallel.report import add_validation, read_metrics
 from trilithon_parallel.weights.loader import load_stage
 
 Values = npt.NDArray[np.float32]
@@ -88,9 +92,29 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
         "max_abs": worst,
         "checks": [{"name": c.name, "max_abs": c.max_abs, "allowed": c.allowed} for c in checks],
     }
+    data["numbers"] = _written(work, step, events)
     message = f"The export gives the trainer's outputs on {len(probes)} samples, within {worst:.1e}."
     events.tell("verified", message, data=data)
     return data
+
+
+def _written(work: Work, step: int, events: Events) -> dict[str, float]:
+    """
+    Numbers of answers that the export writes, told and put beside the step's evaluation.
+
+    An export that is what was trained is good without them: where they can't be had, that is told.
+    """
+    try:
+        numbers = written_numbers(work, work.job.paths.export)
+    except (ModelError, TrilithonError) as error:
+        events.tell("warning", f"The export's own answers could not be measured: {error}", level="warn")
+        return {}
+    if numbers:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        events.tell("eval", f"Step {step}, in its own words: {shown}", data={"step": step, **numbers})
+        add_validation(work.job.paths.run, step, numbers)
+        write_results(work.job, read_metrics(work.job.paths.run))
+    return numbers
 
 
 def _mismatch(message: str) -> FinetuneError:

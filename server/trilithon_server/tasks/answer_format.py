@@ -11,6 +11,9 @@ asked, and an answer begins with a space, as tokenizers expect of a word.
 
 from __future__ import annotations
 
+ANSWER_END = "\n"
+"""An answer is one line; a model that doesn't say its end token goes on with another question."""
+
 
 def answer_prompt(question: str, context: str = "") -> str:
     r"""
@@ -35,4 +38,4 @@ def read_answer(text: str) -> str:
     >>> read_answer(" twelve \\nQuestion: And")
     'twelve'
     """
-    return text.strip().partition("\n")[0].strip()
+    return text.strip().partition(ANSWER_END)[0].strip()
