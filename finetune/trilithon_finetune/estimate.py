@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trilithon_finetune.config import JobConfig
+from trilithon_finetune.data.batches import Heaviest
 from trilithon_finetune.resolve import lora_spec
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.costs import PlannedLayout, model_flops
@@ -32,7 +33,21 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 EFFICIENCY = (0.2, 0.45, 0.8)
 """Share of the peak that training reaches: at worst, as a rule, at best."""
 
+EVALUATION_COST = 1 / 3
+"""Of a token that is only read, in tokens that are learned from."""
+
+MEASURED_SPREAD = (0.9, 1.25)
+"""What a run takes of what its first steps promise."""
+
+BACKWARD_LAYERS = 1.0
+"""Layers whose activations' gradients are held besides, while the backward pass goes through."""
+
+ALLOCATOR_SHARE = 0.05
+"""Of all else: what the allocator holds and does not use."""
+
 DISK_MARGIN = 1.05
+
+_A_RANK_NEEDS = "a rank needs"
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Workload:
         units: samples, or pairs, of one epoch.
         valid_tokens: of one evaluation.
         steps: of the whole run.
+        heaviest: the largest micro-batch of the run.
     """
 
     tokens: int
@@ -53,6 +69,7 @@ class Workload:
     units: int
     valid_tokens: int
     steps: int
+    heaviest: Heaviest
 
 
 @dataclass(frozen=True)
@@ -69,11 +86,13 @@ class Estimate:
     """
     The answer; `memory` by part, of the fullest rank. `problems`: why it is not allowed, each with what would help.
 
-    `seconds` is what is likely, between `seconds_low` and `seconds_high`; not measured, but for the machine's peak.
+    `evaluated_tokens` are those of all evaluations. `seconds` is what is likely, between `seconds_low` and
+    `seconds_high`; `measured`: by steps of the job itself (`probe`), rather than by the machine's peak.
     """
 
     train_tokens: int
     supervised_tokens: int
+    evaluated_tokens: int
     steps: int
     memory: Mapping[str, int]
     rank_bytes: int
@@ -83,6 +102,7 @@ class Estimate:
     seconds_low: float
     seconds_high: float
     problems: tuple[str, ...]
+    measured: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -108,7 +128,7 @@ class Estimate:
             "seconds": self.seconds,
             "seconds_low": self.seconds_low,
             "seconds_high": self.seconds_high,
-            "measured": False,
+            "measured": self.measured,
             "allowed": self.allowed,
             "findings": [
                 {"code": "estimate_exceeded", "severity": "error", "message": problem} for problem in self.problems
@@ -122,40 +142,83 @@ def estimate(config: JobConfig, model: ModelConfig, work: Workload, machine: Mac
         config: resolved.
         model: with the task's head.
     """
-    memory = rank_memory(config, model, longest=work.longest)
+    memory = rank_memory(config, model, work)
     disk = disk_bytes(config, model, work)
     passes = config.training.epochs or 1
     share = work.steps / max(1, passes * math.ceil(work.units / (config.training.batch_size or 1)))
     train_tokens = round(work.tokens * passes * min(1.0, share))
-    evaluations = max(1, work.steps // (config.eval.every_steps or work.steps or 1))
-    flops = _flops_per_token(config, model, work.longest)
-    work_flops = flops * train_tokens + flops / 3 * work.valid_tokens * evaluations
+    evaluated = work.valid_tokens * max(1, work.steps // (config.eval.every_steps or work.steps or 1))
+    flops = _flops_per_token(config, model, work.longest) * (train_tokens + EVALUATION_COST * evaluated)
     ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
-    slow, likely, fast = (work_flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY)
+    slow, likely, fast = (flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY)
     problems = []
     if (needed := sum(memory.values())) > machine.rank_bytes:
-        problems.append(_memory_problem(config, model, work.longest, needed, machine.rank_bytes))
+        problems.append(_memory_problem(config, model, work, needed, machine.rank_bytes))
     if disk > machine.disk_bytes:
         problems.append(
             f"the disk must have {_gib(disk)} free. Given: {_gib(machine.disk_bytes)}. "
             "Lower checkpoint.keep, or make room."
         )
     return Estimate(
-        train_tokens,
-        round(work.supervised * passes * min(1.0, share)),
-        work.steps,
-        memory,
-        machine.rank_bytes,
-        disk,
-        machine.disk_bytes,
-        likely,
-        fast,
-        slow,
-        tuple(problems),
+        train_tokens=train_tokens,
+        supervised_tokens=round(work.supervised * passes * min(1.0, share)),
+        evaluated_tokens=evaluated,
+        steps=work.steps,
+        memory=memory,
+        rank_bytes=machine.rank_bytes,
+        disk_bytes=disk,
+        disk_free_bytes=machine.disk_bytes,
+        seconds=likely,
+        seconds_low=fast,
+        seconds_high=slow,
+        problems=tuple(problems),
     )
 
 
-def rank_memory(config: JobConfig, model: ModelConfig, *, longest: int) -> dict[str, int]:
+def by_measurement(estimate: Estimate, *, peak_bytes: int, tokens_per_s: float) -> Estimate:
+    """
+    The estimate with what steps of the job have taken.
+
+    Args:
+        peak_bytes: of the fullest rank, no checkpoint in the making.
+        tokens_per_s: of training, all ranks together.
+    """
+    memory = {"measured": peak_bytes, "checkpoints": estimate.memory["checkpoints"]}
+    memory["allocator"] = round(ALLOCATOR_SHARE * sum(memory.values()))
+    seconds = (estimate.train_tokens + EVALUATION_COST * estimate.evaluated_tokens) / tokens_per_s
+    needed = sum(memory.values())
+    problems = [problem for problem in estimate.problems if not problem.startswith(_A_RANK_NEEDS)]
+    if needed > estimate.rank_bytes:
+        problems.append(
+            f"{_A_RANK_NEEDS} {_gib(needed)} of memory, as measured. Given: {_gib(estimate.rank_bytes)}. "
+            "Lower training.micro_batch_tokens, or use more ranks (parallel.tp, parallel.pp)."
+        )
+    low, high = (seconds * share for share in MEASURED_SPREAD)
+    return replace(
+        estimate,
+        memory=memory,
+        seconds=seconds,
+        seconds_low=low,
+        seconds_high=high,
+        problems=tuple(problems),
+        measured=True,
+    )
+
+
+def compared(estimate: Mapping[str, Any] | None, peak_bytes: int) -> dict[str, Any] | None:
+    """
+    An estimate as JSON, with what the run took and by which share of it the estimate was above.
+
+    >>> compared({"peak_bytes_per_rank": 110}, 100)
+    {'peak_bytes_per_rank': 110, 'measured_peak_bytes': 100, 'error': 0.1}
+    """
+    if estimate is None or not peak_bytes:
+        return None if estimate is None else dict(estimate)
+    error = round(estimate["peak_bytes_per_rank"] / peak_bytes - 1, 4)
+    return {**estimate, "measured_peak_bytes": peak_bytes, "error": error}
+
+
+def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[str, int]:
     """Bytes of the fullest rank, by part."""
     tp, pp, dp = config.parallel.tp, config.parallel.pp, config.parallel.dp
     element = ELEMENT_BYTES[config.dtype]
@@ -167,21 +230,30 @@ def rank_memory(config: JobConfig, model: ModelConfig, *, longest: int) -> dict[
         stage_parameters(base, tp=tp, num_layers=layers, is_first=first, is_last=last) for first, last in ends
     )
     embedding = local_sizes(model, tp).vocab * model.hidden_size
-    trained = trained_parameters(config, model) / (tp * pp) if config.tuning.kind == "lora" else weights
-    tokens = max(config.training.micro_batch_tokens or 0, longest)
+    is_full = config.tuning.kind == "full"
+    trained = weights if is_full else trained_parameters(config, model) / (tp * pp)
+    tokens = work.heaviest.tokens
     layout = PlannedLayout(tp, pp, dp, 1, 1, "none", False, True, "1f1b")
-    numerics = Numerics(config.dtype, bool(config.training.dropout))
-    linear, _ = layer_parts(model, layout, numerics, tokens)
+    layer, _ = layer_parts(model, layout, Numerics(config.dtype, bool(config.training.dropout)), tokens)
+    states = 8 if config.dtype == "float32" else 12
     parts = {
+        "framework": FRAMEWORK_BYTES,
         "weights": element * weights,
         "packed": element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
         "gradients": 4 * trained,
-        "optimizer": (8 if config.dtype == "float32" else 12) * trained / dp,
-        "activations": min(pp, 2) * layers * linear,
-        "head": _head_bytes(model, tokens, tp),
-        "framework": FRAMEWORK_BYTES,
+        "optimizer": states * trained / dp,
+        "activations": (min(pp, work.heaviest.micro_batches) * layers + BACKWARD_LAYERS) * layer,
+        "head": _head_bytes(model, _head_tokens(config, work), tp),
+        "checkpoints": (element + states) * trained / dp,
     }
+    parts["allocator"] = ALLOCATOR_SHARE * sum(parts.values())
     return {name: round(size) for name, size in parts.items()}
+
+
+def _head_tokens(config: JobConfig, work: Workload) -> int:
+    """Rows of logits at once: of training, or of an evaluation, whose micro-batches are full."""
+    capacity = max(config.training.micro_batch_tokens or 0, work.longest)
+    return max(work.heaviest.tokens, min(capacity, work.valid_tokens))
 
 
 def _head_bytes(model: ModelConfig, tokens: int, tp: int) -> float:
@@ -212,16 +284,16 @@ def _flops_per_token(config: JobConfig, model: ModelConfig, longest: int) -> flo
     return flops if config.tuning.kind == "full" else flops * 2 / 3
 
 
-def _memory_problem(config: JobConfig, model: ModelConfig, longest: int, needed: int, available: int) -> str:
+def _memory_problem(config: JobConfig, model: ModelConfig, work: Workload, needed: int, available: int) -> str:
     """What is missing, and the smallest change that would fit, if one of these does."""
-    said = f"a rank needs {_gib(needed)} of memory. Given: {_gib(available)}."
-    tokens = config.training.micro_batch_tokens or longest
-    while tokens // 2 >= longest:
+    said = f"{_A_RANK_NEEDS} {_gib(needed)} of memory. Given: {_gib(available)}."
+    tokens = config.training.micro_batch_tokens or work.longest
+    while tokens // 2 >= work.longest:
         tokens //= 2
-        smaller = config.model_copy(
-            update={"training": config.training.model_copy(update={"micro_batch_tokens": tokens})}
-        )
-        if (fits := sum(rank_memory(smaller, model, longest=longest).values())) <= available:
+        training = config.training.model_copy(update={"micro_batch_tokens": tokens})
+        smaller = replace(work, heaviest=replace(work.heaviest, tokens=min(tokens, work.heaviest.tokens)))
+        fits = sum(rank_memory(config.model_copy(update={"training": training}), model, smaller).values())
+        if fits <= available:
             return f"{said} training.micro_batch_tokens {tokens} would need {_gib(fits)}."
     if config.tuning.kind == "full":
         return f"{said} Use tuning.kind lora, shorter rows, or more ranks (parallel.tp, parallel.pp)."

@@ -50,6 +50,9 @@ class Observer(Protocol):
     def end(self) -> None:
         """The one that began last is done (not told when it failed: it stays the one that was waited for)."""
 
+    def moved(self) -> None:
+        """Work of this process alone is done: a micro-batch's forward or backward pass."""
+
 
 _recorders: list[list[Call]] = []
 _observers: list[Observer] = []
@@ -94,6 +97,12 @@ def _waiting(op: str, label: str, axis: Axis) -> Iterator[None]:
         raise CollectiveError(label, axis, error) from error
     for observer in _observers:
         observer.end()
+
+
+def moved() -> None:
+    """Tell the observers that this process has got on, where it waits for nobody."""
+    for observer in _observers:
+        observer.moved()
 
 
 def all_reduce(x: Tensor, axis: Axis, *, label: str) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 METASPACE = "\u2581"
 """The visible space of SentencePiece: U+2581."""
 
+UNKNOWN_PIECES = ("[UNK]", "<unk>")
+"""How vocabularies spell the piece that stands for what they lack."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 

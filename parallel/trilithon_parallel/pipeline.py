@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from trilithon_parallel.collectives import moved
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.p2p import Channels, PipelineError
 from trilithon_parallel.schedule import Message, Recv, Run, Send, Step
@@ -101,10 +102,12 @@ def run(
             completed = None
             if step.op.kind == "F":
                 rank.forward(step)
+                moved()
                 continue
             left[step.op.chunk] -= 1
             is_last = left[step.op.chunk] == 0
             rank.backward(step, before=before_last_backward if is_last else None)
+            moved()
             completed = step.op.chunk if is_last else None
         if completed is not None and on_backward_done is not None:
             on_backward_done(completed)

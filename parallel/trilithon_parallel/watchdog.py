@@ -75,7 +75,8 @@ class Watchdog:
     Args:
         rank: this process' global rank; `world_size`: how many there are.
         run_dir: directory of the run, the same for all ranks (a shared file system where they are on several hosts).
-        timeout_s: seconds without progress (no collective begins or ends, no step, no phase) that are a hang.
+        timeout_s: seconds without progress that are a hang: no collective begins or ends, no pass of a micro-batch is
+            done, no step or phase begins.
         first_timeout_s: the same until the second step begins: kernels and connections are made in the first.
         on_hang: called with the verdict in place of ending the process (tests).
     """
@@ -144,6 +145,10 @@ class Watchdog:
         """The wait that began last is over (`collectives.Observer`)."""
         self._completed, self._pending = self._pending, None
         self._calls += 1
+        self.moved()
+
+    def moved(self) -> None:
+        """Work of this process alone is done (`collectives.Observer`)."""
         self._moved_at = time.monotonic()
 
     def state(self) -> RankState:

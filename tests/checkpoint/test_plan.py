@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_configs import GPT2, LLAMA
 
-from trilithon_parallel.checkpoint.plan import Layout, Move, holdings, plan
+from trilithon_parallel.checkpoint.plan import Move, holdings, plan
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.layout import Layout
 from trilithon_parallel.placement import global_shapes, local_slice
 
 State = dict[tuple[int, str], npt.NDArray[np.int64]]  # (rank, parameter) -> its tensor, padding included

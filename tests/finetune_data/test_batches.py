@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trilithon_finetune.data.batches import MicroBatch, Order, heaviest_step, in_order, share
+from trilithon_finetune.data.batches import MicroBatch, Order, heaviest, in_order, share
 from trilithon_finetune.data.packing import efficiency, pack, pack_shuffled
 from trilithon_parallel.data.errors import DataError
 
@@ -113,10 +113,35 @@ def test_too_few_units_are_repeated_without_weight() -> None:
     assert in_order([3, 3], 3, dp=1) == [[MicroBatch((0,)), MicroBatch((1,))]]
 
 
-def test_the_heaviest_step_holds_the_largest_micro_batch() -> None:
-    """The step to try out first is that of the longest unit."""
+def test_the_heaviest_step_holds_the_longest_unit() -> None:
+    """The step to try out first is that of the longest unit, where that is longer than a micro-batch."""
     lengths = [4] * 30
     lengths[17] = 90
     order = Order(30, 5, 3)
 
-    assert 17 in order.units(heaviest_step(order, lengths, dp=2, micro_batch_tokens=16))
+    found = heaviest(order, lengths, num_steps=6, dp=2, micro_batch_tokens=16)
+
+    assert 17 in order.units(found.step)
+    assert found.tokens == 90
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 50), min_size=40, max_size=120), seed=st.integers(0, 99), dp=st.integers(1, 2))
+def test_the_heaviest_micro_batch_of_all_epochs_is_found(lengths: list[int], seed: int, dp: int) -> None:
+    """
+    As large as any that the run makes, whether a step is one micro-batch or several.
+
+    Inverse seen: with the first epoch alone looked at, a later one holds a larger batch.
+    """
+    order, steps = Order(len(lengths), 2 * dp, seed), 5 * -(-len(lengths) // (2 * dp))
+
+    def largest(capacity: int) -> int:
+        rows = (
+            share(units, [lengths[u] for u in units], dp=dp, micro_batch_tokens=capacity)
+            for units in map(order.units, range(steps))
+        )
+        return max(sum(lengths[u] for u in micro.units) for dealt in rows for row in dealt for micro in row)
+
+    for capacity in (1000, 64):
+        found = heaviest(order, lengths, num_steps=steps, dp=dp, micro_batch_tokens=capacity)
+        assert found.tokens == largest(capacity)

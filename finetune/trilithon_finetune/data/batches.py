@@ -114,25 +114,59 @@ def share(
     ]
 
 
-def heaviest_step(
-    order: Order, lengths: Sequence[int], *, dp: int, micro_batch_tokens: int, multiple_of: int = 1
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Heaviest:
     """
-    The step of the first epoch with the largest micro-batch, for trying out what memory must hold.
+    The step with the largest micro-batch.
+
+    Attributes:
+        tokens: of that micro-batch. micro_batches: that a rank holds in the step.
+    """
+
+    step: int
+    tokens: int
+    micro_batches: int
+
+
+_LOOKED_AT = 2000  # steps whose micro-batches are made to find the heaviest; they are those with the most tokens
+
+
+def heaviest(
+    order: Order, lengths: Sequence[int], *, num_steps: int, dp: int, micro_batch_tokens: int, multiple_of: int = 1
+) -> Heaviest:
+    """
+    What memory must hold, found without making the micro-batches of every step.
+
+    Where a step is one micro-batch, it is the one with the most tokens. Else micro-batches are filled to the brim, and
+    the largest is found among the first so many steps by their tokens, and the one with the longest unit.
 
     Args:
         lengths: tokens of every unit.
+        num_steps: of the run.
         dp, micro_batch_tokens, multiple_of: as for `share`.
     """
+    held = np.asarray(lengths, dtype=np.int64)
+    sums = np.concatenate([_batch_sums(order, held, epoch) for epoch in range(order.epoch(num_steps - 1) + 1)])
+    steps = {int(step) for step in np.argsort(-sums[:num_steps], kind="stable")[:_LOOKED_AT]}
+    at = int(np.flatnonzero(_permutation(order.num_units, order.seed, 0) == held.argmax())[0])
+    steps.add(min(at // order.batch_size, num_steps - 1))
 
-    def tokens(step: int) -> int:
+    def look(step: int) -> Heaviest:
         units = order.units(step)
         rows = share(
             units, [lengths[u] for u in units], dp=dp, micro_batch_tokens=micro_batch_tokens, multiple_of=multiple_of
         )
-        return max(sum(lengths[u] for u in micro.units) for row in rows for micro in row)
+        tokens = max(sum(int(lengths[u]) for u in micro.units) for row in rows for micro in row)
+        return Heaviest(step, tokens, len(rows[0]))
 
-    return max(range(order.steps_per_epoch), key=tokens)
+    return max(map(look, sorted(steps)), key=lambda found: (found.tokens, found.micro_batches))
+
+
+def _batch_sums(order: Order, lengths: npt.NDArray[np.int64], epoch: int) -> npt.NDArray[np.int64]:
+    """Tokens of every step of an epoch."""
+    permuted = lengths[_permutation(order.num_units, order.seed, epoch)]
+    sums: npt.NDArray[np.int64] = np.add.reduceat(permuted, np.arange(0, order.num_units, order.batch_size))
+    return sums
 
 
 def in_order(lengths: Sequence[int], micro_batch_tokens: int, *, dp: int) -> list[list[MicroBatch]]:

@@ -112,6 +112,7 @@ def check_file(
         template_digest=template_digest(template, context.tokenizer) if template is not None else "",
         data_digest=file_digest(path),
         examples=tuple(examples[:NUM_EXAMPLES]),
+        sample_lengths=lengths,
     )
 
 

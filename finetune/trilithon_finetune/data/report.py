@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class Report:
         packing_efficiency: how full bins of `data.max_tokens` become.
         template_digest: of the chat template; empty where the format needs none.
         data_digest: SHA-256 of the file.
+        sample_lengths: tokens of each sample, in the file's order; not part of what is shown.
     """
 
     file: str
@@ -87,6 +88,7 @@ class Report:
     template_digest: str
     data_digest: str
     examples: tuple[Example, ...]
+    sample_lengths: Sequence[int] = field(default=(), repr=False)
 
     @property
     def supervised_share(self) -> float:
@@ -138,8 +140,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As routes and files carry it."""
-        document = asdict(self)
-        del document["lengths"]["histogram"]
+        document = asdict(replace(self, sample_lengths=()))
+        del document["lengths"]["histogram"], document["sample_lengths"]
         return {
             **document,
             "length_histogram": list(self.lengths.histogram),

@@ -1,43 +1,52 @@
 """
 Validation: configuration, model and data of a job are checked whole, every choice is made, and what it needs is told.
 
-Everything that is wrong with the data is in the report; whether a job may run at all is the outcome.
+Everything that is wrong with the data is in the report; whether a job may run at all is the outcome. Loads no torch,
+once the store knows what the machine computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from trilithon_finetune.config import JobConfig
+from trilithon_finetune.data.batches import Heaviest, heaviest
 from trilithon_finetune.data.check import check_file
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
-from trilithon_finetune.estimate import Workload, estimate, this_machine
+from trilithon_finetune.estimate import Estimate, Workload, estimate, this_machine
+from trilithon_finetune.peaks import peak_flops
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.recipes.base import Recipe
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
 from trilithon_finetune.setup import JobFile, open_base
-from trilithon_finetune.train.stream import EpochSchedule, schedule_of
+from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_finetune.train.threads import threads_of_a_rank
-from trilithon_parallel.peak import measured_peak
-from trilithon_server.engine.startup import model_digest
+from trilithon_finetune.train.tracking import check_trackers
+from trilithon_server.engine.identity import model_digest
 
 MAX_FINDINGS = 100
 """Findings that an outcome carries; all are counted."""
 
 
-def run(job: JobFile, events: Events) -> dict[str, Any]:
+def run(
+    job: JobFile, events: Events, *, measure: Callable[[JobFile, Estimate], Estimate] | None = None
+) -> dict[str, Any]:
     """
     Check the job.
 
+    Args:
+        measure: makes the estimate better by trying the job out (`trilithon_finetune.probe`).
     Raises:
         FinetuneError: `invalid_config`, `model_not_found`; with the report `invalid_training_file`,
             `invalid_validation_file`; with report and estimate `estimate_exceeded`.
     """
     base = open_base(job)
+    check_trackers(job.config)
     config = resolve_choices(job.config, base.recipe, base.model, job_id=job.job_id)
     job = replace(job, config=config)
     base = open_base(job)
@@ -69,22 +78,32 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
     schedule = _schedule(config, base.recipe, report)
     config = resolve_intervals(config, steps_per_epoch=schedule.order.steps_per_epoch)
     work = Workload(
-        report.tokens,
-        report.supervised_tokens,
-        report.lengths.longest,
-        schedule.order.num_units,
-        valid_tokens,
-        schedule.num_steps,
+        tokens=report.tokens,
+        supervised=report.supervised_tokens,
+        longest=report.lengths.longest,
+        units=schedule.order.num_units,
+        valid_tokens=valid_tokens,
+        steps=schedule.num_steps,
+        heaviest=_heaviest(config, base.recipe, report, schedule),
     )
-    peak = measured_peak(getattr(torch, config.dtype), num_threads=threads_of_a_rank(config), device="cpu")
+    peak = peak_flops(job.store.root, config.dtype, num_threads=threads_of_a_rank(config))
     machine = this_machine(config, job.store.root, peak_flops=peak)
     needs = estimate(config, task_model(config, base.recipe, base.model, report.labels), work, machine)
+    checked = replace(
+        job,
+        config=config,
+        base_digest=model_digest(job.model_dir),
+        data_digest=report.data_digest,
+        template_digest=report.template_digest,
+    )
+    if measure is not None:
+        needs = measure(checked, needs)
     told |= {
         "resolved": config.model_dump(mode="json"),
         "estimate": needs.to_json(),
-        "base_digest": model_digest(job.model_dir),
-        "data_digest": report.data_digest,
-        "template_digest": report.template_digest,
+        "base_digest": checked.base_digest,
+        "data_digest": checked.data_digest,
+        "template_digest": checked.template_digest,
         "seed": config.seed,
     }
     if not needs.allowed:
@@ -106,6 +125,23 @@ def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -
 
 def _schedule(config: JobConfig, recipe: Recipe, report: Report) -> EpochSchedule:
     """The steps that the usable rows make; those that are held out don't count."""
-    unit = 2 if recipe.head == "preference" else 1
-    units = max(1, round(report.samples / unit * (1.0 - config.data.validation_share)))
+    units = max(1, round(report.samples / _unit(recipe) * (1.0 - config.data.validation_share)))
     return schedule_of(config, units)
+
+
+def _heaviest(config: JobConfig, recipe: Recipe, report: Report, schedule: EpochSchedule) -> Heaviest:
+    """The largest micro-batch; which rows are held out is not known yet, so the first ones stand for all."""
+    assert config.training.micro_batch_tokens is not None
+    lengths = np.add.reduceat(report.sample_lengths, np.arange(0, report.samples, _unit(recipe)))
+    return heaviest(
+        schedule.order,
+        lengths[: schedule.order.num_units].tolist(),
+        num_steps=schedule.num_steps,
+        dp=config.parallel.dp,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+    )
+
+
+def _unit(recipe: Recipe) -> int:
+    """Samples that stay together: a preference's two answers."""
+    return 2 if recipe.head == "preference" else 1

@@ -12,27 +12,8 @@ from dataclasses import dataclass
 from trilithon_parallel.checkpoint.piece import Slices
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import rank_of
+from trilithon_parallel.layout import Layout
 from trilithon_parallel.placement import LocalSlice, global_shapes, local_slice, source_name, stage_names
-
-
-@dataclass(frozen=True)
-class Layout:
-    """
-    How a model lies on ranks: sizes of the axes, chunks of layers a rank (`virtual`), layers of each stage.
-
-    `layer_counts` has one entry per stage, pp * virtual of them; None for as even as possible.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    virtual: int = 1
-    layer_counts: tuple[int, ...] | None = None
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks of all axes together."""
-        return self.tp * self.pp * self.dp
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """
-Train a SentencePiece vocabulary on texts, and write it as a tokenizer directory that every reader here and there loads.
+Train a vocabulary on texts, and write it as a tokenizer directory that every reader here and there loads.
 
-`tokenizer.model` is what SentencePiece trained; `tokenizer.json` is the same mapping for the `tokenizers` library. Text
-survives byte for byte: nothing is normalised, spaces stay, and characters outside the vocabulary become byte pieces.
+Of SentencePiece's kinds, `tokenizer.model` is what it trained, and `tokenizer.json` is the same mapping for the
+`tokenizers` library. Text survives byte for byte: nothing is normalised, spaces stay, and characters outside the
+vocabulary become byte pieces. Word pieces are those of BERT (`word_pieces`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from trilithon_parallel.data.documents import Findings, check_inputs, documents_
 from trilithon_parallel.data.errors import DataError
 from trilithon_parallel.data.prepare import BLOCK_BYTES
 from trilithon_parallel.data.publish import publish_folder
+from trilithon_parallel.data.word_pieces import MIN_VOCAB_SIZE as MIN_WORD_PIECES
+from trilithon_parallel.data.word_pieces import train_word_pieces
 from trilithon_parallel.pieces import METASPACE
 from trilithon_parallel.tokenizer import load_tokenizer
 
@@ -35,7 +38,8 @@ ALPHABET = "".join(map(chr, range(0x21, 0x7F)))
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + len(ALPHABET) + 1
 """Special tokens, one piece per byte, the alphabet, and something to learn."""
 
-Kind = Literal["bpe", "unigram"]
+SentencePieceKind = Literal["bpe", "unigram"]
+Kind = Literal["bpe", "unigram", "wordpiece"]
 
 _MAX_LINE = 10_000  # characters of a line that are one sentence to the trainer; its own limit is 2**20 bytes
 _MAX_SENTENCES = 2_000_000  # more are sampled: the trainer holds its sentences in memory
@@ -54,26 +58,41 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    inputs: Sequence[Path], output: Path, *, vocab_size: int, kind: Kind = "bpe", text_key: str = "text"
+    inputs: Sequence[Path],
+    output: Path,
+    *,
+    vocab_size: int,
+    kind: Kind = "bpe",
+    lowercase: bool = False,
+    text_key: str = "text",
 ) -> TrainedTokenizer:
     """
-    Train on documents and write `output/tokenizer.model`, `tokenizer.json` and `tokenizer_config.json`.
+    Train on documents and write a directory: `tokenizer.json`, `tokenizer_config.json`, and `tokenizer.model` of
+    SentencePiece or `vocab.txt` of word pieces.
 
     Args:
         inputs: .jsonl and .txt files, as `prepare` reads them.
         output: a directory that does not exist.
-        vocab_size: ids, the special tokens, bytes and letters among them; at least `MIN_VOCAB_SIZE`.
-        kind: byte-pair encoding (arXiv 1508.07909) or a unigram model (arXiv 1804.10959).
+        vocab_size: ids, the special tokens, bytes and letters among them; at least `MIN_VOCAB_SIZE`, or
+            `MIN_WORD_PIECES`.
+        kind: byte-pair encoding (arXiv 1508.07909), a unigram model (arXiv 1804.10959), or BERT's word pieces.
+        lowercase: of word pieces: letters are lowered.
         text_key: the field of a row that holds its text.
     Raises:
         DataError: `data_rows`, `data_exists`, `data_empty`, or `vocab_size` when the texts do not fill so many ids.
-    Source: SentencePiece (arXiv 1808.06226).
+    Source: SentencePiece (arXiv 1808.06226); arXiv 1810.04805 for word pieces.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    if kind == "wordpiece":
+        least, what = MIN_WORD_PIECES, "5 special tokens and a piece"
+    else:
+        least = MIN_VOCAB_SIZE
+        what = f"{len(SPECIAL_TOKENS)} special tokens, 256 bytes, {len(ALPHABET)} letters and one piece"
+    if vocab_size < least:
+        raise DataError(f"vocab_size must be at least {least}: {what}. Given: {vocab_size}.", code="vocab_size")
+    if lowercase and kind != "wordpiece":
         raise DataError(
-            f"vocab_size must be at least {MIN_VOCAB_SIZE}: {len(SPECIAL_TOKENS)} special tokens, 256 bytes, "
-            f"{len(ALPHABET)} letters and one piece. Given: {vocab_size}.",
-            code="vocab_size",
+            f"lowercase goes with kind wordpiece only; the others keep every text as it is. Given: {kind}.",
+            code="tokenizer_kind",
         )
     if output.exists():
         raise DataError(f"{output} exists already.", code="data_exists", hint="Choose another directory.")
@@ -81,52 +100,66 @@ def train_tokenizer(
     check_inputs(inputs, findings)
     findings.raise_any()
     counted = _Counted()
-    trained = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)  # decides which sentences of a large input are taken
+    lines = _sentences(inputs, text_key, findings, counted)
     try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_sentences(inputs, text_key, findings, counted),
-            model_writer=trained,
-            model_type=kind,
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            required_chars=ALPHABET,
-            max_sentence_length=1 << 20,
-            input_sentence_size=_MAX_SENTENCES,
-            shuffle_input_sentence=True,
-            num_threads=1,  # sums of several threads depend on their order
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            unk_piece=SPECIAL_TOKENS[0],
-            bos_piece=SPECIAL_TOKENS[1],
-            eos_piece=SPECIAL_TOKENS[2],
-            pad_piece=SPECIAL_TOKENS[3],
-            minloglevel=2,
-        )
+        if kind == "wordpiece":
+            files: dict[str, str | bytes] = {**train_word_pieces(lines, vocab_size=vocab_size, lowercase=lowercase)}
+        else:
+            files = _sentence_pieces(lines, vocab_size=vocab_size, kind=kind)
     except (RuntimeError, ValueError, OSError) as error:
         findings.raise_any()
         if not counted.documents:
             raise DataError("the input must hold at least one document with text.", code="data_empty") from None
+        if isinstance(error, DataError):
+            raise
         raise _explained(str(error), vocab_size) from None
     findings.raise_any()
-    document = _hugging_face(trained.getvalue(), kind)
 
     def fill(aside: Path) -> None:
-        (aside / "tokenizer.model").write_bytes(trained.getvalue())
-        (aside / "tokenizer.json").write_text(document, encoding="utf-8")
-        (aside / "tokenizer_config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", encoding="utf-8")
+        for name, content in files.items():
+            (aside / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     if not publish_folder(output, fill):
         raise DataError(f"{output} exists already.", code="data_exists", hint="Choose another directory.")
     written = load_tokenizer(output)
     return TrainedTokenizer(output, written.vocab_size, written.digest, counted.documents, counted.bytes)
+
+
+def _sentence_pieces(lines: Iterator[str], *, vocab_size: int, kind: SentencePieceKind) -> dict[str, str | bytes]:
+    """The files of a SentencePiece vocabulary."""
+    trained = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)  # decides which sentences of a large input are taken
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=lines,
+        model_writer=trained,
+        model_type=kind,
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        character_coverage=0.9995,
+        required_chars=ALPHABET,
+        max_sentence_length=1 << 20,
+        input_sentence_size=_MAX_SENTENCES,
+        shuffle_input_sentence=True,
+        num_threads=1,  # sums of several threads depend on their order
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        unk_piece=SPECIAL_TOKENS[0],
+        bos_piece=SPECIAL_TOKENS[1],
+        eos_piece=SPECIAL_TOKENS[2],
+        pad_piece=SPECIAL_TOKENS[3],
+        minloglevel=2,
+    )
+    return {
+        "tokenizer.model": trained.getvalue(),
+        "tokenizer.json": _hugging_face(trained.getvalue(), kind),
+        "tokenizer_config.json": json.dumps(_CONFIG, indent=2) + "\n",
+    }
 
 
 _CONFIG = {
@@ -170,7 +203,7 @@ def _explained(message: str, vocab_size: int) -> DataError:
     return DataError(f"vocab_size must be {rule}. Given: {vocab_size}.", code="vocab_size", hint=hint)
 
 
-def _hugging_face(model: bytes, kind: Kind) -> str:
+def _hugging_face(model: bytes, kind: SentencePieceKind) -> str:
     """The same mapping as a tokenizer.json."""
     processor: Any = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)

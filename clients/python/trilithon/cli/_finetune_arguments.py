@@ -68,8 +68,12 @@ def _before(verb: Verb) -> None:
         "tell what a job would take: tokens, steps, memory, disk, time",
         "estimate job.yaml",
         "estimate job.yaml --set tuning.rank=32 --set parallel.dp=2 -o json",
+        "estimate job.yaml --probe",
     )
     _config(parser)
+    parser.add_argument(
+        "--probe", action="store_true", help="measure: prepare the data and start the job's ranks here, for a few steps"
+    )
     add_output_argument(parser)
     add_door_arguments(parser, local=True)
     parser = verb(
@@ -168,7 +172,7 @@ def _results(verb: Verb) -> None:
     parser.add_argument(
         "--format", choices=("peft", "model"), help="an adapter, or a model directory, merged if need be [as it is]"
     )
-    parser.add_argument("--base", metavar="MODEL", help="what an adapter is merged into [the job's model]")
+    parser.add_argument("--base", metavar="MODEL", help="what an adapter is merged into, here [the job's model]")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="must not be there yet")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_door_arguments(parser)
@@ -190,9 +194,27 @@ def _results(verb: Verb) -> None:
     _job_and_step(parser)
     parser.add_argument("--as", dest="alias", required=True, metavar="NAME", help="the name that moves")
     _doors(parser)
+    parser = verb(
+        "undeploy",
+        "take away a name that `deploy` has pointed at something; what it points at stays",
+        "undeploy faq",
+        f"undeploy faq --expected ft:smollm2-135m-instruct:faq:{_ID[6:]}",
+    )
+    parser.add_argument("alias", metavar="NAME", help="the name")
+    parser.add_argument("--expected", metavar="MODEL", help="only where the name points at this one")
+    _doors(parser)
     parser = verb("worker", "run the jobs of a store until stopped", "worker", "worker --slots 2 --store jobs")
     parser.add_argument("--slots", type=_positive, default=1, metavar="N", help="jobs at a time [1]")
     parser.add_argument("--backend", choices=("local",), default="local", help="where gangs run [local]")
+    add_store_arguments(parser, note="the default")
+    parser = verb(
+        "clean",
+        "take away what a store need not keep, by its policy; a worker does so by itself",
+        "clean --dry-run",
+        "clean --store jobs -o json",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tell what would go, and take nothing away")
+    add_output_argument(parser)
     add_store_arguments(parser, note="the default")
 
 

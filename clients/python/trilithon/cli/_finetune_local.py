@@ -21,7 +21,9 @@ from trilithon_finetune.data.reading import read_rows
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError
 from trilithon_finetune.paths import JobPaths, StorePaths
+from trilithon_finetune.phases import validate
 from trilithon_finetune.phases.outcome import Events
+from trilithon_finetune.probe import probe as measured
 from trilithon_finetune.recipes.base import IGNORE, Context, Recipe, Sample
 from trilithon_finetune.resolve import resolve_choices
 from trilithon_finetune.setup import Base, JobFile, open_base
@@ -69,23 +71,30 @@ class Shown:
     answer: str = ""
 
 
-def check(config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, store: Path) -> Checked:
+def check(
+    config: Mapping[str, Any],
+    training: DataFile,
+    validation: DataFile | None,
+    *,
+    store: Path,
+    probe: bool = False,
+) -> Checked:
     """
     The phase `validate` of such a job, here.
 
+    Args:
+        probe: the job's ranks are started for a few steps, and what they take is measured.
     Raises:
         TrilithonError: the configuration is wrong, or the data; with every finding.
     """
-    from trilithon_finetune.phases import validate  # torch
-
     with told(), _job_file(config, training, validation, store=store) as job:
         try:
-            found = validate.run(job, Events(job.paths.attempt(1)))
+            found = validate.run(job, Events(job.paths.attempt(1)), measure=measured if probe else None)
         except FinetuneError as error:
             if error.error.code != "estimate_exceeded":
                 raise
             found = error.data
-    return Checked(found["estimate"], found["report"], found["resolved"])
+    return Checked(found["estimate"], found["report"], found["resolved"], found)
 
 
 def validated(

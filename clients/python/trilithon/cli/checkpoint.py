@@ -1,4 +1,4 @@
-"""`trilithon checkpoint`: verify and export what training runs keep, and take over Megatron-LM's."""
+"""`trilithon checkpoint`: verify and export what training runs keep, and make models to begin others from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from types import ModuleType
 
+from trilithon import _store
 from trilithon.cli import _extra
 from trilithon.cli._output import EXIT_INVALID_DATA, EXIT_OK, explain
 from trilithon.cli._parser import Parser
@@ -27,9 +28,14 @@ def add_arguments(parser: Parser) -> None:
     megatron.add_argument("out", type=Path, help="the directory to write; must not exist")
     megatron.add_argument("--config", type=Path, required=True, help="a directory with the model's config.json")
     megatron.add_argument("--dtype", choices=_DTYPES, help="of the weights written [the checkpoint's]")
+    vocabulary = actions.add_parser("change-vocabulary", help="write an encoder with another vocabulary, to train on")
+    vocabulary.add_argument("model", help="an encoder: a name in the store or a directory")
+    vocabulary.add_argument("tokenizer", type=Path, help="the directory of the other vocabulary")
+    vocabulary.add_argument("out", type=Path, help="the directory to write; must not exist")
     verify.add_examples("trilithon checkpoint verify run/step_00000100")
     export.add_examples("trilithon checkpoint export run/step_00000100 model --dtype bfloat16")
     megatron.add_examples("trilithon checkpoint import-megatron iter_0001000 model --config config")
+    vocabulary.add_examples("trilithon checkpoint change-vocabulary all-minilm-l6-v2 bio bio-minilm")
     parser.add_examples("trilithon checkpoint verify run/step_00000100")
 
 
@@ -43,6 +49,15 @@ def run(args: argparse.Namespace) -> int:
             print(
                 f"{args.checkpoint} is good: step {manifest.step}, {manifest.consumed_samples} samples, "
                 f"{len(manifest.files)} files."
+            )
+            return EXIT_OK
+        if args.action == "change-vocabulary":
+            changed = _load("weights.vocabulary").change_vocabulary(
+                _store.resolve(args.model), args.tokenizer, args.out
+            )  # fmt: skip
+            print(
+                f"{args.out} is written: {changed.kept} pieces as they were, {changed.averaged} as means of several, "
+                f"{changed.unknown} unknown. Train it on with task mlm."
             )
             return EXIT_OK
         dtype = (

@@ -1,4 +1,4 @@
-"""`trilithon data`: texts to token files, a vocabulary from texts, what a token file holds, published sets to rows."""
+"""`trilithon data`: texts to token files, vocabularies from texts, what a token file holds, published sets to rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from trilithon.cli._output import (
     explain,
     human_bytes,
     print_json,
+    print_table,
     printable,
 )
 from trilithon.cli._parser import Parser, UsageError
 
-_USAGE_CODES = ("data_exists", "data_missing", "data_eod", "tokenizer_missing", "vocab_size")
+_USAGE_CODES = ("data_exists", "data_missing", "data_eod", "tokenizer_missing", "tokenizer_kind", "vocab_size")
 _PEEK_DOCUMENTS, _PEEK_TOKENS = 3, 48
 
 
@@ -34,7 +35,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_examples("trilithon data prepare texts.jsonl --tokenizer smollm2-135m-instruct --output corpus")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_prepare(actions.add_parser("prepare", help="turn texts into an indexed token file"))
-    _add_tokenizer(actions.add_parser("tokenizer", help="train a SentencePiece vocabulary"))
+    _add_tokenizer(actions.add_parser("tokenizer", help="train a vocabulary: SentencePiece, or BERT's word pieces"))
+    _add_fragmentation(actions.add_parser("fragmentation", help="say how finely vocabularies cut texts, side by side"))
     _add_info(actions.add_parser("info", help="say what a token file holds"))
     _convert.add(actions.add_parser("convert", help="turn a published data set into rows to finetune on"))
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what the action says; a mistake in the data is exit code 3."""
     if args.action == "convert":
         return _convert.run(args)
-    actions = {"prepare": _prepare, "tokenizer": _tokenizer, "info": _info}
+    actions = {"prepare": _prepare, "tokenizer": _tokenizer, "fragmentation": _fragmentation, "info": _info}
     errors = _load("errors")
     config = _extra.load("trilithon_parallel.config", verb="data", extra="engine")
     try:
@@ -76,9 +78,25 @@ def _add_tokenizer(parser: Parser) -> None:
     _add_inputs(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the directory to write")
     parser.add_argument("--vocab-size", type=count, required=True, metavar="N", help="number of ids")
-    parser.add_argument("--kind", choices=("bpe", "unigram"), default="bpe", help="what is trained [bpe]")
+    parser.add_argument("--kind", choices=("bpe", "unigram", "wordpiece"), default="bpe", help="what is trained [bpe]")
+    parser.add_argument("--lowercase", action="store_true", help="of wordpiece: lower all letters")
     _add_format(parser)
-    parser.add_examples("trilithon data tokenizer texts.jsonl --output tok --vocab-size 32000 --kind bpe")
+    parser.add_examples(
+        "trilithon data tokenizer texts.jsonl --output tok --vocab-size 32000 --kind bpe",
+        "trilithon data tokenizer abstracts.jsonl --output bio --vocab-size 8000 --kind wordpiece --lowercase",
+    )
+
+
+def _add_fragmentation(parser: Parser) -> None:
+    _add_inputs(parser)
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        action="append",
+        help="a model, its directory, or a .json or .model file; once for each vocabulary",
+    )
+    _add_format(parser)
+    parser.add_examples("trilithon data fragmentation abstracts.jsonl --tokenizer bio --tokenizer all-minilm-l6-v2")
 
 
 def _add_info(parser: Parser) -> None:
@@ -127,13 +145,53 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _tokenizer(args: argparse.Namespace) -> int:
     done = _load("train_tokenizer").train_tokenizer(
-        args.inputs, args.output, vocab_size=args.vocab_size, kind=args.kind, text_key=args.text_key
+        args.inputs,
+        args.output,
+        vocab_size=args.vocab_size,
+        kind=args.kind,
+        lowercase=args.lowercase,
+        text_key=args.text_key,
     )
     if args.format == "json":
         print_json(_fields(done))
         return EXIT_OK
     print(f"{done.path}: {done.vocab_size} ids from {done.num_documents} documents, {human_bytes(done.num_bytes)}")
-    print(f"Use it with: trilithon data prepare ... --tokenizer {done.path}")
+    if args.kind == "wordpiece":
+        print(f"Give it to an encoder with: trilithon checkpoint change-vocabulary MODEL {done.path} OUT")
+    else:
+        print(f"Use it with: trilithon data prepare ... --tokenizer {done.path}")
+    return EXIT_OK
+
+
+def _fragmentation(args: argparse.Namespace) -> int:
+    count_files, open_tokenizer = _load("fragmentation").fragmentation_of_files, _load("prepare").open_tokenizer
+    tokenizers = {name: open_tokenizer(_tokenizer_path(name)) for name in args.tokenizer}
+    found = {name: count_files(args.inputs, item, text_key=args.text_key) for name, item in tokenizers.items()}
+    shares = ("pieces_per_word", "bytes_per_piece", "whole_share", "unknown_share")
+    if args.format == "json":
+        rows = {
+            name: {"vocab_size": tokenizers[name].vocab_size, **_fields(counts)}
+            | {share: getattr(counts, share) for share in shares}
+            for name, counts in found.items()
+        }
+        print_json(rows)
+        return EXIT_OK
+    first = next(iter(found.values()))
+    print(f"{first.words:,} words, {human_bytes(first.num_bytes)}")
+    print_table(
+        ("vocabulary", "ids", "pieces a word", "bytes a piece", "whole words", "unknown words"),
+        [
+            (
+                name,
+                f"{tokenizers[name].vocab_size:,}",
+                f"{counts.pieces_per_word:.3f}",
+                f"{counts.bytes_per_piece:.2f}",
+                f"{counts.whole_share:.1%}",
+                f"{counts.unknown_share:.2%}",
+            )
+            for name, counts in found.items()
+        ],
+    )
     return EXIT_OK
 
 

@@ -1,0 +1,190 @@
+"""What a rank's run is made of, by a job's configuration: model, weights, saver, plan, evaluator, references."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trilithon_finetune.data.prepared import Part
+from trilithon_finetune.estimate import EFFICIENCY
+from trilithon_finetune.resolve import layout_of, lora_spec
+from trilithon_finetune.setup import read_rows_of
+from trilithon_finetune.train.evaluation import JobEvaluator, outputs_of
+from trilithon_finetune.train.stream import learning_rate_of
+from trilithon_finetune.train.work import Work
+from trilithon_parallel.backend import select
+from trilithon_parallel.checkpoint import Base, Retention, RunFacts, Saver, import_base
+from trilithon_parallel.collectives import barrier
+from trilithon_parallel.costs import model_flops
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.lora.peft import read_adapter
+from trilithon_parallel.lora.training import begin
+from trilithon_parallel.optimizer import AdamWSettings
+from trilithon_parallel.step import DropoutRates, TrainingModel
+from trilithon_parallel.trainer import Costs, Goal, Plan
+
+REFERENCES_FILE = "references.safetensors"
+
+LEASE_VARIABLE = "TRILITHON_LEASE_FILE"
+"""Names the file that the worker removes when the attempt has lost its lease."""
+
+
+def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
+    """The training model of a job, its weights still to be filled."""
+    optimizer, config = work.config.optimizer, work.config
+    assert optimizer.betas is not None
+    assert optimizer.weight_decay is not None
+    assert optimizer.lr is not None
+    assert optimizer.head_lr is not None
+    assert config.seed is not None
+    factor = optimizer.head_lr / optimizer.lr
+    spec = lora_spec(config)
+    return TrainingModel(
+        work.model,
+        grid,
+        layout_of(config),
+        select("torch", device="cpu"),
+        dtype=dtype,
+        optimizer=AdamWSettings(*optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip),
+        dropout=_dropout(work),
+        seed=config.seed,
+        lora=spec,
+        rate_of=lambda name: factor if name.startswith(NEW_PARTS) else 1.0,
+    )
+
+
+NEW_PARTS = ("task_head.", "lm_transform.", "lm_head.")
+"""Names of what an encoder's task adds to it: they learn at `optimizer.head_lr`."""
+
+
+def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
+    """The weights that training begins from: the base's, and new ones where the base has none."""
+    assert work.config.seed is not None
+    job = work.job
+    if model.config.lora is not None:
+        earlier = None if job.adapter_dir is None else read_adapter(job.adapter_dir, config=work.base)
+        begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
+        return
+    targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
+    import_base(job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
+    model.optimizer.publish()
+    model.weights_changed()
+
+
+def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:
+    """What writes the job's checkpoints; where each is served, none goes."""
+    config, job = work.config, work.job
+    assert config.seed is not None
+    told = {"job": job.job_id, "data_digest": job.data_digest, "template_digest": job.template_digest}
+    base = Base(config.model, job.base_digest, told) if model.config.lora is not None else None
+    return Saver(
+        job.paths.run,
+        config=model.config,
+        grid=model.grid,
+        facts=RunFacts(config.seed, job.prepared, base=base),
+        dtype=dtype,
+        retention=Retention(config.checkpoint.keep, keep_every=1 if config.deploy.on == "checkpoint" else 0),
+        side_files_from=job.model_dir,
+        permit=Path(permit) if (permit := os.environ.get(LEASE_VARIABLE)) else None,
+    )
+
+
+def plan_of(work: Work) -> Plan:
+    config = work.config
+    assert config.eval.every_steps is not None
+    assert config.checkpoint.every_steps is not None
+    _, units = work.schedule.whole_run()
+    return Plan(
+        train_samples=units,
+        batches=work.schedule,
+        learning_rate=learning_rate_of(config, units),
+        checkpoint_every=config.checkpoint.every_steps,
+        evaluate_every=config.eval.every_steps,
+        max_skipped=0,
+        goal=_goal(work) if len(work.prepared.valid) else None,
+    )
+
+
+def _goal(work: Work) -> Goal:
+    """What the best checkpoint is the best at: what early stopping watches, else the task's own number."""
+    metric, direction = work.recipe.best_metric
+    stop = work.config.eval.early_stop
+    if stop is None:
+        return Goal(metric, direction)
+    if stop.metric != metric:
+        direction = "min" if stop.metric.endswith("loss") else "max"
+    return Goal(stop.metric, direction, stop.patience)
+
+
+def costs_of(work: Work, peak: float) -> Costs:
+    """FLOPs of a token by the model's formula; of frozen weights no gradient is computed, a third less."""
+    longest = max(1, work.prepared.facts.train.longest)
+    flops = model_flops(work.base, batch=1, seq_len=longest) / longest
+    return Costs(flops if work.config.tuning.kind == "full" else flops * 2 / 3, 0.0, peak)
+
+
+def seconds_of(work: Work, tokens: int, peak: float) -> float:
+    """What forward and backward of so many tokens take as a rule on a rank that reaches `peak` FLOP/s at most."""
+    sizes = work.config.parallel
+    likely = EFFICIENCY[1]
+    return costs_of(work, peak).flops_per_token * tokens / (sizes.tp * sizes.pp * likely * peak)
+
+
+def evaluator_of(work: Work) -> JobEvaluator:
+    config = work.config
+    assert config.training.micro_batch_tokens is not None
+    assert config.seed is not None
+    valid = work.prepared.valid
+    lines = {valid.sample(index).row for index in range(len(valid))}
+    rows = read_rows_of(work.job, work.recipe, lines) if lines else {}
+    return JobEvaluator(
+        work.recipe,
+        work.context,
+        valid,
+        valid if len(valid) else work.prepared.train,
+        rows=rows,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        seed=config.seed,
+        beta=work.beta,
+    )
+
+
+def references_of(work: Work, model: TrainingModel) -> tuple[list[float], list[float]]:
+    """
+    Log-probabilities of all answers by the model that training begins from: made once, kept for every attempt.
+
+    The model must hold the weights that it begins from.
+    """
+    path, grid = work.job.paths.run / REFERENCES_FILE, model.grid
+    parts = {"train": work.prepared.train, "valid": work.prepared.valid}
+    if not path.exists():  # all ranks see the same file system; rank 0 writes it behind a barrier
+        made = {name: _sums(work, model, part) for name, part in parts.items()}
+        barrier(grid.world, label="references")
+        if grid.rank == 0:
+            part_file = path.with_suffix(".part")
+            save_file(made, part_file)
+            part_file.replace(path)
+    barrier(grid.world, label="references")
+    found = load_file(path)
+    return found["train"].tolist(), found["valid"].tolist()
+
+
+def _sums(work: Work, model: TrainingModel, part: Part) -> torch.Tensor:
+    assert work.config.training.micro_batch_tokens is not None
+    assert work.config.seed is not None
+    found = outputs_of(
+        model,
+        part,
+        work.recipe,
+        micro_batch_tokens=work.config.training.micro_batch_tokens,
+        seed=work.config.seed,
+    )
+    return torch.tensor([float(values[0]) for _, values in found.values()])
+
+
+def _dropout(work: Work) -> DropoutRates | None:
+    rate = work.config.training.dropout
+    return DropoutRates(rate) if rate else None
