@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,38 @@ def test_estimate_prints_what_a_job_takes(job_yaml: Path, run: Run) -> None:
     assert numbers["estimate"]["steps"] == 6
     assert numbers["resolved"]["optimizer"]["lr"] == 2e-4
     assert f"{numbers['estimate']['supervised_tokens']:,} learned" in table.out.replace("of them ", "")
+
+
+def test_estimate_measures_on_the_layout(job_yaml: Path, run: Run) -> None:
+    """`--probe` starts the ranks, says what they took, leaves no job, and keeps the prepared data for the job."""
+    table = run("estimate", job_yaml, "--probe", "--set", "parallel.tp=2", "--store", "s")
+    numbers = run("estimate", job_yaml, "--probe", "--store", "s", "-o", "json").json["estimate"]
+
+    assert table.code == 0
+    assert "measured by steps of the job" in table.out
+    assert numbers["measured"]
+    assert numbers["memory_parts"]["measured"] > 100 << 20
+    assert numbers["peak_bytes_per_rank"] == sum(numbers["memory_parts"].values())
+    assert 0 < numbers["seconds_low"] < numbers["seconds"] < numbers["seconds_high"]
+    assert len(list(Path("s/prepared").glob("[0-9a-f]*"))) == 1
+    assert not Path("s/jobs").exists()
+    assert run("ls", "--store", "s", "-o", "json").json == []
+
+
+def test_R11_a_probe_says_why_it_ended(job_yaml: Path, run: Run, home: Path) -> None:
+    """A base whose weights cannot be read ends the ranks; their own words are shown. A server is not probed."""
+    broken = home.parent / "broken"
+    shutil.copytree(home / "models" / DECODER, broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-64])
+
+    done = run("estimate", job_yaml, "--probe", "--set", f"model={broken}", "--store", "s")
+
+    assert done.code == 2
+    assert weights.name in done.err
+    there = run("estimate", job_yaml, "--probe", "--url", "grpc://127.0.0.1:1")
+    assert there.code == 2
+    assert "--probe measures on this machine" in there.err
 
 
 def test_create_queues_prints_and_leaves_nothing_behind(
@@ -227,6 +260,9 @@ def test_results_are_written_and_served(made: Any, run: Run, here: Path) -> None
     deployed = run("deploy", job.id, "--as", "faq", *made.flags)
     wrong = run("deploy", job.id, "--as", "No Name", *made.flags)
     not_served = run("deploy", f"{job.id}@2", "--as", "faq", *made.flags)
+    elsewhere = run("undeploy", "faq", "--expected", "tiny", *made.flags)
+    undeployed = run("undeploy", "faq", "--expected", job.name, *made.flags)
+    gone = run("undeploy", "faq", "-o", "json", *made.flags)
 
     assert exported.code == 0
     assert [path.name for path in (here / "adapter").iterdir()] == ["adapter_config.json"]
@@ -237,6 +273,39 @@ def test_results_are_written_and_served(made: Any, run: Run, here: Path) -> None
     assert deployed.out == f"faq -> {job.name}\n"
     assert wrong.code == 2
     assert "is not served" in not_served.err
+    assert (elsewhere.code, "Expected: to point to 'tiny'" in elsewhere.err) == (2, True)
+    assert undeployed.out == f"faq is gone; {job.name} stays.\n"
+    assert (gone.code, Catalog(made.jobs.paths.models).alias("faq", tenant=LOCAL)) == (2, None)
+
+
+def test_clean_tells_and_takes_away(made: Any, run: Run) -> None:
+    """`--dry-run` lists what would go with its size; without it that is gone, and a second time there is nothing."""
+    job = made.trained()
+    folder = made.jobs.paths.job(job.id)
+    for step in (2, 4):
+        (folder.run / f"step_0000000{step}").mkdir()
+        (folder.run / f"step_0000000{step}" / "weights").write_bytes(b"w" * 2048)
+        (folder.run / f"step_0000000{step}" / "manifest.json").write_text('{"state": {}}')
+    (folder.run / "latest").write_text("step_00000004\n")
+    kept = run("clean", "--dry-run", *made.flags)
+    made.jobs.paths.policy.write_text("checkpoint_days: 0\n")
+
+    dry = run("clean", "--dry-run", *made.flags)
+    before = (folder.run / "step_00000002").is_dir()
+    done = run("clean", "-o", "json", *made.flags)
+    again = run("clean", *made.flags)
+    made.jobs.paths.policy.write_text("checkpoint_day: 0\n")
+    wrong = run("clean", *made.flags)
+
+    assert kept.out == again.out.replace("went", "would go")
+    assert "step_00000002" in dry.out
+    assert dry.out.splitlines()[-1].startswith("1 thing would go, 2.0 KiB")
+    assert before
+    assert [(item["kind"], item["bytes"]) for item in done.json] == [("checkpoint", 2048 + 13)]
+    assert not (folder.run / "step_00000002").exists()
+    assert (folder.run / "step_00000004").is_dir()
+    assert wrong.code == 2
+    assert "policy.yaml" in wrong.err
 
 
 @pytest.mark.parametrize(

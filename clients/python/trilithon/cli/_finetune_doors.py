@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trilithon import Client, _store
+from trilithon import Client, DeletedAlias, _store
 from trilithon._job_types import Checkpoint, Deployed, Job, JobEvent, MetricsRow
 from trilithon.cli import _extra
 from trilithon.cli._connect import add_server_arguments, connect
@@ -32,18 +32,23 @@ _JOB_ID = re.compile(r"ftjob-[a-z0-9]{20}")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check of a job found: `report` and `resolved` are None where a server made it and keeps them."""
+    """
+    What a check of a job found: `report` and `resolved` are None where a server made it and keeps them.
+
+    `outcome` is all of it, where it was made here: a job that this machine runs needs no other check.
+    """
 
     estimate: Mapping[str, Any]
     report: Mapping[str, Any] | None = None
     resolved: Mapping[str, Any] | None = None
+    outcome: Mapping[str, Any] | None = None
 
 
 class Door(Protocol):
     """Jobs, wherever they are. Raises what the client raises."""
 
-    def check(self, config: Mapping[str, Any], /) -> Checked:
-        """What such a job would take; its files are ids."""
+    def check(self, config: Mapping[str, Any], /, *, probe: bool = False) -> Checked:
+        """What such a job would take; its files are ids. `probe`: by steps of the job, on this machine alone."""
         ...
 
     def create(self, config: Mapping[str, Any], /, *, idempotency_key: str | None = None) -> Job:
@@ -94,7 +99,10 @@ class Door(Protocol):
         """The end of what a rank printed."""
         ...
 
-    def fetch(self, job_id: str, /, *, step: int | None, into: Path) -> None:
+    merges: bool
+    """Whether `fetch` also gives an adapter merged into its base."""
+
+    def fetch(self, job_id: str, /, *, step: int | None, into: Path, merged: bool = False) -> None:
         """Write what a job made, or a checkpoint, into an empty directory."""
         ...
 
@@ -102,18 +110,29 @@ class Door(Protocol):
         """Point an alias at what a job made, or at a checkpoint."""
         ...
 
+    def undeploy(self, alias: str, /, *, expected: str | None) -> DeletedAlias:
+        """Take an alias away; `expected`: only where it points to this."""
+        ...
+
 
 class ServerDoor:
     """Jobs of a server."""
 
+    merges = True
+
     def __init__(self, client: Client) -> None:
-        self._jobs, self._files = client.jobs, client.files
+        self._jobs, self._files, self._models = client.jobs, client.files, client.models
         self.create, self.get, self.list = self._jobs.create, self._jobs.get, self._jobs.list
         self.cancel, self.pause, self.resume = self._jobs.cancel, self._jobs.pause, self._jobs.resume
         self.events, self.checkpoints, self.metrics = self._jobs.events, self._jobs.checkpoints, self._jobs.metrics
         self.logs, self.deploy = self._jobs.logs, self._jobs.deploy
 
-    def check(self, config: Mapping[str, Any]) -> Checked:
+    def undeploy(self, alias: str, *, expected: str | None) -> DeletedAlias:
+        return self._models.delete_alias(alias, expected_target=expected)
+
+    def check(self, config: Mapping[str, Any], *, probe: bool = False) -> Checked:
+        if probe:
+            raise UsageError("--probe measures on this machine. Given: --url too.")
         return Checked(plain(self._jobs.estimate(config)))
 
     def upload(self, path: Path) -> str:
@@ -122,8 +141,8 @@ class ServerDoor:
     def forget(self, file_id: str) -> None:
         self._files.delete(file_id)
 
-    def fetch(self, job_id: str, *, step: int | None, into: Path) -> None:
-        made = self._jobs.export(job_id, step=step)
+    def fetch(self, job_id: str, *, step: int | None, into: Path, merged: bool = False) -> None:
+        made = self._jobs.export(job_id, step=step, format="model" if merged else None)
         try:
             with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
                 archive = Path(scratch) / "export.zip"

@@ -84,7 +84,7 @@ def _validate_there(args: argparse.Namespace) -> int:
 def estimate(args: argparse.Namespace) -> int:
     config = _config(args)
     with opened(args, local=True) as door, Uploads(door, config) as (taken, _):
-        checked = door.check(taken)
+        checked = door.check(taken, probe=args.probe)
     _print_checked(args, checked, config)
     return EXIT_OK if checked.estimate.get("allowed") else EXIT_USAGE
 
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
                     return EXIT_USAGE
                 if args.output == "text":
                     text.print_checked(checked, config)
-                job, seen = door.create(taken), 0
+                job, seen = door.create(taken, checked=checked.outcome), 0
                 uploads.kept = True
         print(job.id, file=sys.stderr)
         job, interrupted = runner.in_foreground(door, job, after_seq=seen)

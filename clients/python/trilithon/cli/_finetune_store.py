@@ -13,10 +13,12 @@ from trilithon import _job_operations as ops
 from trilithon._decode import decode
 from trilithon._job_types import FINAL_STATES, Checkpoint, CheckpointPage, Deployed, Job, JobEvent, JobPage, MetricsRow
 from trilithon._transport import Operation
+from trilithon._types import DeletedAlias
 from trilithon.cli import _finetune_local as local
 from trilithon.cli._finetune_config import parsed, told
 from trilithon.cli._finetune_doors import Checked
 from trilithon_finetune.api import answers, history, results
+from trilithon_finetune.jobs.clean import Removal, clean
 from trilithon_finetune.jobs.records import Job as JobRecord
 from trilithon_finetune.jobs.records import Page
 from trilithon_finetune.jobs.service import Jobs
@@ -49,19 +51,32 @@ def open_store(root: Path, database: str | None) -> Iterator[StoreDoor]:
 class StoreDoor:
     """Jobs of a store, as the tenant that a server without keys takes its callers for."""
 
+    merges = False
+
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
         self.paths = jobs.paths
         self.catalog = Catalog(jobs.paths.models)
 
-    def check(self, config: Mapping[str, Any], /) -> Checked:
+    def check(self, config: Mapping[str, Any], /, *, probe: bool = False) -> Checked:
         known = {name: self._file(config[name]) for name in ("training_file", "validation_file") if config.get(name)}
-        return local.check(config, known["training_file"], known.get("validation_file"), store=self.paths.root)
+        return local.check(
+            config, known["training_file"], known.get("validation_file"), store=self.paths.root, probe=probe
+        )
 
-    def create(self, config: Mapping[str, Any], /, *, idempotency_key: str | None = None) -> Job:
+    def create(
+        self,
+        config: Mapping[str, Any],
+        /,
+        *,
+        idempotency_key: str | None = None,
+        checked: Mapping[str, Any] | None = None,
+    ) -> Job:
         with told():
             job_config = parsed(config)
-        made = self.jobs.create(job_config, tenant=local.TENANT, idempotency_key=idempotency_key, local_paths=True)
+        made = self.jobs.create(
+            job_config, tenant=local.TENANT, idempotency_key=idempotency_key, local_paths=True, checked=checked
+        )
         return _job(made)
 
     def upload(self, path: Path, /) -> str:
@@ -127,7 +142,8 @@ class StoreDoor:
     def logs(self, job_id: str, /, *, attempt: int | None, rank: int) -> str:
         return history.log_text(self.jobs, job_id, tenant=local.TENANT, attempt=attempt, rank=rank)
 
-    def fetch(self, job_id: str, /, *, step: int | None, into: Path) -> None:
+    def fetch(self, job_id: str, /, *, step: int | None, into: Path, merged: bool = False) -> None:
+        assert not merged, "the command merges what the store has"
         for path in results.exported_files(self, job_id, tenant=local.TENANT, step=step):
             shutil.copyfile(path, into / path.name)
 
@@ -135,6 +151,15 @@ class StoreDoor:
         results.check_alias(alias)
         model, previous = results.deploy(self, job_id, tenant=local.TENANT, step=step, alias=alias)
         return Deployed(model=model, alias=alias, previous=previous)
+
+    def undeploy(self, alias: str, /, *, expected: str | None) -> DeletedAlias:
+        target = results.undeploy(self, alias, tenant=local.TENANT, expected=expected)
+        return DeletedAlias(alias=alias, target=target)
+
+    def clean(self, *, dry_run: bool) -> Sequence[Removal]:
+        """What the store need not keep, taken away."""
+        with told():
+            return clean(self.jobs, dry_run=dry_run)
 
     def _file(self, file_id: str) -> local.DataFile:
         record = self.jobs.get_file(file_id, tenant=local.TENANT)
