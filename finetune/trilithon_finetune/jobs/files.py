@@ -48,7 +48,8 @@ class StoreLimits:
     What a tenant may hold.
 
     Attributes:
-        file_bytes: of one file that is sent, not of what a job made. tenant_bytes, tenant_files: of all its files. tenant_jobs: that are not final.
+        file_bytes: of one file that is sent; what a job made may be larger.
+        tenant_bytes, tenant_files: of all its files. tenant_jobs: that are not final.
         file_days: after which an uploaded file goes, unless a live job uses it; None: never.
     """
 
