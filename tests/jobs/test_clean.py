@@ -124,13 +124,19 @@ def test_a_deployed_job_keeps_its_export(old: Store) -> None:
 
 
 def test_a_job_that_is_not_over_keeps_everything(old: Store) -> None:
-    """Paused with all its checkpoints, attempts and prepared data: nothing goes before its end."""
+    """
+    Paused with all its checkpoints, attempts and prepared data: nothing goes before its end.
+
+    Seen red with a query that asks for no state.
+    """
     job = old.create(options={"steps": 400, "step_s": 0.02, "every": 2})
     with old.working():
         wait_until(lambda: len(_servable(old, job)) > 3, "checkpoints are written")
         old.jobs.pause(job.id, tenant=TENANT)
         wait_until(lambda: old.get(job).state == "paused", "it rests")
     paths = old.jobs.paths.job(job.id)
+    for path in paths.run.glob("step_*"):
+        (path / "manifest.json").write_text('{"state": {}}')
     paths.prepared.write_text(json.dumps({"prepared": DATA[0]}))
     old.jobs.paths.prepared(DATA[0]).mkdir(parents=True)
     kept = _steps(old, job)
