@@ -25,8 +25,25 @@ from trilithon_parallel.lora.spec import owned_shapes
 from trilithon_parallel.memory import Numerics, layer_parts, stage_parameters
 from trilithon_parallel.placement import global_shapes, local_sizes
 
-FRAMEWORK_BYTES = 420 << 20
+# The constants below are fitted to peaks of short jobs: MiniLM and SmolLM2, 512 to 4,096 tokens at once.
+
+FRAMEWORK_BYTES = 270 << 20
 """What a rank's process holds before it has a model: the interpreter, torch, communication."""
+
+TOKENIZER_BYTES = 1365
+"""Of an id of the vocabulary, in the tokenizer."""
+
+KEPT = {"full": 1.25, "lora": 1.75}
+"""What a layer keeps for the backward pass, of what the planner counts; besides, one layer is always at work."""
+
+LOGITS = 1.1
+"""What is held of the logits at once: their gradient takes their place."""
+
+PACKED = 1.3
+"""Packed copies of weights, and what is left of making them."""
+
+SUPERVISED_MARGIN = 1.2
+"""By how much more than the data's mean of a micro-batch's tokens may count."""
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -39,10 +56,7 @@ EVALUATION_COST = 1 / 3
 MEASURED_SPREAD = (0.9, 1.25)
 """What a run takes of what its first steps promise."""
 
-BACKWARD_LAYERS = 1.0
-"""Layers whose activations' gradients are held besides, while the backward pass goes through."""
-
-ALLOCATOR_SHARE = 0.05
+ALLOCATOR_SHARE = 0.04
 """Of all else: what the allocator holds and does not use."""
 
 DISK_MARGIN = 1.05
@@ -232,33 +246,40 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
     embedding = local_sizes(model, tp).vocab * model.hidden_size
     is_full = config.tuning.kind == "full"
     trained = weights if is_full else trained_parameters(config, model) / (tp * pp)
-    tokens = work.heaviest.tokens
     layout = PlannedLayout(tp, pp, dp, 1, 1, "none", False, True, "1f1b")
-    layer, _ = layer_parts(model, layout, Numerics(config.dtype, bool(config.training.dropout)), tokens)
+    layer, _ = layer_parts(model, layout, Numerics(config.dtype, bool(config.training.dropout)), 1)
+    in_flight = min(pp, work.heaviest.micro_batches) * layers
+    learned, read = work.heaviest.tokens, min(_capacity(config, work), work.valid_tokens)
+    # An evaluation has full micro-batches and keeps nothing; the larger of the two is what memory must hold.
+    activations, head = max(
+        (learned * layer * (in_flight * KEPT[config.tuning.kind or "full"] + 1), _head_bytes(model, work, learned, tp)),
+        (read * layer * 2, _head_bytes(model, work, read, tp)),
+        key=sum,
+    )
     states = 8 if config.dtype == "float32" else 12
     parts = {
-        "framework": FRAMEWORK_BYTES,
+        "framework": FRAMEWORK_BYTES + TOKENIZER_BYTES * model.vocab_size,
         "weights": element * weights,
-        "packed": element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
+        "packed": PACKED * element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
         "gradients": 4 * trained,
         "optimizer": states * trained / dp,
-        "activations": (min(pp, work.heaviest.micro_batches) * layers + BACKWARD_LAYERS) * layer,
-        "head": _head_bytes(model, _head_tokens(config, work), tp),
+        "activations": activations,
+        "head": head,
         "checkpoints": (element + states) * trained / dp,
     }
     parts["allocator"] = ALLOCATOR_SHARE * sum(parts.values())
     return {name: round(size) for name, size in parts.items()}
 
 
-def _head_tokens(config: JobConfig, work: Workload) -> int:
-    """Rows of logits at once: of training, or of an evaluation, whose micro-batches are full."""
-    capacity = max(config.training.micro_batch_tokens or 0, work.longest)
-    return max(work.heaviest.tokens, min(capacity, work.valid_tokens))
+def _capacity(config: JobConfig, work: Workload) -> int:
+    """Tokens of a full micro-batch."""
+    return max(config.training.micro_batch_tokens or 0, work.longest)
 
 
-def _head_bytes(model: ModelConfig, tokens: int, tp: int) -> float:
-    """Logits in fp32, their gradient and a copy: only where the vocabulary is a head."""
-    return 12.0 * tokens * local_sizes(model, tp).vocab if model.has_head else 0.0
+def _head_bytes(model: ModelConfig, work: Workload, tokens: int, tp: int) -> float:
+    """Logits in fp32 and what is made of them, of the tokens that count: only where the vocabulary is a head."""
+    counted = min(tokens, SUPERVISED_MARGIN * tokens * work.supervised / max(1, work.tokens))
+    return 4.0 * LOGITS * counted * local_sizes(model, tp).vocab if model.has_head else 0.0
 
 
 def trained_parameters(config: JobConfig, model: ModelConfig) -> int:

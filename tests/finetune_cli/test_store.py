@@ -116,7 +116,7 @@ def test_R11_a_probe_says_why_it_ended(job_yaml: Path, run: Run, home: Path) -> 
 
     done = run("estimate", job_yaml, "--probe", "--set", f"model={broken}", "--store", "s")
 
-    assert done.code == 2
+    assert done.code == 2, done.err
     assert weights.name in done.err
     there = run("estimate", job_yaml, "--probe", "--url", "grpc://127.0.0.1:1")
     assert there.code == 2

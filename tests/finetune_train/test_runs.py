@@ -12,7 +12,7 @@ from crashing import poll
 from finetune_jobs import JobDir, finish
 from safetensors.torch import load_file, save_file
 
-from trilithon_finetune.train import rank
+from trilithon_finetune.train import rank as rank_module
 from trilithon_parallel.watchdog import Watchdog
 
 MakeJob = Callable[..., JobDir]
@@ -181,7 +181,7 @@ def test_R2_the_watchdog_hears_of_every_step_and_pass(job: MakeJob, monkeypatch:
             moved.append(self.state().phase)
             super().moved()
 
-    monkeypatch.setattr(rank, "Watchdog", Told)
+    monkeypatch.setattr(rank_module, "Watchdog", Told)
     made = prepared(job("sft", training={"micro_batch_tokens": 64}))
     made.train_here()
 

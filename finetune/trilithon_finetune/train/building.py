@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trilithon_finetune.data.prepared import Part
+from trilithon_finetune.errors import refuse
 from trilithon_finetune.estimate import EFFICIENCY
 from trilithon_finetune.resolve import layout_of, lora_spec
 from trilithon_finetune.setup import read_rows_of
@@ -18,6 +19,7 @@ from trilithon_finetune.train.work import Work
 from trilithon_parallel.backend import select
 from trilithon_parallel.checkpoint import Base, Retention, RunFacts, Saver, import_base
 from trilithon_parallel.collectives import barrier
+from trilithon_parallel.config import ModelError
 from trilithon_parallel.costs import model_flops
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.peft import read_adapter
@@ -61,15 +63,24 @@ NEW_PARTS = ("task_head.", "lm_transform.", "lm_head.")
 
 
 def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
-    """The weights that training begins from: the base's, and new ones where the base has none."""
+    """
+    The weights that training begins from: the base's, and new ones where the base has none.
+
+    Raises:
+        FinetuneError: `model_not_found`, they cannot be read.
+    """
     assert work.config.seed is not None
     job = work.job
-    if model.config.lora is not None:
-        earlier = None if job.adapter_dir is None else read_adapter(job.adapter_dir, config=work.base)
-        begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
-        return
-    targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
-    import_base(job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
+    try:
+        if model.config.lora is not None:
+            earlier = None if job.adapter_dir is None else read_adapter(job.adapter_dir, config=work.base)
+            begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
+            return
+        targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
+        import_base(job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
+    except ModelError as error:
+        message = f"base model {work.config.model}: {error.message}"
+        raise refuse("model_not_found", message, param="model", hint=error.hint) from None
     model.optimizer.publish()
     model.weights_changed()
 

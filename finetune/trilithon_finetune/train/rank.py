@@ -95,21 +95,15 @@ def _as_job_error(error: Exception) -> JobError:
     """What the job's owner is told of an exception."""
     if isinstance(error, FinetuneError):
         return error.error
-    code, hint = "bug", ""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        code = "out_of_memory"
         hint = "Lower training.micro_batch_tokens or data.max_tokens, or use more ranks."
-    elif isinstance(error, CheckpointError):
-        code = {"checkpoint_disk_full": "disk_full", "checkpoint_busy": "lease_lost"}.get(
-            error.code, "checkpoint_corrupt"
-        )
-        hint = error.hint
-    elif isinstance(error, ModelError | HealthError):
-        code = "invalid_config"
-        hint = error.hint
-    return JobError(
-        code=code, message=f"{type(error).__name__}: {error}"[:2000] if code == "bug" else str(error), hint=hint
-    )
+        return JobError(code="out_of_memory", message=str(error), hint=hint)
+    if isinstance(error, CheckpointError):
+        known = {"checkpoint_disk_full": "disk_full", "checkpoint_busy": "lease_lost"}
+        return JobError(code=known.get(error.code, "checkpoint_corrupt"), message=error.message, hint=error.hint)
+    if isinstance(error, ModelError | HealthError):
+        return JobError(code="invalid_config", message=error.message, hint=error.hint)
+    return JobError(code="bug", message=f"{type(error).__name__}: {error}"[:2000])
 
 
 def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:

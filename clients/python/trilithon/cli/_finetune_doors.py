@@ -131,8 +131,7 @@ class ServerDoor:
         return self._models.delete_alias(alias, expected_target=expected)
 
     def check(self, config: Mapping[str, Any], *, probe: bool = False) -> Checked:
-        if probe:
-            raise UsageError("--probe measures on this machine. Given: --url too.")
+        assert not probe, "a server is not measured from here"
         return Checked(plain(self._jobs.estimate(config)))
 
     def upload(self, path: Path) -> str:

@@ -82,6 +82,8 @@ def _validate_there(args: argparse.Namespace) -> int:
 
 
 def estimate(args: argparse.Namespace) -> int:
+    if args.probe and args.url is not None:
+        raise UsageError("--probe measures on this machine. Given: --url too.")
     config = _config(args)
     with opened(args, local=True) as door, Uploads(door, config) as (taken, _):
         checked = door.check(taken, probe=args.probe)
