@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := smollm2-135m-instruct
+TEST_PROCESSES := 2
 
 .PHONY: help install run test test-slow test-gpu lint format bench bench-training proto docs clean
 
@@ -36,7 +37,7 @@ run: install
 	@$(BIN)/trilithon serve $(MODEL)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/pytest -m slow --timeout 3600
