@@ -83,7 +83,7 @@ def test_a_head_is_kept_with_its_very_labels_alone(models: Path) -> None:
     """
     A model that was trained for a task goes on with it; for other labels, or in another order, the head is new.
 
-    Inverse: any task head kept where there is one.
+    Inverse seen red: any task head kept where there is one.
     """
     config = load_config(models / "tokens")
     assert config.task_head is not None
@@ -102,7 +102,7 @@ def test_a_vocabulary_grows_shrinks_or_is_another(models: Path) -> None:
     """
     Rows that both have are kept, new ones drawn; of another vocabulary all rows are new, the trunk stays.
 
-    Inverse: a tensor that grows drawn anew as a whole.
+    Inverse seen red: a tensor that grows drawn anew as a whole.
     """
     base = load_config(models / "base")
     old = load_state(models / "base", config=base)

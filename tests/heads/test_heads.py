@@ -53,7 +53,7 @@ def test_E10_exports_open_in_transformers(kind: str, tmp_path: Path) -> None:
     """
     Our export, whose names are those that it writes itself, gives transformers our logits and labels, and us the model.
 
-    Inverse: without the pooler's tanh; with the names of a bare encoder.
+    Inverses seen red: without the pooler's tanh; with the names of a bare encoder.
     """
     model = make_model(MODELS[kind], dtype=torch.float32)
     directory = written(model, tmp_path / "model")
@@ -89,8 +89,8 @@ def test_E8_a_step_is_that_of_transformers(kind: str, rate_of: Callable[[str], f
     """
     Loss and weights after two steps in fp64 are those of transformers' model under torch's AdamW and its groups.
 
-    Inverse: the mean over all tokens in place of the labelled ones; ends' loss added and not averaged; a span's softmax
-    over the question too; a factor that scales the decay's rate alone.
+    Inverses seen red: the mean over all tokens in place of the labelled ones; ends' loss added and not averaged; a
+    span's softmax over the question too; a factor that scales the decay's rate alone.
     """
     settings = replace(SETTINGS, clip_norm=None)
     model = make_model(MODELS[kind], optimizer=settings, rate_of=rate_of)
@@ -148,7 +148,7 @@ def test_E4_served_logits_are_those_of_training(kind: str, models: Path) -> None
     """
     The packed stage that serves gives, sequence by sequence, the bits of the training forward over all of them.
 
-    Inverse: the head's product left to torch while the rest is packed.
+    Inverse seen red: the head's product left to torch while the rest is packed.
     """
     config, grid = load_config(models / kind), Grid.single()
     stages = []

@@ -42,8 +42,8 @@ def test_E8_heads_learn_as_in_one_process(world_size: int, case: str, outcomes: 
     Losses, gradient norms, weights and predictions of three steps are those of one process, for every head, for
     preferences, and with learning rates of their own for some parameters.
 
-    Inverse: gradients of a head summed over tp under sequence parallelism; its dropout drawn as if it were the stage's
-    first layer.
+    Inverses seen red: gradients of a head summed over tp under sequence parallelism; its dropout drawn as if it were
+    the stage's first layer.
     """
     assert [report.get(case, "never ran") for report in outcomes(world_size)] == ["ok"] * world_size
 
@@ -67,7 +67,7 @@ def test_new_models_begin_alike_at_every_layout(world_size: int, case: str, outc
     """
     A bare encoder gets a task head, a masked-LM head, more rows or another vocabulary: the same bits everywhere.
 
-    Inverse: a rank that draws its slice from a seed of its own.
+    Inverse seen red: a rank that draws its slice from a seed of its own.
     """
     assert [report.get(case, "never ran") for report in outcomes(world_size)] == ["ok"] * world_size
 

@@ -43,7 +43,7 @@ def test_any_split_is_the_same_step(kind: str, data: st.DataObject) -> None:
     """
     The same sequences in micro-batches of any sizes have one loss and one gradient.
 
-    Inverse: a loss that is a micro-batch's mean.
+    Inverse seen red: a loss that is a micro-batch's mean.
     """
     model = model_of(kind)
     rows = sequences(kind, data.draw(st.integers(0, 5)))
@@ -76,7 +76,8 @@ def test_preferences_are_the_plain_formula() -> None:
     """
     Loss and gradients of direct preference optimisation in fp64 are those of its formula written down.
 
-    Inverse: chosen and rejected exchanged; beta inside the margin twice; the mean log-probability in place of the sum.
+    Inverses seen red: chosen and rejected exchanged; beta inside the margin twice; the mean log-probability in place of
+    the sum.
     """
     model = model_of("preference")
     rows = sequences("preference", 3)
@@ -123,7 +124,7 @@ def test_tokens_are_right_where_torch_says_the_target_is_the_largest() -> None:
     """
     What a step, an evaluation and a prediction count as right is what argmax over whole logits finds, in one process.
 
-    Inverse: tokens of prompts, which don't count, counted too.
+    Inverse seen red: tokens of prompts, which don't count, counted too.
     """
     model = model_of("vocabulary")
     batch = replace(batch_of("vocabulary", sequences("vocabulary", 4), 0), types_T=None)
