@@ -113,8 +113,8 @@ def test_R10_stopped_worker_changes_nothing_when_it_wakes(store: Store) -> None:
     A worker that is stopped (SIGSTOP) past its lease loses the job: its ranks are killed, and while the next attempt is
     at work the old worker, awake again, writes nothing and starts nothing.
 
-    Inverses seen red: with the token compared neither in `Queue` nor in `moves.change`, of which each is enough, the old
-    worker sends the job back to the queue beneath the new one; where `recover` leaves the old ranks alone, the next
+    Inverses seen red: with the token compared neither in `Queue` nor in `moves.change`, of which each is enough, the
+    old worker sends the job back to the queue beneath the new one; where `recover` leaves the old ranks alone, the next
     attempts end on the job's lock.
     """
     job = store.create(options={"steps": 4, "train": {"block": True}}, parallel={"dp": 2})
