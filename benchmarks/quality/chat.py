@@ -91,7 +91,7 @@ def answers(engine: InProcessEngine, asked: Sequence[tuple[Sequence[int], Adapte
     found: list[list[int]] = [[] for _ in asked]
     for step in engine.steps():
         for delta in step.deltas:
-            found[delta.handle] += delta.tokens
+            found[delta.handle] += [token.id for token in delta.tokens]
     return found
 
 
