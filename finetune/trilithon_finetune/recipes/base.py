@@ -202,7 +202,7 @@ class Recipe(Protocol):
     def judge(
         self, texts: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]], context: Context
     ) -> Mapping[str, float]:
-        """Numbers of the texts that an export wrote, by name; texts and rows by line. Asked where `writing` says how."""
+        """Numbers of the texts that an export wrote, by name; texts and rows by line. Where `writing` says how."""
         return {}
 
     def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:

@@ -36,8 +36,8 @@ class SpanOptions(Section):
     no_answer: bool = False
     """Questions may have no answer: rows may say `is_impossible`, and the model may say so too."""
     null_threshold: float | None = None
-    """With `no_answer`: by how much "no answer" must score above the best answer to be said. None: what does best on the
-    validation of the exported checkpoint; 0 until then, and where all of its questions have answers."""
+    """With `no_answer`: by how much "no answer" must score above the best answer to be said. None: what does best on
+    the validation of the exported checkpoint; 0 until then, and where all of its questions have answers."""
     doc_stride: Annotated[int, Field(ge=1)] = 128
     """Tokens from the start of one window of a long context to the next."""
     max_question_tokens: Annotated[int, Field(ge=1)] = 64
