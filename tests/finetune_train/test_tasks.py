@@ -14,7 +14,7 @@ MakeJob = Callable[..., JobDir]
 @pytest.mark.parametrize("task", [*DECODER_TASKS, *ENCODER_TASKS])
 def test_a_task_learns_and_its_export_is_verified(job: MakeJob, task: str) -> None:
     """Each task's rows are checked, learned and exported, the loss falls, and the export says what the trainer said."""
-    made = job(task, optimizer={"lr": 5e-3})
+    made = job(task, optimizer={"lr": 5e-3 if task in DECODER_TASKS else 1e-3})
     report = made.phase("validate")["report"]
     made.phase("prepare")
     made.train_here()
