@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Several ranks, engines and suites share few cores; one thread each also makes sums reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The tokenizers library warns when a process that has used it forks; its threads are of no use to tests.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Files run side by side, on machines that others use too: how long something takes says nothing.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 DATA_DIR = Path(os.environ.get("TRILITHON_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
 

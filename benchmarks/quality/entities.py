@@ -44,9 +44,13 @@ def train_transformers(work: Work) -> tuple[float, float, dict[str, float]]:
     config = work.config
     assert config.seed is not None
     torch.manual_seed(config.seed)
-    labels = list(work.prepared.facts.labels)
+    labels, dropout = list(work.prepared.facts.labels), config.training.dropout
     model = transformers.BertForTokenClassification.from_pretrained(
-        work.job.model_dir, num_labels=len(labels), dtype=torch.float32
+        work.job.model_dir,
+        num_labels=len(labels),
+        dtype=torch.float32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,  # ours has none of these
     )
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, config), betas=config.optimizer.betas, eps=config.optimizer.eps)

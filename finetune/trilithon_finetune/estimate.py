@@ -33,7 +33,7 @@ FRAMEWORK_BYTES = 270 << 20
 TOKENIZER_BYTES = 1365
 """Of an id of the vocabulary, in the tokenizer."""
 
-KEPT = {"full": 1.25, "lora": 1.75}
+KEPT = {"full": 1.25, "lora": 1.7}
 """What a layer keeps for the backward pass, of what the planner counts; besides, one layer is always at work."""
 
 LOGITS = 1.1
@@ -42,7 +42,7 @@ LOGITS = 1.1
 PACKED = 1.3
 """Packed copies of weights, and what is left of making them."""
 
-SUPERVISED_MARGIN = 1.2
+SUPERVISED_MARGIN = 1.1
 """By how much more than the data's mean of a micro-batch's tokens may count."""
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}

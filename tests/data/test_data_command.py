@@ -150,6 +150,7 @@ def test_R11_wrong_values_are_sentences(
 
 def test_examples_run(
     smollm2_dir: Path,
+    minilm_dir: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,16 +160,17 @@ def test_examples_run(
     monkeypatch.chdir(tmp_path)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [a + b + c + d for a in letters for b in "aeiou" for c in letters for d in ("n", "st", "ing")]
-    write_rows("texts.jsonl", [" ".join(words[i::40]) for i in range(40)])
+    for name in ("texts.jsonl", "abstracts.jsonl"):
+        write_rows(name, [" ".join(words[i::40]) for i in range(40)])
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
     parsers = [_parser(), *_parser().actions()]
     lines = [line.strip() for p in parsers for line in (p.epilog or "").splitlines() if line.startswith("  trilithon ")]
     ours = [line for line in set(lines) if line.split()[2] != "convert"]  # `finetune_cli` runs those
-    examples = sorted(ours, key=lambda line: ["tokenizer", "prepare", "info"].index(line.split()[2]))
+    examples = sorted(ours, key=lambda line: ["tokenizer", "prepare", "info", "fragmentation"].index(line.split()[2]))
 
-    assert len(examples) == 5
+    assert len(examples) == 7
     for example in examples:
         # The texts of this test are too few for a vocabulary of that size.
-        example = example.replace("32000", "2000")
+        example = example.replace("32000", "2000").replace("8000", "2000")
         assert run(*shlex.split(example)[2:]) == 0, capsys.readouterr().err
         assert capsys.readouterr().out

@@ -66,6 +66,14 @@ def fail_then_peers_complain() -> None:
     sys.exit(1)
 
 
+def fail_when_told() -> None:
+    """The same, once the file `go` is there."""
+    note(f"ready{RANK}")
+    while RANK == 1 and not (DIRECTORY / "go").exists():
+        time.sleep(0.01)
+    fail_then_peers_complain()
+
+
 def fail_once() -> None:
     """The first attempt fails, the second is good."""
     note(f"attempt{ATTEMPT}-rank{RANK}", os.environ["MASTER_PORT"])
@@ -112,8 +120,8 @@ note(f"pids/{RANK}", str(os.getpid()))
 MODES = {
     function.__name__: function
     for function in (
-        sleep_for_ever, stop_in_order, ignore_signals, with_helper, fail_then_peers_complain, fail_once, invalid,
-        give_up_on_peer, talk, train_in_two_jobs,
+        sleep_for_ever, stop_in_order, ignore_signals, with_helper, fail_then_peers_complain, fail_when_told,
+        fail_once, invalid, give_up_on_peer, talk, train_in_two_jobs,
     )
 }  # fmt: skip
 MODES[MODE]()

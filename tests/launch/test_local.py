@@ -50,6 +50,24 @@ def test_R1_first_cause_is_reported(launch: Start) -> None:
     assert not any(map(is_alive, started.pids()))
 
 
+def test_R1_first_cause_is_known_to_a_launcher_that_slept_through_it(launch: Start) -> None:
+    """
+    A launcher that finds several ranks gone at one look, since its host was busy, names the one that went first.
+
+    Inverse seen: by the ranks' numbers, rank 0 is named, which only complained.
+    """
+    started = launch("fail_when_told", nproc=3)
+    started.wait_ready(3)
+    started.process.send_signal(signal.SIGSTOP)
+    (started.directory / "go").touch()
+    wait_until(lambda: not any(map(is_alive, started.pids())), "all ranks have ended")
+    started.process.send_signal(signal.SIGCONT)
+    code, output = started.end()
+
+    assert code == 1
+    assert "launch: rank 1 exited with code 1. It wrote last:" in output
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_R1_killed_rank_ends_the_group(launch: Start, rank: int) -> None:
     """SIGKILL of any rank: it is named, the code is 128 + 9, no other rank is left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import time
@@ -28,6 +29,10 @@ def events(server: Server) -> list[dict[str, object]]:
 
 def losses(server: Server) -> list[dict[str, object]]:
     return [line for line in events(server) if line["event"] == "rank_lost"]
+
+
+def _lost(server: Server, count: int) -> bool:
+    return len(losses(server)) >= count
 
 
 def health(channel: grpc.Channel) -> int:
@@ -71,6 +76,8 @@ def test_R1_killing_any_rank_under_load_ends_everything_typed_and_restarts(
             # an unstreamed one may or may not be told to retry; a streamed one never is.
             final = victim == MAX_RESTARTS
             assert all(o.advised_retry is not o.streamed for o in load.outcomes if o.streamed or not final)
+            # The log may come behind the answers.
+            wait_until(functools.partial(_lost, server, victim + 1), seconds=FAILED_S)
             loss = losses(server)[-1]
             expected = {"rank": victim, "tp": victim % tp, "pp": victim // tp, "kind": "killed"}
             assert expected.items() <= loss.items()

@@ -154,6 +154,7 @@ class _Group:
         self._env |= {"MASTER_PORT": str(_free_port()), "TORCHELASTIC_RESTART_COUNT": str(attempt)}
         self._ranks: list[Rank] = []
         self._exits: list[tuple[int, int]] = []  # (rank, code) that are no clean end, in the order they were noticed
+        self._gone: list[int] = []  # ranks in the order in which the kernel told of their ends
         self._peer_lost_at: float | None = None
         self._selector = selectors.DefaultSelector()
         self._keeper = Keeper()
@@ -200,7 +201,7 @@ class _Group:
                 ) from None
             self._ranks.append(rank)
             self._keeper.watch(rank.pid)
-            rank.register(self._selector)
+            rank.register(self._selector, on_exit=functools.partial(self._gone.append, number))
 
     def _ask(self, signum: int, stop_s: float) -> None:
         name = signal.Signals(signum).name
@@ -215,8 +216,7 @@ class _Group:
             if rank.exit_code is None and rank.poll() is not None:
                 assert rank.exit_code is not None
                 new += [(rank.rank, rank.exit_code)] if rank.exit_code not in clean else []
-        # Those noticed at one look have no order: a signal's victim comes before who failed by itself.
-        self._exits += sorted(new, key=lambda exit: exit[1] >= 0 or exit[1] == -signal.SIGABRT)
+        self._exits += sorted(new, key=self._place)
         if not self._exits:
             return None
         cause = next((exit for exit in self._exits if exit[1] != EXIT_PEER_LOST), None)
@@ -224,6 +224,15 @@ class _Group:
             number, code = cause
             return Failure(number, describe_exit(code), _exit_code(code), self._ranks[number].tail)
         return self._look_for_peer()
+
+    def _place(self, exit: tuple[int, int]) -> tuple[int, bool]:
+        """
+        Where an end comes among those noticed at one look: as the kernel told of them, which a busy host may hear of
+        together; without its word, a signal's victim before who failed by itself.
+        """
+        rank, code = exit
+        told = self._gone.index(rank) if rank in self._gone else len(self._gone)
+        return told, code >= 0 or code == -signal.SIGABRT
 
     def _look_for_peer(self) -> Failure | None:
         """Ranks gave up on a peer: a stopped one is it; otherwise wait a while for the one that fails differently."""

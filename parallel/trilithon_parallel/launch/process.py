@@ -87,12 +87,22 @@ class Rank:
         lines = [*self._tail, self._rest] if self._rest else list(self._tail)
         return tuple(line.decode("utf-8", errors="replace") for line in lines[-_TAIL_LINES:])
 
-    def register(self, selector: selectors.BaseSelector) -> None:
-        """Wake `selector` when the rank speaks or dies; the keys' data is a function to call."""
+    def register(self, selector: selectors.BaseSelector, *, on_exit: Callable[[], None]) -> None:
+        """
+        Wake `selector` when the rank speaks or dies; the keys' data is a function to call.
+
+        Args:
+            on_exit: called when the kernel tells that it is gone.
+        """
         selector.register(self._output, selectors.EVENT_READ, lambda: self._speak(selector))
         with contextlib.suppress(OSError, AttributeError):  # without pidfd the caller's own tick notices the exit
             pidfd = self._pidfd = os.pidfd_open(self.pid)
-            selector.register(pidfd, selectors.EVENT_READ, lambda: selector.unregister(pidfd))
+
+            def gone() -> None:
+                selector.unregister(pidfd)
+                on_exit()
+
+            selector.register(pidfd, selectors.EVENT_READ, gone)
 
     def poll(self) -> int | None:
         """Its exit code (below zero: killed by that signal), None while it runs; its output is read meanwhile."""
