@@ -118,6 +118,15 @@ class JobDir:
             os.environ.update(kept)
             torch.set_num_threads(threads)
 
+    def walk(self) -> JobDir:
+        """Every phase of a job of one rank, in this process."""
+        for phase in ("validate", "prepare"):
+            self.phase(phase)
+        self.train_here()
+        for phase in ("export", "verify"):
+            self.phase(phase)
+        return self
+
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What the attempt told."""
         path = self.root / "attempts" / str(self.attempt) / "events.jsonl"

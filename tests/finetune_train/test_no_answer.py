@@ -40,12 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, encoder_dir: Path) -> Job
         optimizer={"lr": 5e-3},
         eval={"every_steps": 3},
     )
-    for phase in ("validate", "prepare"):
-        made.phase(phase)
-    made.train_here()
-    for phase in ("export", "verify"):
-        made.phase(phase)
-    return made
+    return made.walk()
 
 
 def chosen(made: JobDir) -> dict[str, float]:

@@ -25,7 +25,7 @@ from trilithon_parallel.weights.directory import MAX_SHARD_BYTES, write_shards
 from trilithon_parallel.weights.names import Source, file_shape, file_slices, name_table
 from trilithon_parallel.weights.safetensors_io import TensorSpec
 
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -34,6 +34,11 @@ SIDE_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+)
+"""All that may say how a text is cut."""
+
+SIDE_FILES = (
+    *TOKENIZER_FILES,
     "chat_template.jinja",
     "modules.json",
     "sentence_bert_config.json",

@@ -18,19 +18,8 @@ from trilithon_parallel.config import ModelError, load_config
 from trilithon_parallel.pieces import METASPACE, UNKNOWN_PIECES
 from trilithon_parallel.placement import placement_of
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
-from trilithon_parallel.weights.export import SIDE_FILES, export_model
+from trilithon_parallel.weights.export import SIDE_FILES, TOKENIZER_FILES, export_model
 from trilithon_parallel.weights.loader import load_state
-
-_FILES_OF_A_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ def change_vocabulary(model_dir: Path, tokenizer_dir: Path, out_dir: Path) -> Ch
     changed = replace(config, vocab_size=new.vocab_size, pad_id=_id_of(new, "[PAD]"))
     with tempfile.TemporaryDirectory() as folder:
         for name in SIDE_FILES:
-            source = (tokenizer_dir if name in _FILES_OF_A_TOKENIZER else model_dir) / name
+            source = (tokenizer_dir if name in TOKENIZER_FILES else model_dir) / name
             if source.is_file():
                 (Path(folder) / name).parent.mkdir(exist_ok=True)
                 (Path(folder) / name).write_bytes(source.read_bytes())
