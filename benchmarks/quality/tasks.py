@@ -56,7 +56,12 @@ CASES: Mapping[str, Case] = {
     "relations": Case(
         "all-minilm-l6-v2",
         (("drugprot", "biomed/drugprot_re.jsonl"),),
-        {"task": "relation", "training": {"epochs": 4}, "data": {"max_tokens": 160}},
+        {
+            "task": "relation",
+            "training": {"epochs": 4, "dropout": 0.1},
+            "optimizer": {"lr": 1.5e-4},
+            "data": {"max_tokens": 160},
+        },
         {"f1": 0.240},
     ),
     "decisions": Case(
