@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("corpus", choices=FILES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, data = model_dir("all-minilm-l6-v2"), data_dir() / "biomed"

@@ -28,7 +28,9 @@ class Classify(Recipe):
     task = "classify"
     head: Head = "sequence"
     formats: tuple[str, ...] = (ROWS,)
-    defaults = Defaults(lr_full=5e-5, head_lr_factor=10.0, batch_size=32, max_tokens=512, weight_decay=0.01)
+    defaults = Defaults(
+        lr_full=5e-5, dropout=0.1, head_lr_factor=10.0, batch_size=32, max_tokens=512, weight_decay=0.01
+    )
     Options: type[Section] = ClassifyOptions
     best_metric: Best = ("accuracy", "max")
 

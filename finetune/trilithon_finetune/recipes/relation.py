@@ -52,7 +52,9 @@ class Relation(Recipe):
     task = "relation"
     head: Head = "sequence"
     formats: tuple[str, ...] = (ROWS,)
-    defaults = Defaults(lr_full=5e-5, head_lr_factor=10.0, batch_size=32, max_tokens=128, weight_decay=0.01)
+    defaults = Defaults(
+        lr_full=5e-5, dropout=0.1, head_lr_factor=10.0, batch_size=32, max_tokens=128, weight_decay=0.01
+    )
     Options: type[Section] = RelationOptions
     best_metric: Best = ("f1", "max")
 

@@ -54,7 +54,9 @@ class SpanQa(Recipe):
     task = "span_qa"
     head: Head = "span"
     formats: tuple[str, ...] = (ROWS, NESTED)
-    defaults = Defaults(lr_full=5e-5, head_lr_factor=10.0, batch_size=16, max_tokens=384, weight_decay=0.01)
+    defaults = Defaults(
+        lr_full=5e-5, dropout=0.1, head_lr_factor=10.0, batch_size=16, max_tokens=384, weight_decay=0.01
+    )
     Options: type[Section] = SpanOptions
     best_metric: Best = ("f1", "max")
 

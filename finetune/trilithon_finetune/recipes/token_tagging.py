@@ -42,7 +42,9 @@ class TokenTagging(Recipe):
     task = "ner"
     head: Head = "tokens"
     formats: tuple[str, ...] = (ROWS, CONLL)
-    defaults = Defaults(lr_full=5e-5, head_lr_factor=10.0, batch_size=32, max_tokens=256, weight_decay=0.01)
+    defaults = Defaults(
+        lr_full=5e-5, dropout=0.1, head_lr_factor=10.0, batch_size=32, max_tokens=256, weight_decay=0.01
+    )
     Options: type[Section] = TaggingOptions
     best_metric: Best = ("f1", "max")
 
