@@ -61,8 +61,6 @@ ALLOCATOR_SHARE = 0.04
 
 DISK_MARGIN = 1.05
 
-_A_RANK_NEEDS = "a rank needs"
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -168,11 +166,7 @@ def estimate(config: JobConfig, model: ModelConfig, work: Workload, machine: Mac
     problems = []
     if (needed := sum(memory.values())) > machine.rank_bytes:
         problems.append(_memory_problem(config, model, work, needed, machine.rank_bytes))
-    if disk > machine.disk_bytes:
-        problems.append(
-            f"the disk must have {_gib(disk)} free. Given: {_gib(machine.disk_bytes)}. "
-            "Lower checkpoint.keep, or make room."
-        )
+    problems += _disk_problems(disk, machine.disk_bytes)
     return Estimate(
         train_tokens=train_tokens,
         supervised_tokens=round(work.supervised * passes * min(1.0, share)),
@@ -201,10 +195,10 @@ def by_measurement(estimate: Estimate, *, peak_bytes: int, tokens_per_s: float) 
     memory["allocator"] = round(ALLOCATOR_SHARE * sum(memory.values()))
     seconds = (estimate.train_tokens + EVALUATION_COST * estimate.evaluated_tokens) / tokens_per_s
     needed = sum(memory.values())
-    problems = [problem for problem in estimate.problems if not problem.startswith(_A_RANK_NEEDS)]
+    problems = _disk_problems(estimate.disk_bytes, estimate.disk_free_bytes)
     if needed > estimate.rank_bytes:
         problems.append(
-            f"{_A_RANK_NEEDS} {_gib(needed)} of memory, as measured. Given: {_gib(estimate.rank_bytes)}. "
+            f"a rank needs {_gib(needed)} of memory, as measured. Given: {_gib(estimate.rank_bytes)}. "
             "Lower training.micro_batch_tokens, or use more ranks (parallel.tp, parallel.pp)."
         )
     low, high = (seconds * share for share in MEASURED_SPREAD)
@@ -305,9 +299,15 @@ def _flops_per_token(config: JobConfig, model: ModelConfig, longest: int) -> flo
     return flops if config.tuning.kind == "full" else flops * 2 / 3
 
 
+def _disk_problems(needed: int, free: int) -> list[str]:
+    if needed <= free:
+        return []
+    return [f"the disk must have {_gib(needed)} free. Given: {_gib(free)}. Lower checkpoint.keep, or make room."]
+
+
 def _memory_problem(config: JobConfig, model: ModelConfig, work: Workload, needed: int, available: int) -> str:
     """What is missing, and the smallest change that would fit, if one of these does."""
-    said = f"{_A_RANK_NEEDS} {_gib(needed)} of memory. Given: {_gib(available)}."
+    said = f"a rank needs {_gib(needed)} of memory. Given: {_gib(available)}."
     tokens = config.training.micro_batch_tokens or work.longest
     while tokens // 2 >= work.longest:
         tokens //= 2
