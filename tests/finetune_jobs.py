@@ -16,7 +16,7 @@ import torch
 from ranks import free_port
 
 from trilithon_finetune.paths import StorePaths
-from trilithon_finetune.phases.__main__ import run_phase
+from trilithon_finetune.phases.phase import run_phase
 from trilithon_finetune.train import rank
 
 JOB_ID = "ftjob-" + "a" * 20

@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("corpus", choices=FILES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--labelling", choices=("first", "whole"), default="first", help="pieces of a word")
     parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -149,16 +150,18 @@ def main() -> None:
                 "seed": seed,
                 "training": {"epochs": args.epochs, "dropout": args.dropout},
                 "eval": {"every_steps": 10**9},
+                "options": {"method": args.labelling},
             }
             ours.append(run_job(Path(folder), model, files[0], files[1], config))
             work = open_work(read_job(ours[-1].export.parent))
             theirs.append(train_transformers(work))
     f1 = [result.last["f1"] for result in ours], [numbers["f1"] for _, _, numbers in theirs]
     record(
-        f"entities_{args.corpus}",
+        f"entities_{args.corpus}" + ("" if args.labelling == "first" else f"_{args.labelling}"),
         {
             "seeds": args.seeds,
             "epochs": args.epochs,
+            "labelling": args.labelling,
             "floor_f1": DICTIONARY_FLOOR[args.corpus],
             "ours_f1": f1[0],
             "transformers_f1": f1[1],

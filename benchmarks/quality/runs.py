@@ -19,10 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trilithon_finetune.paths import StorePaths
-from trilithon_finetune.phases.__main__ import run_phase
+from trilithon_finetune.phases.phase import run_phase
+from trilithon_finetune.phases.verify import loaded_stage, outputs_of_stage
+from trilithon_finetune.recipes.base import Output, Sample
+from trilithon_finetune.setup import read_job
+from trilithon_finetune.train.work import open_work
+from trilithon_parallel.config import load_config
 
 HERE = Path(__file__).parent
 
@@ -129,6 +135,22 @@ def run_job(
         checked["estimate"],
         verified,
     )
+
+
+def judge(result: Result, rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The recipe's numbers of an exported model, not an adapter, on rows that the job did not see."""
+    work = open_work(read_job(result.export.parent))
+    stage = loaded_stage(load_config(result.export), result.export, dtype=getattr(torch, work.config.dtype))
+    stage.prepare()
+    by_line, samples = dict(enumerate(rows, start=1)), []
+    for line, row in by_line.items():
+        encoded = work.recipe.encode(row, line, work.context, file="rows")
+        samples += [item for item in encoded if isinstance(item, Sample)]
+    said = outputs_of_stage(stage, [(sample, np.empty(0, np.float32)) for sample in samples])
+    outputs = [Output(sample, values) for sample, values in zip(samples, said, strict=True)]
+    answered = {sample.row for sample in samples}
+    assert answered == set(by_line), f"{len(by_line) - len(answered)} rows could not be read"
+    return dict(work.recipe.metrics(outputs, by_line, work.context))
 
 
 def _write(root: Path, spec: Mapping[str, Any]) -> None:

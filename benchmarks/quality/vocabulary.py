@@ -42,11 +42,12 @@ SIZES = (4000, 8000)
 
 
 def biomedical_texts() -> list[str]:
-    """Paragraphs of full articles, and contexts of questions."""
+    """Paragraphs of full articles, and contexts of questions; each once."""
     articles = _rows("pretrain/pmc_craft_fulltext.jsonl")
     questions = _rows("qa/pubmedqa_pqal.jsonl")
     texts = [part for row in articles for part in row["text"].split("\n\n")]
-    return [text for text in [*texts, *(c for row in questions for c in row["contexts"])] if len(text.split()) > 8]
+    texts += [context for row in questions for context in row["contexts"]]
+    return list(dict.fromkeys(text for text in texts if len(text.split()) > 8))  # articles repeat legal notes
 
 
 def general_texts(num_words: int) -> Iterator[str]:

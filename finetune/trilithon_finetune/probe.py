@@ -17,7 +17,7 @@ from typing import Any
 
 from trilithon_finetune.errors import FinetuneError, JobError, refuse
 from trilithon_finetune.estimate import Estimate, by_measurement
-from trilithon_finetune.phases.__main__ import run_phase
+from trilithon_finetune.phases.phase import run_phase
 from trilithon_finetune.setup import JobFile
 from trilithon_parallel.launch.local import local
 

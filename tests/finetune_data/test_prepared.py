@@ -211,10 +211,11 @@ def test_prepared_data_is_used_again(tmp_path: Path, make_context: MakeContext, 
     [
         ([{"prompt": "a"}], {}, "invalid_training_file", "E-DATA-008  train.jsonl:1  completion: is missing."),
         ([], {}, "invalid_training_file", "E-DATA-001  train.jsonl  has no rows."),
+        ([*_rows(1), *_rows(1), {"a": 1}], {}, "invalid_training_file", "^E-DATA-007  train.jsonl:3"),
         (_rows(2), {"validation_share": 1e-9}, "invalid_config", "holds out no row of 2"),
         (_rows(2), {"validation_share": 1 - 1e-9}, "invalid_config", "holds out every row of 2"),
     ],
-    ids=["bad row", "empty", "none held out", "all held out"],
+    ids=["bad row", "empty", "behind a warning", "none held out", "all held out"],
 )
 def test_R11_what_cannot_be_trained_on_is_refused(
     tmp_path: Path,

@@ -207,18 +207,32 @@ def test_bad_rows_may_be_allowed(make_context: MakeContext, write_rows: WriteRow
 @given(lines=st.lists(st.integers(0, 30), max_size=60), most=st.integers(0, 10))
 def test_the_first_findings_are_kept_and_all_are_counted(lines: list[int], most: int) -> None:
     """
-    However many findings there are, as many as asked for are held, the first by line, and the counts are whole.
+    However many findings there are, as many as asked for are held: errors before warnings, of each the first by line.
 
-    Inverse check: keeping the first that were found, instead of the first by line, fails here.
+    They are told by line, and the counts are whole. Inverse checks: the first that were found in place of the first by
+    line; warnings that take the place of an error.
     """
     findings = Findings(most)
     for number, line in enumerate(lines):
         findings.add(finding("E-DATA-015" if number % 2 else "E-DATA-031", str(number), file="f", line=line))
         assert not most or len(findings.first) <= most
-    expected = sorted(range(len(lines)), key=lambda number: lines[number])
+    by_line = sorted(range(len(lines)), key=lambda number: lines[number])
+    kept = set(sorted(by_line, key=lambda number: number % 2 == 0)[: most or None])
 
-    assert [item.message for item in findings.first] == [str(n) for n in expected][: most or None]
+    assert [item.message for item in findings.first] == [str(n) for n in by_line if n in kept]
     assert findings.counts.total() == len(lines)
+
+
+def test_R11_an_error_behind_many_warnings_is_shown(make_context: MakeContext, write_rows: WriteRows) -> None:
+    """Thirty doubled rows, then a broken one: the lines for people have the error, and room for warnings before it."""
+    rows = [{"text": f"row {i}"} for i in range(30)] * 2 + [{"txt": "x"}]
+    report = check_file(write_rows(rows), recipe=RECIPES["lm"], context=make_context("lm"), max_findings=25)
+    lines = report.lines()
+
+    assert (report.warnings, report.errors) == (30, 2)
+    assert [line.partition(":61")[1] for line in lines[18:20]] == [":61", ":61"]
+    assert lines[20:] == ["... and 12 findings more.", report.summary]
+    assert len(report.findings) == 25
 
 
 KEYS = [

@@ -14,8 +14,8 @@ from seqeval.scheme import IOB2
 from sklearn.metrics import accuracy_score
 from sklearn.metrics import f1_score as peer_f1
 
+from trilithon_finetune.metrics.answer_lists import list_scores
 from trilithon_finetune.metrics.classification import accuracy, class_scores, macro_f1, positive_scores
-from trilithon_finetune.metrics.retrieval_lists import list_scores
 from trilithon_finetune.metrics.span_f1 import micro, span_scores
 from trilithon_finetune.metrics.squad import (
     Question,
@@ -166,4 +166,4 @@ def test_the_negative_class_earns_nothing() -> None:
 )
 def test_lists_count_their_first_five(answers: Sequence[str], expected: tuple[float, float, float]) -> None:
     """Strict and lenient accuracy and the reciprocal rank, after normalisation."""
-    assert tuple(list_scores([answers], [["BRCA1", "FANCS"]]).values()) == pytest.approx(expected)
+    assert tuple(list_scores([(answers, ["BRCA1", "FANCS"])]).values()) == pytest.approx(expected)

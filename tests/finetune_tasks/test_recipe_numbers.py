@@ -11,6 +11,8 @@ from finetune_tasks.encoder_fixtures import CLASSIFY, LABELLED, NER, RELATED, RE
 from trilithon_finetune.recipes.base import IGNORE, Output, Sample
 from trilithon_parallel.tokenizer import Tokenizer
 
+LISTS = ("strict_accuracy", "lenient_accuracy", "mean_reciprocal_rank")
+
 
 def test_entities_are_judged_on_whole_rows(tokenizer: Tokenizer) -> None:
     """
@@ -86,5 +88,11 @@ def test_answers_are_judged_over_windows(tokenizer: Tokenizer) -> None:
     assert len(outputs) > 3
     assert (found["exact"], found["f1"], found["has_answer_f1"], found["no_answer_f1"]) == (1.0, 1.0, 1.0, 1.0)
     assert found["best_f1"] == 1.0
+    shy = [Output(o.sample, o.values + 20.0 * (np.arange(len(o.values)) == 0)[:, None]) for o in outputs]
+    assert (SPANS.metrics(shy, rows, context)["f1"], found["best_threshold"]) == (1.0, -20.0)
+    options = {"no_answer": True, "doc_stride": 10, "null_threshold": 0.0}
+    told = SPANS.metrics(shy, rows, context_of(SPANS, tokenizer, [], max_tokens=30, options=options))
+    assert (told["f1"], told["best_f1"], told["best_threshold"]) == (0.5, 1.0, 20.0)
+    assert [told[name] for name in LISTS] == [1.0, 1.0, 1.0]  # one question has an answer
     alone = context_of(SPANS, tokenizer, [], max_tokens=30, options={"doc_stride": 10})
-    assert SPANS.metrics(outputs[:-1], {1: rows[1]}, alone) == {"exact": 1.0, "f1": 1.0}
+    assert SPANS.metrics(outputs[:-1], {1: rows[1]}, alone) == {"exact": 1.0, "f1": 1.0, **dict.fromkeys(LISTS, 1.0)}

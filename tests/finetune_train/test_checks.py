@@ -20,7 +20,7 @@ from trilithon_finetune.train.threads import threads_of_a_rank
 CHECK = """
 import sys
 from pathlib import Path
-from trilithon_finetune.phases.__main__ import run_phase
+from trilithon_finetune.phases.phase import run_phase
 code = run_phase("validate", Path(sys.argv[1]), 1)
 print("torch" in sys.modules)
 sys.exit(code)

@@ -61,6 +61,9 @@ def test_an_export_has_the_threshold_of_its_own_checkpoint(finished: JobDir) -> 
 
     assert told["null_threshold"] == chosen(finished)["best_threshold"]
     assert len(others) == 6
+    assert (
+        chosen(finished)["f1"] == chosen(finished)["best_f1"] == max(e["data"]["f1"] for e in finished.events("eval"))
+    )
 
 
 def test_a_server_says_no_answer_by_it(finished: JobDir) -> None:

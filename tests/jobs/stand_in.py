@@ -76,8 +76,8 @@ def train() -> None:
     event("running", "goes", total_steps=steps)
     for step in range(done + 1, steps + 1):
         time.sleep(JOB["config"]["options"].get("step_s", 0.0))
-        event("step", f"step {step}", step=step, total_steps=steps, step_seconds=2.0, train_loss=1.0 / step,
-              trained_tokens=10 * step, tokens_per_second=5.0)  # fmt: skip
+        event("step", f"step {step}", step=step, total_steps=steps, train_loss=1.0 / step,
+              seconds_remaining=2 * (steps - step), trained_tokens=10 * step, tokens_per_second=5.0)  # fmt: skip
         stopping = bool(asked) and not WISH.get("deaf")
         if stopping or step == steps or step % JOB["config"]["options"].get("every", 2) == 0:
             checkpoint(step)

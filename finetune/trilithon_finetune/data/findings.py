@@ -124,6 +124,11 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def reason(findings: Iterable[Finding]) -> str:
+    """The line of the first error, for a message on why a file is refused; empty where there is none."""
+    return next((line_form(item) for item in findings if item.severity == "error"), "")
+
+
 class LineRanges:
     """
     Rising line numbers as ranges, of which the first few are kept and the rest counted.
@@ -166,7 +171,7 @@ class LineRanges:
 
 class Findings:
     """
-    The findings of one file. The first `most` by line are kept, all are counted.
+    The findings of one file. The first `most` by line are kept, errors before warnings; all are counted.
 
     Args:
         most: how many are kept; 0 for all.
@@ -174,7 +179,7 @@ class Findings:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: list[tuple[int, int, Finding]] = []
+        self._kept: dict[Severity, list[tuple[int, int, Finding]]] = {"error": [], "warning": []}
         self._added = 0
         self.counts: Counter[str] = Counter()
         """By code."""
@@ -189,11 +194,13 @@ class Findings:
             if item.severity == "error":
                 self.error_codes.add(item.code)
             self._added += 1
-            bisect.insort(self._kept, (item.line, self._added, item))
-            if self._most and len(self._kept) > self._most:
-                self._kept.pop()
+            kept = self._kept[item.severity]
+            bisect.insort(kept, (item.line, self._added, item))
+            if self._most and len(kept) > self._most:
+                kept.pop()
 
     @property
     def first(self) -> tuple[Finding, ...]:
         """By line, and within a line in the order in which they were found; the whole file's own come first."""
-        return tuple(item for _, _, item in self._kept)
+        kept = [*self._kept["error"], *self._kept["warning"]]
+        return tuple(item for _, _, item in sorted(kept[: self._most] if self._most else kept))

@@ -15,7 +15,7 @@ from typing import Any
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.check import file_digest
-from trilithon_finetune.data.findings import line_form
+from trilithon_finetune.data.findings import line_form, reason
 from trilithon_finetune.data.judging import Judge, allowed_rows, with_labels
 from trilithon_finetune.data.prepared import FORMAT, PreparedFacts, open_prepared, write_prepared
 from trilithon_finetune.errors import FinetuneError, JobError, refuse
@@ -168,7 +168,7 @@ def _refuse_bad(judge: Judge, config: JobConfig, code: str, file: str) -> None:
     if judge.whole and few_enough and judge.usable_rows:
         return
     lines = tuple(line_form(item) for item in judge.findings.first)
-    first = lines[0] if lines else f"{file}: no row is usable."
+    first = reason(judge.findings.first) or f"{file}: no row is usable."
     param = "training_file" if code == "invalid_training_file" else "validation_file"
     raise FinetuneError(JobError(code=code, message=first, param=param), findings=lines)
 

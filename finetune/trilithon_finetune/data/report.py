@@ -54,7 +54,7 @@ class Report:
         dropped_rows, truncated_rows: what `data.on_long` left out or shortened.
         errors, warnings: findings, all of them; `error_kinds`: how many codes the errors have.
         counts: findings by code.
-        findings: the first ones, by line.
+        findings: the first ones, by line; where not all are kept, warnings give way to errors.
         format: of the rows.
         labels: of the task's head.
         samples, tokens, supervised_tokens: of the usable rows.
@@ -115,9 +115,10 @@ class Report:
         The findings, one a line, then the summary.
 
         Args:
-            most: findings that are shown; 0 for all that were kept.
+            most: findings that are shown, errors before warnings; 0 for all that were kept.
         """
-        shown = self.findings[:most] if most else self.findings
+        first = sorted(enumerate(self.findings), key=lambda item: item[1].severity != "error")
+        shown = [item for _, item in sorted(first[:most] if most else first, key=lambda item: item[0])]
         more = self.errors + self.warnings - len(shown)
         return [*map(line_form, shown), *([f"... and {count_of(more, 'finding')} more."] if more else []), self.summary]
 

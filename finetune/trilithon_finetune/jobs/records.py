@@ -36,7 +36,7 @@ class Progress:
         step, total_steps: optimizer steps done, and of the whole run; 0 before it is known.
         epoch: passes over the data done.
         fraction: of the work, by tokens where the trainer says so, else by steps; from 0 to 1.
-        seconds_remaining: median of the last step times x steps left; None before ten steps were timed.
+        seconds_remaining: steps and evaluations left, by what those before took; None before ten steps were timed.
         trained_tokens, supervised_tokens: so far.
         tokens_per_second: of the newest step.
         prepare_fraction: of the data, while it is being prepared.

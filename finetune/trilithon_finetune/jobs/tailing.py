@@ -8,7 +8,6 @@ job, written in the transaction that stores the events: each line counts exactly
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +39,6 @@ MOVE_KINDS = frozenset({"validated", "prepared", "export_started", "exported", "
 """Kinds that tell of a move: a phase's words for it are kept until the worker makes the move."""
 
 _READ_BYTES = 1 << 20
-_TIMED_STEPS, _LEAST_STEPS = 50, 10  # a median of the last 50 step times, once there are 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,6 @@ class News:
     events: tuple[NewEvent, ...]
     saved: tuple[NewCheckpoint, ...]
     progress: Progress
-    step_s: tuple[float, ...]
     running: bool
     offset: int
 
@@ -62,7 +59,6 @@ class Tail:
     path: Path
     offset: int
     progress: Progress
-    step_s: tuple[float, ...] = ()
 
     def read(self) -> News | None:
         """The next whole lines; None when there are none. `accept` makes the next call go on behind them."""
@@ -77,22 +73,21 @@ class Tail:
             end = len(piece)  # no line is so long: it is told as unreadable, piece by piece
         if not end:
             return None
-        events, saved, progress, step_s = [], [], self.progress, self.step_s
+        events, saved, progress = [], [], self.progress
         for line in piece[:end].splitlines():
             event = _event(line)
             events.append(event)
-            step_s = (*step_s, *_step_seconds(event))[-_TIMED_STEPS:]
-            progress = _advance(progress, event, step_s)
+            progress = _advance(progress, event)
             saved += _checkpoints(event)
         running = any(event.kind in ("running", "step") for event in events)
-        return News(tuple(events), tuple(saved), progress, step_s, running, self.offset + end)
+        return News(tuple(events), tuple(saved), progress, running, self.offset + end)
 
     def accept(self, news: News) -> None:
         """The news are in the table."""
-        self.offset, self.progress, self.step_s = news.offset, news.progress, news.step_s
+        self.offset, self.progress = news.offset, news.progress
 
 
-def _advance(progress: Progress, event: NewEvent, step_s: tuple[float, ...]) -> Progress:
+def _advance(progress: Progress, event: NewEvent) -> Progress:
     data = event.data
     if event.kind == "prepare_progress":
         return replace(progress, prepare_fraction=_number(data, "fraction", progress.prepare_fraction))
@@ -102,24 +97,18 @@ def _advance(progress: Progress, event: NewEvent, step_s: tuple[float, ...]) -> 
         return progress
     step = int(_number(data, "step", progress.step))
     total = int(_number(data, "total_steps", progress.total_steps))
-    known = len(step_s) >= _LEAST_STEPS and total > 0
-    remaining = round(statistics.median(step_s) * max(0, total - step)) if known else None
+    remaining = data.get("seconds_remaining")
     return replace(
         progress,
         step=step,
         total_steps=total,
         epoch=_number(data, "epoch", progress.epoch),
         fraction=min(1.0, _number(data, "fraction", step / total if total else 0.0)),
-        seconds_remaining=remaining,
+        seconds_remaining=remaining if isinstance(remaining, int) else None,
         trained_tokens=int(_number(data, "trained_tokens", progress.trained_tokens)),
         supervised_tokens=int(_number(data, "supervised_tokens", progress.supervised_tokens)),
         tokens_per_second=_number(data, "tokens_per_second", 0.0),
     )
-
-
-def _step_seconds(event: NewEvent) -> tuple[float, ...]:
-    seconds = _number(event.data, "step_seconds", 0.0) if event.kind == "step" else 0.0
-    return (seconds,) if seconds > 0 else ()
 
 
 def _event(line: bytes) -> NewEvent:

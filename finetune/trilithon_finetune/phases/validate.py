@@ -16,6 +16,7 @@ import numpy as np
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest, heaviest
 from trilithon_finetune.data.check import check_file
+from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
 from trilithon_finetune.estimate import Estimate, Workload, estimate, this_machine
@@ -117,7 +118,7 @@ def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -
     if report.ok:
         return
     lines = report.lines()
-    message = f"{field} cannot be trained on: {lines[0]}"[:2000]
+    message = f"{field} cannot be trained on: {reason(report.findings) or report.summary}"[:2000]
     raise FinetuneError(
         JobError(code=code, message=message, param=field, hint=report.summary), findings=tuple(lines), data=told
     )

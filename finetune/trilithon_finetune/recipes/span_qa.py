@@ -18,11 +18,12 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding, finding, shown
 from trilithon_finetune.data.placed import PlacedRow
-from trilithon_finetune.metrics.squad import Question, evaluate
+from trilithon_finetune.metrics.answer_lists import LISTED, list_scores
+from trilithon_finetune.metrics.squad import Question, best_threshold, evaluate
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck, outputs_by_row
 from trilithon_server.tasks.pieces import word_pieces
-from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.spans import SpanFormat, merge_answers
 
 NESTED = "data/paragraphs/qas"
 ROWS = "context/question/answers"
@@ -134,17 +135,27 @@ class SpanQa(Recipe):
     ) -> Mapping[str, float]:
         """
         `exact` and `f1` as SQuAD has them, from 0 to 1. Where some questions have no answer also `has_answer_exact`,
-        `has_answer_f1`, `no_answer_f1`, and `best_f1` at the `best_threshold` that `null_threshold` could have.
+        `has_answer_f1`, `no_answer_f1`, and `best_f1` at the `best_threshold` that `null_threshold` could have. Where
+        none was chosen, all are told at the best: that is what an export of this step would say.
+
+        Of the five likeliest answers to the questions that have one: `strict_accuracy`, `lenient_accuracy` and
+        `mean_reciprocal_rank`, whatever is thought of "no answer".
         """
         format_, pieces = _format(context), word_pieces(context.tokenizer)
-        questions = []
+        questions, listed = [], []
         for line, values in outputs_by_row(outputs).items():
             row = rows[line]
             windows = format_.encode(row["question"], row["context"], pieces)
             found = format_.decode(row["context"], windows, values)
             golds = tuple(answer["text"] for answer in row["answers"])
             questions.append(Question(golds, found.best(None), found.null_margin))
-        return evaluate(questions, null_threshold=format_.null_threshold)
+            if questions[-1].answerable:
+                likeliest, _ = merge_answers([found], n_best=LISTED)
+                listed.append(([answer.text for answer in likeliest], golds))
+        threshold = format_.null_threshold
+        if _options(context).no_answer and _options(context).null_threshold is None:
+            _, threshold = best_threshold(questions)
+        return {**evaluate(questions, null_threshold=threshold), **list_scores(listed)}
 
     def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `SpanFormat` reads, with the threshold of "no answer" that did best, where none was chosen."""

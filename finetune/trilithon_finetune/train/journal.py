@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.series import series_row, with_full
 from trilithon_finetune.train.evaluation import JobEvaluator, probe_file
+from trilithon_finetune.train.remaining import Remaining
 from trilithon_finetune.train.schedule import EpochSchedule
 from trilithon_finetune.train.stream import JobStream
 from trilithon_finetune.train.tracking import Tracker
@@ -27,6 +28,7 @@ class Journal:
 
     Args:
         run_dir: where `metrics.jsonl` is.
+        evaluate_every: steps from one evaluation to the next.
         digest_of: the identity of a checkpoint's weights, as a server computes it.
         resume_step: the step that is continued from; 0 for a new run.
         resume_tokens: tokens seen until then.
@@ -42,6 +44,7 @@ class Journal:
         stream: JobStream,
         schedule: EpochSchedule,
         evaluator: JobEvaluator,
+        evaluate_every: int,
         digest_of: Callable[[Path], str],
         resume_step: int,
         resume_tokens: int,
@@ -55,6 +58,7 @@ class Journal:
         self._tokens = resume_tokens
         self._supervised = sum(stream.supervised(step) for step in range(resume_step))
         self._latest: dict[str, float] = {}
+        self._remaining = Remaining(schedule.num_steps, evaluate_every)
 
     def __enter__(self) -> Journal:
         return self
@@ -86,6 +90,7 @@ class Journal:
             "grad_norm": metrics.grad_norm,
             "tokens": metrics.tokens,
             "step_seconds": metrics.step_s,
+            "seconds_remaining": self._remaining.after(metrics.step, step_s=metrics.step_s),
             "tokens_per_second": metrics.tokens_per_s,
             "mfu": metrics.mfu,
             "memory_bytes": metrics.peak_bytes,

@@ -131,13 +131,14 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
             _check_same(work, found)
             trainer.resume(found, base_digest=job.base_digest if model.config.lora is not None else None)
         if grid.rank == 0:
-            cursor = trainer.cursor
+            cursor, plan = trainer.cursor, trainer.plan
             journal = Journal(
                 job.paths.run,
                 events,
                 stream=stream,
                 schedule=work.schedule,
                 evaluator=evaluator,
+                evaluate_every=plan.evaluate_every,
                 digest_of=functools.partial(export_digest, work),
                 resume_step=cursor.step,
                 resume_tokens=cursor.consumed_tokens,

@@ -20,14 +20,14 @@ def first_right(answers: Sequence[str], golds: Sequence[str]) -> int | None:
     return next((rank for rank, answer in enumerate(answers, start=1) if normalise(answer) in wanted), None)
 
 
-def list_scores(answers: Sequence[Sequence[str]], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+def list_scores(questions: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
     """
-    Scores of one list of answers, best first, for each question.
+    Scores of questions, each with a list of answers, best first, and its gold ones.
 
-    >>> list_scores([["no", "yes"]], [["yes"]])
+    >>> list_scores([(["no", "yes"], ["yes"])])
     {'strict_accuracy': 0.0, 'lenient_accuracy': 1.0, 'mean_reciprocal_rank': 0.5}
     """
-    ranks = [first_right(list_[:LISTED], gold) for list_, gold in zip(answers, golds, strict=True)]
+    ranks = [first_right(answers[:LISTED], golds) for answers, golds in questions]
     count = max(1, len(ranks))
     return {
         "strict_accuracy": sum(rank == 1 for rank in ranks) / count,
