@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("case", choices=[*CASES, "overfit"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--lr", type=float, default=None)
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.case == "overfit":
@@ -115,6 +116,8 @@ def main() -> None:
         for seed in args.seeds:
             training = {**case.config["training"], **({"epochs": args.epochs} if args.epochs else {})}
             config = {**case.config, "seed": seed, "training": training}
+            if args.lr is not None:
+                config["optimizer"] = {**case.config.get("optimizer", {}), "lr": args.lr}
             results.append(run_job(Path(folder), model, train, dev, config))
         names = [name for name, _ in case.files[1:]]
         others = {name: [judge(r, part.dev) for r in results] for name, part in zip(names, parts[1:], strict=True)}

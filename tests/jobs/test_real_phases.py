@@ -18,6 +18,12 @@ from trilithon_server.catalog import Catalog
 from .conftest import TENANT, Store, check_history
 
 
+REAL = {
+    "phase_command": (sys.executable, "-m", "trilithon_finetune.phases"),
+    "train_command": (sys.executable, "-m", "trilithon_finetune.train"),
+}
+
+
 def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store], tmp_path: Path) -> None:
     """Validated, prepared, trained, exported and verified by the product's own processes; every number in its place."""
     store = make_store(None)
@@ -32,11 +38,7 @@ def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store]
         deploy={"alias": "faq"},
         integrations=[{"type": "tensorboard"}],
     )
-    store.work(
-        models={"tiny": model},
-        phase_command=(sys.executable, "-m", "trilithon_finetune.phases"),
-        train_command=(sys.executable, "-m", "trilithon_finetune.train"),
-    )
+    store.work(models={"tiny": model}, **REAL)
 
     done = store.get(job)
     assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
@@ -67,3 +69,32 @@ def test_uploaded_chats_become_a_served_adapter(make_store: Callable[..., Store]
     ]
     names = [store.jobs.get_file(file_id, tenant=TENANT).filename for file_id in done.result_files]
     assert any(name.startswith("events.out.tfevents.") for name in names)
+
+
+def test_answers_that_an_export_writes_reach_the_table(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """What verification measures of a task's own words is an event and a result like what training measured."""
+    store = make_store(None)
+    model = tiny_llama(tmp_path / "m", scale=0.1)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows("answer_qa", 16)).encode()
+    held = "".join(f"{json.dumps(row)}\n" for row in rows("answer_qa", 20)[16:]).encode()
+    files = [
+        store.jobs.put_file(io.BytesIO(part), tenant=TENANT, filename=name, purpose="fine-tune")
+        for name, part in (("train.jsonl", lines), ("valid.jsonl", held))
+    ]
+    job = store.create(
+        model="tiny",
+        task="answer_qa",
+        training_file=files[0].id,
+        validation_file=files[1].id,
+        tuning={"kind": "lora", "rank": 4},
+        training={"epochs": 1, "batch_size": 8},
+    )
+    store.work(models={"tiny": model}, **REAL)
+
+    done = store.get(job)
+    assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
+    (trained, written) = [event for event in store.events(job) if event.kind == "eval"]
+    assert (trained.data["step"], written.data["step"]) == (2, 2)
+    assert "exact_match" not in trained.data
+    assert (written.data["written_answers"], written.type) == (4.0, trained.type)
+    assert store.jobs.metrics(job.id, tenant=TENANT)[-1]["validation"]["f1"] == written.data["f1"]
