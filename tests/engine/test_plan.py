@@ -61,6 +61,7 @@ def test_a_plan_comes_out_as_it_went_in(
         draws=[Draw(row, row + 1, mask) for row, mask in enumerate(masks)],
         scores=[Score(0, 3, 1, 5)] * len(copies),
         types=tokens,
+        positions=tokens[::-1],
         pools=[Pooling(kind=Pooling.LAST, normalize=True)],
         registrations=[(5, Submit(prompt=[1, 2], sampling=Sampling(seed=2**63)))],
         forgotten=forgotten,

@@ -289,8 +289,8 @@ class EngineCore:
             if item.score_to > item.score_from:
                 plan.scores.append(Score(entry, sequence.id, item.score_from, item.score_to))
             if self.facts.is_encoder:
-                plan.types += list(request.submit.types) or [0] * item.length
                 plan.pools.append(request.submit.pooling)
+        plan.types, plan.positions = batch.types(), batch.positions()
         slots = [self.adapters.slot_of(item.sequence.request) for item in batch.items]
         plan.slots = slots if any(slot >= 0 for slot in slots) else []
         self._tell_sampler(plan)

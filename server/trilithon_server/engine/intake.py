@@ -51,20 +51,36 @@ def check(submit: Submit, facts: Facts) -> None:
         raise Refusal("unsupported_task", f"this engine {wanted}; the request asks for something else.")
     if submit.HasField("adapter") and not facts.max_adapters:
         raise Refusal("adapters_unsupported", "this engine serves no adapters. Start it with max_adapters above 0.")
+    _check_types(submit, facts)
     if facts.is_encoder:
         _check_encoder(submit, facts)
     else:
+        _check_positions(submit)
         _check_generation(submit, facts)
+
+
+def _check_types(submit: Submit, facts: Facts) -> None:
+    length, largest = len(submit.prompt), max([submit.answer_type, *submit.types])
+    if submit.types and len(submit.types) != length:
+        raise Refusal("invalid_value", f"types must be one a token. Given: {len(submit.types)} for {length} tokens.")
+    if largest >= max(1, facts.token_types):
+        raise Refusal("invalid_value", f"types must be below {max(1, facts.token_types)}. Given: {largest}.")
+
+
+def _check_positions(submit: Submit) -> None:
+    """An answer's positions go on from the last one: below the prompt's length, they stay inside of the window."""
+    length, given = len(submit.prompt), submit.positions
+    if given and (len(given) != length or max(given) >= length):
+        message = f"positions must be one a token, and below {length}. Given: {len(given)}, up to {max(given)}."
+        raise Refusal("invalid_value", message)
 
 
 def _check_encoder(submit: Submit, facts: Facts) -> None:
     length = len(submit.prompt)
     if length > facts.max_context:
         raise Refusal("prompt_too_long", f"a text must have at most {facts.max_context} tokens. Given: {length}.")
-    if submit.types and len(submit.types) != length:
-        raise Refusal("invalid_value", f"types must be one a token. Given: {len(submit.types)} for {length} tokens.")
-    if submit.types and max(submit.types) >= max(1, facts.token_types):
-        raise Refusal("invalid_value", f"types must be below {facts.token_types}. Given: {max(submit.types)}.")
+    if submit.positions:
+        raise Refusal("invalid_value", "positions are for generation; an encoder's texts count from 0.")
     if submit.pooling.task_logits:
         if not facts.task_columns:
             raise Refusal("unsupported_task", "this engine's model has no task head; it embeds texts.")

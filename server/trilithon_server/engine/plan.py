@@ -44,11 +44,12 @@ class Score:
 @dataclass(slots=True)
 class StepPlan:
     """
-    One step. Lists have one entry a sequence but for `tokens` and `types`, which have one a token.
+    One step. Lists have one entry a sequence but for `tokens`, `types` and `positions`, which have one a token.
 
     `draws[i].row` is the entry whose last token's logits are drawn from. `starts` are tokens in the cache already;
-    `tables` the blocks of each sequence; `pools` set for encoders. `slots` are those of the sequences' adapters, -1 for
-    none; empty where none has any. `adapters` is carried out first. `deadline_s`: a rank that takes longer is hung.
+    `tables` the blocks of each sequence; `types` and `positions` are empty where all are zero, or count from the start
+    of their sequence; `pools` set for encoders. `slots` are those of the sequences' adapters, -1 for none; empty where
+    none has any. `adapters` is carried out first. `deadline_s`: a rank that takes longer is hung.
     """
 
     number: int
@@ -61,6 +62,7 @@ class StepPlan:
     draws: list[Draw] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     types: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     pools: list[Pooling] = field(default_factory=list)
     registrations: list[tuple[int, Submit]] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
@@ -137,11 +139,15 @@ def digest(payload: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(payload, digest_size=8).digest(), "little") >> 1
 
 
+def _lists(plan: StepPlan) -> tuple[list[int], ...]:
+    return plan.tokens, plan.starts, plan.lengths, plan.types, plan.positions, plan.forgotten, plan.slots
+
+
 def encode_plan(plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """Header and payload of a plan."""
     out = _Writer()
     out.put(plan.kind, round(plan.deadline_s * 1e6))
-    for numbers in (plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten, plan.slots):
+    for numbers in _lists(plan):
         out.put_list(numbers)
     out.put_list([number for copy in plan.copies for number in copy])
     out.put_list([number for fork in plan.forks for number in (fork.sequence_id, fork.parent_id, fork.token)])
@@ -173,9 +179,8 @@ def decode_plan(number: int, payload: bytes) -> StepPlan:
     """The plan that `encode_plan` was given."""
     source = _Reader(payload)
     plan = StepPlan(number, Kind(source.get()), deadline_s=source.get() * 1e-6)
-    plan.tokens, plan.starts, plan.lengths, plan.types, plan.forgotten, plan.slots = (
-        source.get_list() for _ in range(6)
-    )
+    for numbers in _lists(plan):
+        numbers += source.get_list()
     copies = source.get_list()
     plan.copies = list(zip(copies[::2], copies[1::2], strict=True))
     forks = source.get_list()

@@ -1,8 +1,9 @@
 """
 Keys of the prefix cache: a chain of hashes, one per full block of tokens.
 
-A block's key covers its tokens, their types, every block before it, the weights, the adapter and the tenant's salt, so
-equal keys mean equal keys and values in the cache, and another tenant's prompt can never match (E3, S8).
+A block's key covers its tokens, their types and positions, every block before it, the weights, the adapter and the
+tenant's salt, so equal keys mean equal keys and values in the cache, and another tenant's prompt can never match (E3,
+S8).
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ def root_key(*, model_digest: str, adapter_digest: str, salt: bytes) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
-def block_key(parent: bytes, tokens: Sequence[int], *, types: Sequence[int] = ()) -> bytes:
+def block_key(
+    parent: bytes, tokens: Sequence[int], *, types: Sequence[int] = (), positions: Sequence[int] = ()
+) -> bytes:
     """
-    The key of a full block. Positions need no bytes of their own: a block's place follows from its chain of parents.
+    The key of a full block.
+
+    Positions that count from 0 need no bytes of their own: a block's place follows from its chain of parents. Types that
+    are all zero need none either.
 
     >>> root = root_key(model_digest="m", adapter_digest="", salt=b"")
     >>> block_key(root, [1, 2]) == block_key(root, [1, 2]), block_key(root, [1, 2]) == block_key(root, [2, 1])
@@ -33,14 +39,8 @@ def block_key(parent: bytes, tokens: Sequence[int], *, types: Sequence[int] = ()
     """
     digest = hashlib.sha256(parent)
     digest.update(array("q", tokens).tobytes())
-    if types:
-        digest.update(b"types")
-        digest.update(array("q", types).tobytes())
+    for name, numbers in ((b"types", types), (b"positions", positions)):
+        if numbers:
+            digest.update(name)
+            digest.update(array("q", numbers).tobytes())
     return digest.digest()[:KEY_BYTES]
-
-
-def extend_chain(keys: list[bytes], tokens: Sequence[int], *, root: bytes, num_blocks: int, block_size: int) -> None:
-    """Append the keys of blocks `len(keys) .. num_blocks` of `tokens` to `keys`."""
-    for index in range(len(keys), num_blocks):
-        parent = keys[-1] if keys else root
-        keys.append(block_key(parent, tokens[index * block_size : (index + 1) * block_size]))

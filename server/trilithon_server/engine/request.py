@@ -73,6 +73,8 @@ class Request:
     wants_scores: bool = field(init=False)  # log-probabilities of prompt tokens were asked for
     end_ids: frozenset[int] = field(init=False)
     stop_ids: frozenset[int] = field(init=False)
+    has_types: bool = field(init=False)  # not all zero
+    has_positions: bool = field(init=False)  # not counted from 0
     is_beam: bool = field(init=False)
     num_answers: int = field(init=False)  # answers that the front is told of: choices 0 .. num_answers - 1
 
@@ -83,6 +85,8 @@ class Request:
         self.wants_scores = self.submit.HasField("sampling") and sampling.prompt_logprobs >= 0
         self.end_ids = frozenset(sampling.end_token_ids)
         self.stop_ids = frozenset(sampling.stop_token_ids)
+        self.has_types = any(self.submit.types) or self.submit.answer_type > 0
+        self.has_positions = list(self.submit.positions) != list(range(len(self.submit.positions)))
         self.is_beam = sampling.HasField("beam")
         self.num_answers = answers_told(self.submit)
 
@@ -95,6 +99,26 @@ class Request:
     def in_flight(self) -> bool:
         """Whether any sequence, finished or not, is in a plan that has not come back."""
         return any(sequence.in_flight for sequence in self.sequences)
+
+    def types(self, start: int, length: int) -> list[int]:
+        """Token types of [start, start + length) of a sequence; empty where all of a request's are zero."""
+        if not self.has_types:
+            return []
+        given = self.submit.types or [0] * self.num_prompt
+        return [*given[start : start + length], *[self.submit.answer_type] * self._num_behind(start, length)]
+
+    def positions(self, start: int, length: int) -> list[int]:
+        """Positions of [start, start + length) of a sequence; empty where a request's count from 0."""
+        if not self.has_positions:
+            return []
+        given = self.submit.positions
+        behind = self._num_behind(start, length)
+        first = given[-1] + 1 + max(0, start - self.num_prompt)
+        return [*given[start : start + length], *range(first, first + behind)]
+
+    def _num_behind(self, start: int, length: int) -> int:
+        """How many of [start, start + length) lie behind the prompt."""
+        return max(0, start + length - max(start, self.num_prompt))
 
     def may_read_cache(self) -> bool:
         """A prompt whose log-probabilities are still owed must be computed, not looked up."""

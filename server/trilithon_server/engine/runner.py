@@ -7,6 +7,7 @@ from collections import deque
 from contextlib import nullcontext
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +21,8 @@ from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.plan import Score, StepOutput, StepPlan
 from trilithon_server.engine.sampler import Draw, Sampler
 from trilithon_server.engine.wire_pb2 import Pooling
+
+Places = npt.NDArray[np.int64]
 
 # Rows of logits made at once when a prompt is scored: bounds their memory (rows x vocabulary x 4 bytes).
 SCORE_ROWS = 32
@@ -78,13 +81,15 @@ class Runner:
     def _forward(self, plan: StepPlan, output: StepOutput) -> float:
         """The forward pass; returns the seconds spent waiting for the stage before."""
         device = self._grid.device
+        bounds = [0, *np.cumsum(plan.lengths).tolist()]
         if len(plan.tokens) == len(plan.starts):  # decodes alone
-            positions_T = torch.tensor(plan.starts, dtype=torch.int64, device=device)
+            places = np.array(plan.starts, dtype=np.int64)
         else:
             spans = zip(plan.starts, plan.lengths, strict=True)
-            positions_T = torch.from_numpy(np.concatenate([np.arange(at, at + n) for at, n in spans])).to(device)
-        bounds = [0, *np.cumsum(plan.lengths).tolist()]
-        view = self._view(plan, bounds, positions_T)
+            places = np.concatenate([np.arange(at, at + n) for at, n in spans])
+        view = self._view(plan, bounds, places)
+        positions_T = torch.tensor(plan.positions) if plan.positions else torch.from_numpy(places)
+        positions_T = positions_T.to(device)
         waited = 0.0
         if self._grid.is_first_stage:
             x = torch.tensor(plan.tokens, dtype=torch.int64, device=device)
@@ -110,7 +115,8 @@ class Runner:
             self._sample(hidden_TH, bounds, plan, output)
         return waited
 
-    def _view(self, plan: StepPlan, bounds: list[int], positions_T: Tensor) -> AttentionView:
+    def _view(self, plan: StepPlan, bounds: list[int], places: Places) -> AttentionView:
+        """Keys and values of a step; `places` [T] are those of its tokens in their own sequences."""
         if self.cache is None:
             return PackedView(bounds, causal=False)
         for source, target in plan.copies:
@@ -121,7 +127,7 @@ class Runner:
         else:
             parts = [
                 np.array(table, dtype=np.int64)[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
-                for table, where in zip(plan.tables, np.split(positions_T.cpu().numpy(), bounds[1:-1]), strict=True)
+                for table, where in zip(plan.tables, np.split(places, bounds[1:-1]), strict=True)
             ]
             slots_T = torch.from_numpy(np.concatenate(parts))
         batch = PagedBatch(bounds, plan.starts, plan.tables, slots_T)

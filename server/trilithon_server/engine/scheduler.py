@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from trilithon_server.engine.beam import Move
 from trilithon_server.engine.blocks import BlockPool
-from trilithon_server.engine.prefix import extend_chain
+from trilithon_server.engine.prefix import block_key
 from trilithon_server.engine.request import Request, Sequence, running_order, waiting_order
 
 MAX_PARTIAL_PREFILLS = 2
@@ -60,6 +60,23 @@ class Batch:
     started: list[Request] = field(default_factory=list)
     num_tokens: int = 0
     num_decodes: int = 0
+
+    def types(self) -> list[int]:
+        """Token types of all tokens; empty where all are zero."""
+        if not any(item.sequence.request.has_types for item in self.items):
+            return []
+        parts = (item.sequence.request.types(item.start, item.length) or [0] * item.length for item in self.items)
+        return [number for part in parts for number in part]
+
+    def positions(self) -> list[int]:
+        """Positions of all tokens; empty where each sequence counts from 0."""
+        if not any(item.sequence.request.has_positions for item in self.items):
+            return []
+        parts = (
+            item.sequence.request.positions(item.start, item.length) or range(item.start, item.start + item.length)
+            for item in self.items
+        )
+        return [number for part in parts for number in part]
 
 
 class Scheduler:
@@ -248,7 +265,7 @@ class Scheduler:
         hits: list[int] = []
         if reads:
             num_readable = (len(lead.tokens) - 1) // size  # the last token is always computed: its logits are needed
-            extend_chain(lead.keys, lead.tokens, root=request.root, num_blocks=num_readable, block_size=size)
+            self._extend_keys(lead, num_readable)
             hits = self.pool.lookup(lead.keys[:num_readable])
         # After a preemption every answer has tokens of its own: full blocks of the prompt stay shared, the rest isn't.
         shared = request.num_prompt // size if lead.num_generated else 0
@@ -326,10 +343,24 @@ class Scheduler:
         size = self.limits.block_size
         num_full = sequence.computed // size
         if num_full > sequence.num_registered:
-            extend_chain(sequence.keys, sequence.tokens, root=request.root, num_blocks=num_full, block_size=size)
+            self._extend_keys(sequence, num_full)
             for index in range(sequence.num_registered, num_full):
                 self.pool.register(sequence.blocks[index], sequence.keys[index])
             sequence.num_registered = num_full
+
+    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
+        """Give the sequence the keys of its leading full blocks."""
+        request, size = sequence.request, self.limits.block_size
+        for start in range(len(sequence.keys) * size, num_blocks * size, size):
+            parent = sequence.keys[-1] if sequence.keys else request.root
+            sequence.keys.append(
+                block_key(
+                    parent,
+                    sequence.tokens[start : start + size],
+                    types=request.types(start, size),
+                    positions=request.positions(start, size),
+                )
+            )
 
     def _unpark(self, lead: Sequence) -> None:
         """

@@ -155,6 +155,8 @@ class Submit(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     PROMPT_FIELD_NUMBER: builtins.int
     TYPES_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    ANSWER_TYPE_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     POOLING_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
@@ -167,6 +169,8 @@ class Submit(google.protobuf.message.Message):
     """chosen by the front, unique on its connection"""
     request_id: builtins.str
     """for log lines"""
+    answer_type: builtins.int
+    """token type of what is generated; its positions go on from the prompt's last"""
     cache_salt: builtins.bytes
     """hashed into the prefix-cache key: tenant and the request's own salt"""
     bypass_cache: builtins.bool
@@ -183,7 +187,11 @@ class Submit(google.protobuf.message.Message):
 
     @property
     def types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """token types (encoders); empty = all zero"""
+        """token types of the prompt; empty = all zero"""
+
+    @property
+    def positions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """of the prompt's tokens, for a decoder; empty = 0, 1, 2 ..."""
 
     @property
     def sampling(self) -> Global___Sampling:
@@ -204,6 +212,8 @@ class Submit(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         prompt: collections.abc.Iterable[builtins.int] | None = ...,
         types: collections.abc.Iterable[builtins.int] | None = ...,
+        positions: collections.abc.Iterable[builtins.int] | None = ...,
+        answer_type: builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         pooling: Global___Pooling | None = ...,
         cache_salt: builtins.bytes = ...,
@@ -214,7 +224,7 @@ class Submit(google.protobuf.message.Message):
         adapter: Global___Adapter | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter", "pooling", b"pooling", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "answer_type", b"answer_type", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "positions", b"positions", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
 
 Global___Submit: typing_extensions.TypeAlias = Submit
 
