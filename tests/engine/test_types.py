@@ -1,4 +1,4 @@
-"""Token types and positions of the caller's own, through the real engine: kept from step to step, told apart in caches."""
+"""Token types and positions of the caller's own, through the real engine: kept in every step, told apart in caches."""
 
 from __future__ import annotations
 

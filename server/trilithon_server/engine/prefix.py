@@ -30,8 +30,8 @@ def block_key(
     """
     The key of a full block.
 
-    Positions that count from 0 need no bytes of their own: a block's place follows from its chain of parents. Types that
-    are all zero need none either.
+    Positions that count from 0 need no bytes of their own: a block's place follows from its chain of parents. Nor do
+    types that are all zero.
 
     >>> root = root_key(model_digest="m", adapter_digest="", salt=b"")
     >>> block_key(root, [1, 2]) == block_key(root, [1, 2]), block_key(root, [1, 2]) == block_key(root, [2, 1])
