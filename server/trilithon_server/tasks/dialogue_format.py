@@ -53,11 +53,15 @@ Conversation = Sequence[Turn]
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What found no room: whole turns of references, sentences of knowledge, whole turns of the conversation."""
+    """
+    What found no room: whole turns of references, sentences of knowledge, whole turns of the conversation, and tokens
+    off the front of its last turn.
+    """
 
     references: int = 0
     knowledge: int = 0
     conversation: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,7 @@ class DialogueFormat:
                 references=sum(map(len, past)) - sum(piece.is_turn for group in memory for piece in group),
                 knowledge=len(facts) - len(kept),
                 conversation=len(turns) - len(talk),
+                tokens=max(0, len(turns[-1].tokens) - len(talk[-1].tokens)),
             ),
             answer_type=CONVERSATION_TYPES["target"] if self.roles == "types" else 0,
         )
