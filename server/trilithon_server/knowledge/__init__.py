@@ -1,0 +1,1 @@
+"""What models may look up: passages, retrieval over them, and the concept graph. No torch."""
