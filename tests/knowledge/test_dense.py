@@ -18,7 +18,8 @@ Vectors = NDArray[np.float32]
 
 def brute_force(vectors: Vectors, query: Vectors, k: int) -> tuple[list[int], list[float]]:
     """All inner products, then a sort by score and row."""
-    scores = [float(np.float32(np.dot(row, query))) for row, query in zip(vectors.astype(float), [query] * len(vectors))]
+    exact = query.astype(float)
+    scores = [float(np.float32(np.dot(row, exact))) for row in vectors.astype(float)]
     order = sorted(range(len(vectors)), key=lambda row: (-scores[row], row))[:k]
     return order, [scores[row] for row in order]
 
@@ -162,7 +163,10 @@ def test_a_small_graph_finds_everything() -> None:
 @pytest.mark.parametrize(
     ("cut", "says"),
     [
-        (lambda graph, vectors: (graph, vectors[:-1]), "must be of 2999 vectors of width 96. Given: IndexHNSWFlat, 3000"),
+        (
+            lambda graph, vectors: (graph, vectors[:-1]),
+            "must be of 2999 vectors of width 96. Given: IndexHNSWFlat, 3000",
+        ),
         (lambda graph, vectors: (graph, vectors[:, :-1]), "of width 95. Given: IndexHNSWFlat, 3000 of width 96"),
         (lambda graph, vectors: (graph[:-100], vectors), "the graph cannot be read"),
         (lambda graph, vectors: (graph[:3], vectors), "the graph cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from trilithon_server.knowledge.passages import (
     MAX_LINE_BYTES,
     Passage,
     check_passages,
-    passage_line,
     parse_passage,
+    passage_line,
     passages_of,
     read_passages,
     write_passages,
@@ -44,7 +45,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, passa
     content = path.read_bytes()
 
     assert read_passages(path) == passages
-    assert [parse_passage(content[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)] == passages
+    assert [parse_passage(content[a:b]) for a, b in itertools.pairwise(offsets)] == passages
     assert offsets[-1] == len(content)
 
 

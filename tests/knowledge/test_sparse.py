@@ -124,7 +124,7 @@ def test_an_index_of_other_passages_is_refused(tmp_path: Path) -> None:
     """The number of passages must be that of the texts beside it."""
     SparseIndex.build(["x y", "x"]).save(tmp_path)
 
-    with pytest.raises(ValueError, match="must be of 3 passages and one vocabulary. Given: 2 passages"):
+    with pytest.raises(ValueError, match=r"must be of 3 passages and one vocabulary\. Given: 2 passages"):
         SparseIndex.load(tmp_path, count=3)
 
 

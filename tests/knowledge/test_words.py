@@ -15,7 +15,7 @@ from knowledge.retrieval_cases import SharedData, read_qed, read_xquad
 from trilithon_server.knowledge.words import answer_words, chunks, contains, search_words
 
 TEXTS = st.text(
-    st.one_of(st.sampled_from("abcXYZ019_-.' \t\n\r\u0301\u00a0\u200b\u00e9\u0130\u00df\u767d"), st.characters()),
+    st.one_of(st.sampled_from("abcXYZ019_-.' \t\n\r\u0301\u00a0\u200b\u00e9\u0130\u00df\u767d"), st.characters(exclude_categories=["Cn", "Cs"])),
     max_size=40,
 )
 
@@ -52,7 +52,8 @@ PUBLISHED = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 @given(TEXTS)
 def test_acc_A05_words_of_answers_are_those_of_the_published_pattern(text: str) -> None:
     """
-    Any text is cut as DPR's pattern cuts it, written with Unicode classes that the standard library lacks.
+    Any text is cut as DPR's pattern cuts it, written with Unicode classes that the standard library lacks. Characters
+    that Python's tables lack are left out: the pattern's engine may have newer ones.
 
     Inverse check: seen to fail when a mark continues a sign, and when invisible characters are kept.
     """

@@ -88,8 +88,7 @@ class FlatIndex:
                     rows, scores = rows[good], scores[good]
                 kept[i] = rows, scores
         return [
-            best(self.scores(query_H, rows), k, rows=rows)
-            for query_H, (rows, _) in zip(queries_NH, kept, strict=True)
+            best(self.scores(query_H, rows), k, rows=rows) for query_H, (rows, _) in zip(queries_NH, kept, strict=True)
         ]
 
     def scores(self, query_H: NDArray[np.float32], rows: Rows) -> Scores:
@@ -106,6 +105,7 @@ class HnswIndex:
     """A graph of near neighbours over the vectors, made by `build` or `load`: quick, and most of the best are found."""
 
     def __init__(self, graph: Any, flat: FlatIndex) -> None:
+        graph.hnsw.efSearch = HNSW_SEARCH_WIDTH  # faiss takes k where that is more
         self._graph, self._flat = graph, flat
 
     @classmethod
@@ -132,12 +132,9 @@ class HnswIndex:
         Raises:
             InvalidArgument: `vectors_invalid`, the queries are not finite float32[N, H].
         """
-        import faiss
-
         _query_norms(queries_NH, self._flat.vectors_MH)
-        width = max(k, HNSW_SEARCH_WIDTH)
-        walk = faiss.SearchParametersHNSW(efSearch=width)
-        found_NK = self._graph.search(np.ascontiguousarray(queries_NH), min(width, self._graph.ntotal), params=walk)[1]
+        most = min(max(k, HNSW_SEARCH_WIDTH), self._graph.ntotal)
+        found_NK = self._graph.search(np.ascontiguousarray(queries_NH), most)[1]
         rows = [np.sort(found_K[found_K >= 0]) for found_K in found_NK]
         return [best(self.scores(query_H, r), k, rows=r) for query_H, r in zip(queries_NH, rows, strict=True)]
 

@@ -4,7 +4,7 @@ Indexes on disk, in versions.
     ROOT/
       .locks/NAME/        held by the one that writes NAME
       NAME/current        the number of the version that is served
-      NAME/v00000007/     one version; see `version`
+      NAME/v00000007/     one version; see `stored`
 
 A version is written aside, brought to the disk and renamed, and only then `current` is replaced. So whoever opens an
 index gets a whole version, whatever happened to the one that was being written; versions that are in use stay readable
@@ -27,7 +27,8 @@ from trilithon.errors import DataLoss, InvalidArgument, NotFound
 from trilithon_parallel.data.publish import locked, publish_folder, sync, temporary_path
 from trilithon_server.knowledge.manifest import Encoder, Manifest, corrupt, read_manifest
 from trilithon_server.knowledge.passages import Passage
-from trilithon_server.knowledge.version import IndexVersion, Settings, open_version, write_version
+from trilithon_server.knowledge.stored import Settings, write_version
+from trilithon_server.knowledge.version import IndexVersion, open_version
 from trilithon_server.validation import shown
 
 KEPT_VERSIONS = 2
@@ -115,7 +116,8 @@ class IndexStore:
         """
         Write the next version of an index, the first one of a new name, and make it the current one.
 
-        Whatever fails or is killed on the way, the version before stays current and whole.
+        Whatever fails or is killed on the way, the current version is a whole one: the one before until all of the new
+        one is on the disk, the new one from then on.
 
         Args:
             name: 1 to 64 letters, digits, `_` and `-`, the first a letter or a digit.

@@ -129,7 +129,9 @@ def check_files(folder: Path, manifest: Manifest, expected: Collection[str], *, 
     """
     if manifest.files.keys() != set(expected):
         differ = ", ".join(sorted(manifest.files.keys() ^ set(expected)))
-        raise corrupt(f"{where} {MANIFEST_FILE} must list the files of a {manifest.backend} index. Differing: {differ}.")
+        raise corrupt(
+            f"{where} {MANIFEST_FILE} must list the files of a {manifest.backend} index. Differing: {differ}."
+        )
     for name, entry in manifest.files.items():
         try:
             found = file_entry(folder / name)
