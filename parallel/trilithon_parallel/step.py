@@ -21,6 +21,7 @@ from trilithon_parallel.backend import Backend, Forgetful
 from trilithon_parallel.buckets import BUCKET_ELEMENTS, Buckets
 from trilithon_parallel.collectives import all_reduce, broadcast_
 from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.contrast import contrast
 from trilithon_parallel.dropout import DropoutRates as DropoutRates  # part of what this module offers
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
@@ -29,7 +30,7 @@ from trilithon_parallel.loss import Lost
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.models.seq2seq import Stack
 from trilithon_parallel.models.stage import Trunk
-from trilithon_parallel.objective import PackedBatch, dropout_of, learn, predict
+from trilithon_parallel.objective import PackedBatch, VectorBatch, dropout_of, learn, pooled, predict
 from trilithon_parallel.optimizer import AdamWSettings, Optimizer
 from trilithon_parallel.precision import LossScale
 from trilithon_parallel.recompute import Recompute
@@ -89,7 +90,7 @@ class ModelChunk:
             dropout = dropout_of(batch, self.grid, self.config, rates, seed=seed, step=step)
         with self.backend.autocast():
             if self.per_token is not None:
-                return predict(self.stage, batch, received, grid=self.grid, per_token=self.per_token)
+                return predict(self.stage, batch, received, grid=self.grid, per_token=self.per_token, dropout=dropout)
             made = learn(self.stage, batch, received, grid=self.grid, scale=self.scale, dropout=dropout)
             if isinstance(made, Tensor):
                 return made
@@ -175,6 +176,7 @@ class TrainingModel:
         self.buckets.zero()
         scale = 1.0 if self.optimizer.loss_scale is None else self.optimizer.loss_scale.value
         dropout = None if self.dropout is None else (self.dropout, self.seed, step)
+        batches = self._among_all(batches, dropout)
         self._run(batches, self.layout.schedule, scale=scale / num_tokens, dropout=dropout)
         outcome = self.optimizer.step(learning_rate)
         for part in self._derived:
@@ -186,6 +188,7 @@ class TrainingModel:
     def evaluate(self, batches: Sequence[PackedBatch]) -> Measured:
         """What this global batch loses; nothing moves and nothing is dropped."""
         num_tokens = self._count(batches)
+        batches = self._among_all(batches, None)
         self._run(batches, "forward_only", scale=1.0 / num_tokens, dropout=None)
         return self._measured(num_tokens)
 
@@ -200,22 +203,50 @@ class TrainingModel:
         Returns:
             fp32 on the CPU, in the order of `batches`: the outputs of each batch (see the kinds of `objective.py`).
         """
+        return self._outputs(batches, per_token=per_token, dropout=None, dtype=torch.float32)
+
+    def _outputs(
+        self,
+        batches: Sequence[PackedBatch],
+        *,
+        per_token: bool,
+        dropout: tuple[DropoutRates, int, int] | None,
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
         if not batches:
             return []
         for chunk in self.chunks:
             chunk.per_token = per_token
         try:
-            made = self._run(batches, "forward_only", scale=1.0, dropout=None)
+            made = self._run(batches, "forward_only", scale=1.0, dropout=dropout)
         finally:
             for chunk in self.chunks:
                 chunk.per_token = None
         shapes = [batch.output_shape(self.config, per_token=per_token) for batch in batches]
-        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float32, device=self.grid.device)
+        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=dtype, device=self.grid.device)
         if made:
             torch.cat([outputs.flatten() for outputs in made], out=flat)
         broadcast_(flat, self.grid.pp, src=self.grid.pp.ranks[-1], label="predict")
         parts = torch.split(flat.cpu(), [math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _among_all(
+        self, batches: Sequence[PackedBatch], dropout: tuple[DropoutRates, int, int] | None
+    ) -> Sequence[PackedBatch]:
+        """Batches whose loss needs the vectors of the whole global batch, with what it makes of them; others as is."""
+        held = [batch for batch in batches if isinstance(batch, VectorBatch)]
+        if not held:
+            return batches
+        made = torch.cat(self._outputs(held, per_token=False, dropout=dropout, dtype=torch.float64))
+        pool, places = pooled(held, made, self.grid)
+        losses_N, gradient_NH, _ = contrast(pool, scale=held[0].score_scale)
+        sizes, is_part = [batch.num_sequences for batch in held], (places >= 0).double()
+        losses = (losses_N[places] * is_part).to(self.grid.device).split(sizes)
+        pulls = (gradient_NH[places] * is_part.unsqueeze(1)).to(self.grid.device).split(sizes)
+        return [
+            replace(batch, losses_B=lost_B, pulls_BH=pulls_BH)
+            for batch, lost_B, pulls_BH in zip(held, losses, pulls, strict=True)
+        ]
 
     def _run(
         self, batches: Sequence[PackedBatch], name: str, *, scale: float, dropout: tuple[DropoutRates, int, int] | None

@@ -94,6 +94,8 @@ def _cases() -> dict[int, list[Case]]:
         ("tokens", {"pp": 2, "dp": 2}, {}),
         *[("sequence", sizes, rates) for sizes in ({"tp": 2}, {"pp": 2}, {"dp": 2})],
         ("preference", {"pp": 2, "dp": 2}, rates),
+        ("vectors", {"pp": 2, "dp": 2}, dropout),
+        ("vectors", {"dp": 4}, {}),
     ]
     cases = [Case(kind, tuple(sizes.items()), **extra) for kind, sizes, extra in wanted]
     by_size: dict[int, list[Case]] = {}

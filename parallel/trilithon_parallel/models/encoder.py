@@ -117,8 +117,13 @@ class EncoderStage(HeadStage):
         return logits_RL if logits_RL.dtype == torch.float64 else logits_RL.float()
 
     def pool(self, hidden_TH: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
-        """One fp32 vector a sequence [B, H]: its tokens' mean or its first token, normalised if the model says so."""
-        parts = [hidden_TH[start:stop].float() for start, stop in pairwise(cu_seqlens)]
+        """
+        One vector a sequence [B, H], at least fp32: its tokens' mean or its first token, normalised if the model says
+        so. The same on every tp rank.
+        """
+        x_TH = gather_tokens(hidden_TH, self.grid)
+        x_TH = x_TH if x_TH.dtype == torch.float64 else x_TH.float()
+        parts = [x_TH[start:stop] for start, stop in pairwise(cu_seqlens)]
         rows = [part.mean(0) if self.config.pooling == "mean" else part[0] for part in parts]
         pooled_BH = torch.stack(rows)
         return F.normalize(pooled_BH, dim=-1) if self.config.normalize else pooled_BH

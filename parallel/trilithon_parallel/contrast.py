@@ -1,0 +1,67 @@
+"""
+Vectors that are told apart from all others of a global batch: what twin encoders learn from (arXiv 2101.00408, 2.2).
+
+A query shall be nearer to the passage that answers it than to every other passage of the batch, whichever rank holds
+it. The vectors of the whole batch come first, without a graph; then every rank knows the loss and its own share of the
+gradient, and each micro-batch is run again to take it. So the negatives are those of the global batch in every layout,
+and memory doesn't grow with them (arXiv 2101.06983).
+
+Shapes: N vectors of a global batch, Q queries, C passages, H their size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUERY, ANSWER, OTHER, NOTHING = 0, 1, 2, 3
+"""Roles of vectors: a query, the passage that it asks for, one that it doesn't; what only fills a micro-batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """
+    The vectors of a global batch, on every rank, in the order of their samples.
+
+    `vectors_NH`: fp64. `roles_N`, `pairs_N`, `keys_N`: int64; a query and its answer have one pair number, passages
+    with one key are one text. What is nothing is not among them.
+    """
+
+    vectors_NH: Tensor
+    roles_N: Tensor
+    pairs_N: Tensor
+    keys_N: Tensor
+
+
+def contrast(pool: Pool, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    What each query loses: the cross-entropy of its answer among all passages, by scaled inner products.
+
+    Passages with the text of a query's answer are no negatives of it.
+
+    Args:
+        scale: of the products, for example 1 / sqrt(H), or 20 where vectors have length 1.
+    Returns:
+        `losses_N`: fp64, 0 where a vector is no query. `gradient_NH`: of their sum. `ranks_N`: int64, the place of each
+        query's answer among the passages that count, from 1; 0 where a vector is no query.
+    """
+    is_query_N, is_passage_N = pool.roles_N == QUERY, pool.roles_N != QUERY
+    queries, passages = is_query_N.nonzero().squeeze(1), is_passage_N.nonzero().squeeze(1)
+    vectors_NH = pool.vectors_NH.detach().requires_grad_()
+    answers_C = torch.where(pool.roles_N[passages] == ANSWER, pool.pairs_N[passages], -1)
+    is_answer_QC = pool.pairs_N[queries].unsqueeze(1) == answers_C
+    targets_Q = is_answer_QC.double().argmax(1)
+    keys_C = pool.keys_N[passages]
+    is_same_QC = keys_C[targets_Q].unsqueeze(1) == keys_C
+    with torch.enable_grad():
+        scores_QC = scale * vectors_NH[queries] @ vectors_NH[passages].T
+        counted_QC = scores_QC.masked_fill(is_same_QC & ~is_answer_QC, -torch.inf)
+        losses_Q = -torch.log_softmax(counted_QC, 1).gather(1, targets_Q.unsqueeze(1)).squeeze(1)
+        (gradient_NH,) = torch.autograd.grad(losses_Q.sum(), vectors_NH)
+    reached_Q = counted_QC.detach().gather(1, targets_Q.unsqueeze(1))
+    losses_N = torch.zeros(len(vectors_NH), dtype=torch.float64).index_put((queries,), losses_Q.detach())
+    ranks_Q = (counted_QC.detach() > reached_Q).sum(1) + 1
+    ranks_N = torch.zeros(len(vectors_NH), dtype=torch.int64).index_put((queries,), ranks_Q)
+    return losses_N, gradient_NH, ranks_N

@@ -1,0 +1,113 @@
+"""Vectors that are told apart from all others of a batch: losses, gradients and ranks against autograd and by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from task_models import FACTS, MODELS, batches_of, make_model
+
+from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Pool, contrast
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.layout import Layout
+from trilithon_parallel.objective import VectorBatch, dropout_of, run
+from trilithon_parallel.step import DropoutRates
+
+
+def pool_of(vectors: list[list[float]], roles: list[int], pairs: list[int], keys: list[int] | None = None) -> Pool:
+    found = keys if keys is not None else list(range(len(roles)))
+    numbers = (torch.tensor(column) for column in (roles, pairs, found))
+    return Pool(torch.tensor(vectors, dtype=torch.float64), *numbers)
+
+
+def test_a_query_loses_what_cross_entropy_says() -> None:
+    """Two queries, their answers and another passage: the softmax over all three passages, written out."""
+    pool = pool_of([[1, 0], [0, 1], [2, 0], [0, 3], [1, 1]], [QUERY, QUERY, ANSWER, ANSWER, OTHER], [0, 1, 0, 1, 1])
+    losses, gradient, ranks = contrast(pool, scale=0.5)
+    first = [0.5 * value for value in (2, 0, 1)]
+
+    assert float(losses[0]) == pytest.approx(math.log(sum(map(math.exp, first))) - first[0])
+    assert losses.tolist()[2:] == [0.0] * 3
+    assert ranks.tolist() == [1, 1, 0, 0, 0]
+    assert gradient.shape == (5, 2)
+    assert float(gradient[0, 0]) < 0 < float(gradient[4, 0])
+
+
+def test_the_text_of_an_answer_is_no_negative() -> None:
+    """A second passage with the same key changes nothing for its query, and stays a negative of the others."""
+    vectors = [[1.0, 0.2], [0.3, 1.0], [1.0, 0.1], [0.0, 1.0]]
+    roles, pairs = [QUERY, QUERY, ANSWER, ANSWER], [0, 1, 0, 1]
+    alone, _, _ = contrast(pool_of(vectors, roles, pairs, [1, 2, 3, 4]), scale=1.0)
+    twice = pool_of([*vectors, [9.0, 0.0]], [*roles, OTHER], [*pairs, 1], [1, 2, 3, 4, 3])
+    losses, _, ranks = contrast(twice, scale=1.0)
+
+    assert float(losses[0]) == float(alone[0])
+    assert float(losses[1]) > float(alone[1])
+    assert ranks.tolist() == [1, 2, 0, 0, 0]
+
+
+def test_what_only_fills_a_batch_takes_no_part() -> None:
+    """
+    A micro-batch that is there for its size alone, a copy of another, changes nothing and is pulled nowhere.
+
+    Inverse check: its vectors counted among the passages.
+    """
+    found = []
+    for filled in (False, True):
+        model = make_model(MODELS["vectors"])
+        batches = batches_of("vectors", 0, Layout(micro_batch_size=4), 0)
+        copy = batches[1]
+        assert isinstance(copy, VectorBatch)
+        batches += [replace(copy, roles_B=torch.full((4,), NOTHING))] if filled else []
+        result = model.train_step(batches, learning_rate=0.0, step=0)
+        found.append((result.loss, result.grad_norm, result.num_tokens))
+
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_ranks_count_the_passages_before() -> None:
+    """The answer's place by score; ties count for it."""
+    pool = pool_of([[1.0], [1.0], [2.0], [1.0], [0.5]], [QUERY, ANSWER, OTHER, OTHER, OTHER], [0, 0, 0, 0, 0])
+
+    assert contrast(pool, scale=1.0)[2].tolist() == [2, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rates", [None, DropoutRates(hidden=0.1, attention=0.1)], ids=["", "dropout"])
+def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None) -> None:
+    """
+    Running each micro-batch again with its share of the gradient gives every weight the gradient that autograd finds
+    through the vectors of the whole batch at once, whatever the micro-batches; and the loss is the mean over queries.
+
+    Inverse check: the first pass without dropout.
+    """
+    found = []
+    for size in (8, 2):
+        layout = Layout(micro_batch_size=size)
+        model = make_model(MODELS["vectors"], dropout=rates)
+        batches = batches_of("vectors", 0, layout, 0)
+        result = model.train_step(batches, learning_rate=0.0, step=0)
+        found.append((result.loss, result.grad_norm))
+        assert result.num_tokens == FACTS["roles_B"].count(QUERY)
+    model = make_model(MODELS["vectors"], dropout=rates)
+    (batch,) = batches_of("vectors", 0, Layout(micro_batch_size=8), 0)
+    assert isinstance(batch, VectorBatch)
+    masks = None if rates is None else dropout_of(batch, Grid.single(), model.config, rates, seed=model.seed, step=0)
+    stage, roles, pairs, keys = model.chunks[0].stage, *FACTS.values()
+    vectors = stage.pool(run(stage, batch, None, dropout=masks), batch.cu_seqlens)
+    queries, passages = ([i for i in range(8) if (roles[i] == QUERY) == wanted] for wanted in (True, False))
+    scores = 5.0 * vectors[queries] @ vectors[passages].T
+    answers = [next(i for i in passages if roles[i] == ANSWER and pairs[i] == pairs[q]) for q in queries]
+    targets = [passages.index(i) for i in answers]
+    same = torch.tensor([[i != answer and keys[i] == keys[answer] for i in passages] for answer in answers])
+    scores = scores.masked_fill(same, -torch.inf)
+    loss = torch.nn.functional.cross_entropy(scores, torch.tensor(targets))
+    model.buckets.zero()
+    loss.backward()
+    norm = math.sqrt(sum(float((b.grad[slot.start : slot.stop] ** 2).sum()) for b, slot in model.buckets.slots()))
+
+    assert bool(same.any())
+    for told, told_norm in found:
+        assert told == pytest.approx(loss.item(), rel=1e-12)
+        assert told_norm == pytest.approx(norm, rel=1e-10)
