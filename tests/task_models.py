@@ -15,7 +15,15 @@ from trilithon_parallel.config import ModelConfig, TaskHead
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
-from trilithon_parallel.objective import Batch, ClassBatch, PackedBatch, PreferenceBatch, SpanBatch, TagBatch
+from trilithon_parallel.objective import (
+    Batch,
+    ClassBatch,
+    PackedBatch,
+    PreferenceBatch,
+    SpanBatch,
+    TagBatch,
+    VectorBatch,
+)
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.task_head import SPAN_LABELS, for_task
@@ -29,8 +37,13 @@ HEADS = {
 }
 MODELS: dict[str, ModelConfig] = {
     **{kind: for_task(ENCODER, head) for kind, head in HEADS.items()},
+    "vectors": replace(ENCODER, pooling="mean", normalize=True),
     "preference": replace(LLAMA, num_heads=6, num_kv_heads=3, head_dim=16, ffn_size=96),
 }
+# Of each sequence of a global batch: a query, its answer or another passage; whose it is; which text. Queries and their
+# answers stand on different dp ranks, one passage has the text of the first answer, and two sequences ask for nothing.
+ROLES, PAIRS, KEYS = (0, 0, 1, 1, 0, 1, 2, 2), (0, 1, 0, 1, 2, 2, 2, 0), (10, 11, 12, 13, 14, 15, 16, 12)
+FACTS = {"roles_B": ROLES, "pairs_B": PAIRS, "keys_B": KEYS}
 SETTINGS = AdamWSettings(eps=1e-4, clip_norm=0.7)
 BETA = 0.3
 # Of one global batch; neighbours make a micro-batch. Even, so that sequence parallelism can cut every one in two.
@@ -94,6 +107,10 @@ def batch_of(kind: str, rows: list[dict[str, Any]], first: int) -> PackedBatch:
             for end in ("start", "end")
         }
         return SpanBatch(**common, **places, context_T=torch.cat([row["context"] for row in rows]))
+    if kind == "vectors":
+        chosen = slice(first % len(LENGTHS), first % len(LENGTHS) + len(rows))
+        facts = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}
+        return VectorBatch(**common, **facts, score_scale=5.0)
     if kind == "preference":
         reference = torch.cat([row["reference"] for row in rows]).view(-1, 2)
         return PreferenceBatch(**common, **targets, reference_P2=reference, beta=BETA)

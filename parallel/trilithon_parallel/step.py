@@ -241,8 +241,8 @@ class TrainingModel:
         pool, places = pooled(held, made, self.grid)
         losses_N, gradient_NH, _ = contrast(pool, scale=held[0].score_scale)
         sizes, is_part = [batch.num_sequences for batch in held], (places >= 0).double()
-        losses = (losses_N[places] * is_part).to(self.grid.device).split(sizes)
-        pulls = (gradient_NH[places] * is_part.unsqueeze(1)).to(self.grid.device).split(sizes)
+        losses = torch.split((losses_N[places] * is_part).to(self.grid.device), sizes)
+        pulls = torch.split((gradient_NH[places] * is_part.unsqueeze(1)).to(self.grid.device), sizes)
         return [
             replace(batch, losses_B=lost_B, pulls_BH=pulls_BH)
             for batch, lost_B, pulls_BH in zip(held, losses, pulls, strict=True)
