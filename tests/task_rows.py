@@ -88,6 +88,22 @@ def _text(i: int) -> dict[str, Any]:
     return {"text": f"the {word} {thing} number {i} is here today"}
 
 
+def _passages(i: int) -> dict[str, Any]:
+    word, thing = _pair(i)
+    other, _ = _pair(i + 1)
+    return {
+        "question": f"what is {thing} {i}?",
+        "positive_ctxs": [{"title": thing, "text": f"the {thing} {i} is {word} today"}],
+        "hard_negative_ctxs": [{"title": thing, "text": f"the {thing} {i + 100} is {other} today"}][: i % 4],
+    }
+
+
+def _document(i: int) -> dict[str, Any]:
+    word, thing = _pair(i)
+    said = [f"The {thing} {i} is {word}.", f"It is {word} {i}.", f"A {word} {thing} {i} is here.", f"Look at {i}!"]
+    return {"title": thing, "text": " ".join(said)}
+
+
 _ROW = {
     "lm": _text,
     "sft": _chat,
@@ -99,7 +115,9 @@ _ROW = {
     "ner": _tags,
     "relation": _relation,
     "classify": _class,
+    "dpr": _passages,
+    "ict": _document,
 }
 
 DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe")
-ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify")
+ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "dpr", "ict")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.phases.verify import (
@@ -58,7 +59,7 @@ def verify_directory(directory: Path, base: Path | None) -> list[Check]:
         base: the model directory that an adapter stands on.
     Raises:
         ModelError: a directory cannot be read.
-        FinetuneError: `invalid_config`: an adapter without a base, or a model that there is nothing to ask.
+        FinetuneError: `invalid_config`: an adapter without a base.
     """
     if (directory / CONFIG_FILE).is_file():
         if base is None:
@@ -96,8 +97,6 @@ def _adapter(directory: Path, base: Path) -> list[Check]:
 
 def _model(directory: Path) -> list[Check]:
     config = load_config(directory)
-    if not config.has_head and config.task_head is None:
-        raise refuse("invalid_config", f"{directory} is an encoder without a head: there is nothing to compare.")
     probes = _probes(config, directory)
     stage = loaded_stage(config, directory, dtype=torch.float32)
     stage.prepare()
@@ -130,6 +129,11 @@ def _outputs_of_transformers(directory: Path, config: ModelConfig, probes: Probe
         found = []
         for sample, _ in probes:
             answer = model(torch.tensor([sample.tokens]))
+            if not config.has_head and config.task_head is None:
+                hidden_TH = answer.last_hidden_state[0]
+                vector_H = hidden_TH.mean(0) if config.pooling == "mean" else hidden_TH[0]
+                found.append((F.normalize(vector_H, dim=0) if config.normalize else vector_H).numpy())
+                continue
             if config.task_head is None:
                 found.append(said(answer.logits[0], sample).float().numpy())
             elif config.task_head.kind == "span":

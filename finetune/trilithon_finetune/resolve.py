@@ -8,9 +8,16 @@ from trilithon_finetune.recipes.base import Recipe
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.lora.spec import LoraSpec, targets_of
-from trilithon_parallel.task_head import TaskHead, for_masked_lm, for_task
+from trilithon_parallel.task_head import TaskHead, for_masked_lm, for_task, for_vectors
 
-MICRO_BATCH_TOKENS = {"vocabulary": 2048, "preference": 2048, "tokens": 4096, "sequence": 4096, "span": 4096}
+MICRO_BATCH_TOKENS = {
+    "vocabulary": 2048,
+    "preference": 2048,
+    "tokens": 4096,
+    "sequence": 4096,
+    "span": 4096,
+    "vectors": 4096,
+}
 """Tokens of a micro-batch by head: logits of a vocabulary take memory that labels don't."""
 
 MIN_LORA_TOKENS = 8
@@ -118,6 +125,8 @@ def task_model(config: JobConfig, recipe: Recipe, base: ModelConfig, labels: tup
             return for_task(base, TaskHead(recipe.head, labels))
         case "span":
             return for_task(base, TaskHead("span", ("start", "end")))
+        case "vectors":
+            return for_vectors(base)
         case _:
             return for_masked_lm(base) if config.task == "mlm" else base
 

@@ -101,6 +101,17 @@ def for_masked_lm(config: ModelConfig, *, vocab_size: int | None = None) -> Mode
     )
 
 
+def for_vectors(config: ModelConfig) -> ModelConfig:
+    """
+    The encoder of `config` without a head: a vector a text, pooled as the model says.
+
+    Raises:
+        ModelError: `model_unsupported`, not a BERT.
+    """
+    _check_encoder(config, "a vector a text")
+    return replace(config, architecture="BertModel", task_head=None, mlm_head=False, tied_embeddings=False)
+
+
 def _check_encoder(config: ModelConfig, what: str) -> None:
     if config.family != "bert":
         raise ModelError(

@@ -23,6 +23,7 @@ LAYOUTS = [
     ("span_qa", {"tp": 2}),
     ("ner", {"pp": 2}),
     ("mlm", {"dp": 2}),
+    ("dpr", {"pp": 2, "dp": 2}),
 ]
 
 

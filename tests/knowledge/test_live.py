@@ -46,8 +46,8 @@ def test_acc_A04_four_searchers_never_see_two_versions(tmp_path: Path) -> None:
     While 30 versions take each other's place, four threads search: all passages of a result are of the version that it
     names, no search fails, versions never go back, and every version but the last is closed in the end.
 
-    Inverse check: seen to fail with the version's number read after the search, with searches that don't hold on to
-    their version, and with versions closed at the swap.
+    Inverse check: seen to fail with the version's number read after the search, with the number read before and the
+    version looked up again, and with replaced versions left open.
     """
     made = [version(tmp_path, number) for number in range(1, 31)]
     live = LiveIndex(made[0])
@@ -108,7 +108,8 @@ def test_a_version_is_closed_when_its_last_search_has_ended(tmp_path: Path) -> N
     """
     Two hold the old version over a swap: it answers both to the end, then its files are let go.
 
-    Inverse check: seen to fail with the version closed by the first of the two.
+    Inverse check: seen to fail with the version closed at the swap, or by the first of the two, and with searches that
+    are not counted.
     """
     old = version(tmp_path, 1)
     live = LiveIndex(old)

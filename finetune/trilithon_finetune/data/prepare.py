@@ -68,7 +68,7 @@ def prepare(
         "digest": _digest(made_from),
         "task": recipe.task,
         "labels": context.labels,
-        "unit": 2 if recipe.head == "preference" else 1,
+        "unit": recipe.unit(context.options),
         "made_from": made_from,
     }
     share = config.data.validation_share if validation_path is None else 0.0

@@ -2,7 +2,7 @@
 Whether a sentence that was written for a keyword is about it, and whether the keyword that it replaced still shows.
 
 A sentence is about a keyword where it holds the keyword's content words, in any form and order, or a synonym of the
-whole keyword; with vectors also where the two are closer than nine of ten pairs that have nothing to do with each other.
+whole keyword; with vectors also where the two are closer than nine of ten pairs that do not belong together.
 
 Source: ours, in the place of the question that people were asked in arXiv 2010.00840, "is the story controlled by the
 keyword".

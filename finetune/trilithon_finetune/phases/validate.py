@@ -22,7 +22,6 @@ from trilithon_finetune.errors import FinetuneError, JobError, UserCode
 from trilithon_finetune.estimate import Estimate, Workload, estimate, this_machine
 from trilithon_finetune.peaks import peak_flops
 from trilithon_finetune.phases.outcome import Events
-from trilithon_finetune.recipes.base import Recipe
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
 from trilithon_finetune.setup import JobFile, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
@@ -76,7 +75,8 @@ def run(
         told["validation_report"] = valid.to_json()
         _require(valid, "validation_file", "invalid_validation_file", told)
         valid_tokens = valid.tokens
-    schedule = _schedule(config, base.recipe, report)
+    unit = base.recipe.unit(base.context.options)
+    schedule = _schedule(config, unit, report)
     config = resolve_intervals(config, steps_per_epoch=schedule.order.steps_per_epoch)
     work = Workload(
         tokens=report.tokens,
@@ -85,7 +85,7 @@ def run(
         units=schedule.order.num_units,
         valid_tokens=valid_tokens,
         steps=schedule.num_steps,
-        heaviest=_heaviest(config, base.recipe, report, schedule),
+        heaviest=_heaviest(config, unit, report, schedule),
     )
     peak = peak_flops(job.store.root, config.dtype, num_threads=threads_of_a_rank(config))
     machine = this_machine(config, job.store.root, peak_flops=peak)
@@ -124,16 +124,16 @@ def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -
     )
 
 
-def _schedule(config: JobConfig, recipe: Recipe, report: Report) -> EpochSchedule:
+def _schedule(config: JobConfig, unit: int, report: Report) -> EpochSchedule:
     """The steps that the usable rows make; those that are held out don't count."""
-    units = max(1, round(report.samples / _unit(recipe) * (1.0 - config.data.validation_share)))
+    units = max(1, round(report.samples / unit * (1.0 - config.data.validation_share)))
     return schedule_of(config, units)
 
 
-def _heaviest(config: JobConfig, recipe: Recipe, report: Report, schedule: EpochSchedule) -> Heaviest:
+def _heaviest(config: JobConfig, unit: int, report: Report, schedule: EpochSchedule) -> Heaviest:
     """The largest micro-batch; which rows are held out is not known yet, so the first ones stand for all."""
     assert config.training.micro_batch_tokens is not None
-    lengths = np.add.reduceat(report.sample_lengths, np.arange(0, report.samples, _unit(recipe)))
+    lengths = np.add.reduceat(report.sample_lengths, np.arange(0, report.samples, unit))
     return heaviest(
         schedule.order,
         lengths[: schedule.order.num_units].tolist(),
@@ -141,8 +141,3 @@ def _heaviest(config: JobConfig, recipe: Recipe, report: Report, schedule: Epoch
         dp=config.parallel.dp,
         micro_batch_tokens=config.training.micro_batch_tokens,
     )
-
-
-def _unit(recipe: Recipe) -> int:
-    """Samples that stay together: a preference's two answers."""
-    return 2 if recipe.head == "preference" else 1

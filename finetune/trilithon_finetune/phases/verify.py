@@ -181,7 +181,7 @@ def loaded_stage(config: ModelConfig, directory: Path, *, dtype: torch.dtype) ->
 def outputs_of_stage(
     stage: CausalStage | EncoderStage, probes: list[tuple[Sample, Values]], *, bank: AdapterBank | None = None
 ) -> list[Values]:
-    """What a packed stage says of each sample, alone: logits of a task head, log-probabilities of a vocabulary."""
+    """What a packed stage says of each sample, alone: logits of a task head, log-probabilities, or a vector."""
     found = []
     for sample, _ in probes:
         length = len(sample.tokens)
@@ -207,6 +207,8 @@ def _run(stage: CausalStage | EncoderStage, sample: Sample, view: PackedView, ty
 def _outputs(stage: CausalStage | EncoderStage, hidden_TH: Tensor, sample: Sample) -> Tensor:
     if isinstance(stage, EncoderStage) and stage.config.task_head is not None:
         return stage.task_logits(hidden_TH, [0, len(sample.tokens)])
+    if isinstance(stage, EncoderStage) and not stage.config.mlm_head:
+        return stage.pool(hidden_TH, [0, len(sample.tokens)])
     return said(stage.gather_logits(hidden_TH), sample)
 
 

@@ -10,6 +10,7 @@ from trilithon_finetune.recipes.classify import Classify
 from trilithon_finetune.recipes.mlm import MaskedTokens
 from trilithon_finetune.recipes.preference import Preference
 from trilithon_finetune.recipes.relation import Relation
+from trilithon_finetune.recipes.retriever import DensePassages, InverseCloze
 from trilithon_finetune.recipes.span_qa import SpanQa
 from trilithon_finetune.recipes.token_tagging import TokenTagging
 from trilithon_finetune.recipes.yes_no_maybe import YesNoMaybe
@@ -25,5 +26,7 @@ RECIPES: dict[str, Recipe] = {
     "relation": Relation(),
     "classify": Classify(),
     "span_qa": SpanQa(),
+    "dpr": DensePassages(),
+    "ict": InverseCloze(),
 }
 """Recipe by task name."""

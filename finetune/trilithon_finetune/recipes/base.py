@@ -24,8 +24,11 @@ from trilithon_server.text.template import ChatTemplate
 IGNORE = -1
 """The target of a token that does not count."""
 
-Head = Literal["vocabulary", "tokens", "sequence", "span", "preference"]
-"""What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare."""
+Head = Literal["vocabulary", "tokens", "sequence", "span", "preference", "vectors"]
+"""
+What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare, `vectors` an
+encoder's pooled vectors, to be told apart.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class Sample:
         columns: further integers, the same names in every sample of a task: `label` (sequence), `start` and `end`
             (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open),
             `supervised` (what counts, where that is not every target: masked tokens), `only_scored` (1: validation
-            compares it with other parts of its row, and no loss counts it).
+            compares it with other parts of its row, and no loss counts it); `role`, `pair` and `key` (vectors; a pair
+            is counted within its row).
         row: line of the data file, from 1.
         part: counts the samples of a row: windows, chosen (0) and rejected (1), or answers to compare.
         cut: tokens that `data.on_long: truncate` left out of it.
@@ -119,7 +123,7 @@ class Output:
     Attributes:
         sample: the sample.
         values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; vocabulary and preference: [2], the
-            summed log-probability of the supervised tokens, and how many of them are the likeliest.
+            summed log-probability of the supervised tokens, and how many of them are the likeliest; vectors: [H].
     """
 
     sample: Sample
@@ -184,6 +188,14 @@ class Recipe(Protocol):
         and no sample.
         """
         ...
+
+    def unit(self, options: Section) -> int:
+        """Neighbouring samples that stay together, as every row gives a multiple of them."""
+        return 1
+
+    def score_scale(self, context: Context) -> float:
+        """Of inner products, where vectors are told apart."""
+        return 1.0
 
     def dress(self, sample: Sample, *, seed: int, epoch: int) -> Sample:
         """The sample as an epoch sees it: another mask each time, for example. Pure; most tasks change nothing."""

@@ -44,6 +44,10 @@ class Preference(Recipe):
     Options: type[Section] = DpoOptions
     best_metric: Best = ("valid_loss", "min")
 
+    def unit(self, options: Section) -> int:
+        """Two answers."""
+        return 2
+
     def detect(self, row: Mapping[str, Any]) -> str | None:
         """By one of its three keys."""
         return PREFERENCE if any(key in row for key in ("input", *OUTPUTS)) else None

@@ -147,6 +147,7 @@ def seconds_of(work: Work, tokens: int, peak: float) -> float:
 def evaluator_of(work: Work) -> JobEvaluator:
     config = work.config
     assert config.training.micro_batch_tokens is not None
+    assert config.training.batch_size is not None
     assert config.seed is not None
     valid = work.prepared.valid
     lines = {valid.sample(index).row for index in range(len(valid))}
@@ -160,6 +161,8 @@ def evaluator_of(work: Work) -> JobEvaluator:
         micro_batch_tokens=config.training.micro_batch_tokens,
         seed=config.seed,
         beta=work.beta,
+        score_scale=work.score_scale,
+        batch_size=config.training.batch_size,
     )
 
 

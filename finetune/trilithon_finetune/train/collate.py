@@ -13,7 +13,24 @@ import torch
 from torch import Tensor
 
 from trilithon_finetune.recipes.base import IGNORE, Head, Sample
-from trilithon_parallel.objective import Batch, ClassBatch, PackedBatch, PreferenceBatch, SpanBatch, TagBatch
+from trilithon_parallel.contrast import NOTHING
+from trilithon_parallel.objective import (
+    Batch,
+    ClassBatch,
+    PackedBatch,
+    PreferenceBatch,
+    SpanBatch,
+    TagBatch,
+    VectorBatch,
+)
+
+PAIR_BITS = 24
+"""Of a pair's number within its row."""
+
+
+def pair_of(sample: Sample) -> int:
+    """The number of a vector's pair among all rows."""
+    return sample.row << PAIR_BITS | sample.columns["pair"]
 
 
 def collate(
@@ -25,6 +42,7 @@ def collate(
     counts: bool = True,
     references: Sequence[float] | None = None,
     beta: float = 0.1,
+    score_scale: float = 1.0,
 ) -> PackedBatch:
     """
     Pack samples one after another.
@@ -34,7 +52,7 @@ def collate(
         ids: of the samples, for their dropout masks.
         counts: False: the batch is there for company and nothing of it counts.
         references: of a preference, each sample's log-probability by the model that training began from.
-        beta: of a preference.
+        beta: of a preference. score_scale: of inner products of vectors.
     """
     lengths = [len(sample.tokens) for sample in samples]
     bounds = [0, *accumulate(lengths)]
@@ -55,6 +73,11 @@ def collate(
         labels = [sample.columns["label"] for sample in samples]
         weights_B = torch.full((len(samples),), float(counts), device=device)
         return ClassBatch(**packed, labels_B=ints(labels), weights_B=weights_B)  # type: ignore[arg-type]  # by name
+    if head == "vectors":
+        roles = [sample.columns["role"] if counts else NOTHING for sample in samples]
+        pairs = [pair_of(sample) for sample in samples]
+        facts = {"roles_B": ints(roles), "pairs_B": ints(pairs), "keys_B": ints([s.columns["key"] for s in samples])}
+        return VectorBatch(**packed, **facts, score_scale=score_scale)  # type: ignore[arg-type]  # by name
     if head == "span" and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)
         for start, sample in zip(bounds, samples, strict=False):

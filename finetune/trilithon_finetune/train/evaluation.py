@@ -20,8 +20,10 @@ import torch
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.recipes.base import IGNORE, Context, Head, Output, Recipe, Sample
 from trilithon_finetune.series import VALID_ACCURACY
+from trilithon_finetune.train.collate import pair_of
 from trilithon_finetune.train.stream import held_batches, plan_outputs
 from trilithon_parallel.collectives import all_gather
+from trilithon_parallel.contrast import NOTHING, QUERY, Pool, contrast
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.trainer import Evaluation
 
@@ -52,7 +54,7 @@ def outputs_of(
     plan = plan_outputs(part, dp=grid.dp.size, micro_batch_tokens=micro_batch_tokens, units=units)
     held = held_batches(part, recipe, plan[grid.dp.rank], device=grid.device, seed=seed)
     made = model.predict([item.batch for item in held], per_token=per_token)
-    labels = 0 if model.config.task_head is None else len(model.config.task_head.labels)
+    labels = model.config.hidden_size if model.config.task_head is None else len(model.config.task_head.labels)
 
     def size(index: int) -> int:
         return value_size(recipe.head, int(part.lengths[index]), labels, per_token=per_token)
@@ -76,10 +78,10 @@ def outputs_of(
 
 
 def value_size(head: Head, length: int, labels: int, *, per_token: bool) -> int:
-    """Numbers that the model says of one sample of so many tokens."""
+    """Numbers that the model says of one sample of so many tokens; `labels`, or the width of its vectors."""
     if head in ("tokens", "span"):
         return length * labels
-    if head == "sequence":
+    if head in ("sequence", "vectors"):
         return labels
     return length if per_token else 2
 
@@ -163,6 +165,28 @@ def preference_numbers(
     }
 
 
+def contrast_loss(outputs: Sequence[Output], *, scale: float, batch_samples: int) -> float:
+    """
+    The mean loss of questions, each told from the passages of as many rows as a training batch has.
+
+    Args:
+        outputs: in the order of their samples; the last rows may make a smaller batch.
+    """
+    total, count = 0.0, 0
+    for first in range(0, len(outputs), batch_samples):
+        part = outputs[first : first + batch_samples]
+        columns = [output.sample.columns for output in part]
+        kept = [i for i, column in enumerate(columns) if column["role"] != NOTHING]
+        pairs = [pair_of(part[i].sample) for i in kept]
+        pool = Pool(
+            torch.from_numpy(np.stack([part[i].values for i in kept])).double(),
+            *(torch.tensor(n) for n in ([columns[i]["role"] for i in kept], pairs, [columns[i]["key"] for i in kept])),
+        )
+        total += float(contrast(pool, scale=scale)[0].sum())
+        count += sum(columns[i]["role"] == QUERY for i in kept)
+    return total / max(1, count)
+
+
 class JobEvaluator:
     """
     Evaluates a model on a job's validation part. All ranks make one alike and call it together.
@@ -187,9 +211,12 @@ class JobEvaluator:
         micro_batch_tokens: int,
         seed: int,
         beta: float,
+        score_scale: float,
+        batch_size: int,
     ) -> None:
         self._recipe, self._context, self._valid, self._probes, self._rows = recipe, context, valid, probes, rows
         self._capacity, self._seed, self._beta = micro_batch_tokens, seed, beta
+        self._score_scale, self._batch_size = score_scale, batch_size
         self.references: Sequence[float] = ()
         self.probe: dict[int, tuple[Sample, Values]] = {}
 
@@ -204,6 +231,10 @@ class JobEvaluator:
         if self._recipe.head == "preference":
             loss, numbers = preference_numbers([output.values for output in outputs], self.references, self._beta)
             return Evaluation(loss, numbers)
+        if self._recipe.head == "vectors":
+            samples = self._batch_size * self._valid.unit
+            loss = contrast_loss(outputs, scale=self._score_scale, batch_samples=samples)
+            return Evaluation(loss, self._recipe.metrics(outputs, self._rows, self._context))
         loss, accuracy = total_loss([sample_loss(self._recipe.head, o.sample, o.values) for o in outputs])
         return Evaluation(loss, {**accuracy, **self._recipe.metrics(outputs, self._rows, self._context)})
 

@@ -201,7 +201,10 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
     peak = measured_peak(dtype, num_threads=torch.get_num_threads(), device="cpu")
     rendezvous.join(device="cpu", timeout_s=FIRST_TIMEOUT_S)
     grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp, device="cpu")
-    stream = JobStream(work.prepared.train, work.recipe, work.schedule, grid, config=job.config, beta=work.beta)
+    stream = JobStream(
+        work.prepared.train, work.recipe, work.schedule, grid,
+        config=job.config, beta=work.beta, score_scale=work.score_scale,
+    )  # fmt: skip
     patience_s = PATIENCE * seconds_of(work, stream.heaviest().tokens, peak)
     with Watchdog(
         rank=grid.rank,

@@ -40,17 +40,26 @@ class JobStream:
 
     Args:
         train: the samples to learn from.
-        beta: of preferences.
+        beta: of preferences. score_scale: of inner products of vectors.
     Attributes:
         references: of preferences, each sample's log-probability before the first step; set before training.
     """
 
     def __init__(
-        self, train: Part, recipe: Recipe, schedule: EpochSchedule, grid: Grid, *, config: JobConfig, beta: float
+        self,
+        train: Part,
+        recipe: Recipe,
+        schedule: EpochSchedule,
+        grid: Grid,
+        *,
+        config: JobConfig,
+        beta: float,
+        score_scale: float,
     ) -> None:
         assert config.training.micro_batch_tokens is not None
         self._train, self._recipe, self._schedule, self._grid = train, recipe, schedule, grid
         self._capacity, self._beta, self._seed = config.training.micro_batch_tokens, beta, schedule.order.seed
+        self._score_scale = score_scale
         self._lengths = train.unit_lengths
         self.references: Sequence[float] | None = None
 
@@ -78,6 +87,7 @@ class JobStream:
             counts=micro.counts,
             references=references,
             beta=self._beta,
+            score_scale=self._score_scale,
         )
 
     def tokens(self, step: Step) -> int:

@@ -38,6 +38,11 @@ class Work:
         """Of preferences."""
         return float(getattr(self.context.options, "beta", 0.1))
 
+    @property
+    def score_scale(self) -> float:
+        """Of inner products of vectors."""
+        return self.recipe.score_scale(self.context)
+
 
 def open_work(job: JobFile) -> Work:
     """Read what a job trains, after it was prepared."""

@@ -12,8 +12,6 @@ Source of `hnsw`: Malkov and Yashunin 2018, as faiss has it.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -111,7 +109,7 @@ class HnswIndex:
     @classmethod
     def build(cls, vectors_MH: NDArray[np.float32]) -> Self:
         """
-        Link the vectors, one after another in one thread, so that the same vectors give the same graph.
+        Link the vectors. The same vectors give the same graph, in any number of threads (faiss 1.15.1; older ones don't).
 
         Raises:
             InvalidArgument: `vectors_invalid`.
@@ -121,8 +119,7 @@ class HnswIndex:
         flat = FlatIndex(vectors_MH)
         graph = faiss.IndexHNSWFlat(vectors_MH.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = HNSW_BUILD_WIDTH
-        with _one_thread(faiss):
-            graph.add(np.ascontiguousarray(vectors_MH))
+        graph.add(np.ascontiguousarray(vectors_MH))
         return cls(graph, flat)
 
     def search(self, queries_NH: NDArray[np.float32], k: int) -> list[Ranking]:
@@ -171,17 +168,6 @@ class HnswIndex:
                 f"Given: {type(graph).__name__}, {graph.ntotal} of width {graph.d}"
             )
         return cls(graph, FlatIndex(vectors_MH))
-
-
-@contextlib.contextmanager
-def _one_thread(faiss: Any) -> Iterator[None]:
-    """faiss in one thread; the setting is OpenMP's and so this thread's alone."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def _query_norms(queries_NH: NDArray[np.float32], vectors_MH: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,0 +1,103 @@
+"""
+Questions and passages as an encoder of vectors reads them. No torch.
+
+    format = RetrievalFormat()
+    format.query("Who built it?", tokenizer), format.passage("Stonehenge", "It was built in stages.", tokenizer)
+
+A vector stands for a text; a passage answers a question where the inner product of theirs is high. The title is part of
+a passage: before a separator, as encoders from BERT learn it (Karpukhin et al. 2020), or as a sentence of its own for
+encoders of sentences, which have seen no separator inside of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import JsonValue
+
+from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.tasks.pieces import Encoded
+
+TASK = "retrieval"
+
+
+@dataclass(frozen=True)
+class RetrievalFormat:
+    """
+    How both are written, and what their inner product means.
+
+    Attributes:
+        max_query_tokens, max_passage_tokens: of a sequence, special tokens included; what is longer is cut at its end.
+        title: `separator`: [CLS] title [SEP] text [SEP]; `sentence`: [CLS] title. text [SEP].
+        score_scale: what an inner product is multiplied by before a softmax over passages: 1 / sqrt(H) for vectors of
+            any length (arXiv 2101.00408), 20 for those of length 1, whose products are cosines.
+    """
+
+    max_query_tokens: int = 64
+    max_passage_tokens: int = 256
+    title: Literal["separator", "sentence"] = "sentence"
+    score_scale: float = 20.0
+
+    @classmethod
+    def for_encoder(cls, *, normalize: bool, hidden_size: int, max_context: int) -> Self:
+        """What suits an encoder, by whether its vectors have length 1."""
+        return cls(
+            max_query_tokens=min(64, max_context),
+            max_passage_tokens=min(256, max_context),
+            title="sentence" if normalize else "separator",
+            score_scale=20.0 if normalize else hidden_size**-0.5,
+        )
+
+    def query(self, text: str, tokenizer: Tokenizer) -> Encoded:
+        """A question."""
+        return _framed([_ids(text, tokenizer)], tokenizer, self.max_query_tokens)
+
+    def passage(self, title: str, text: str, tokenizer: Tokenizer) -> Encoded:
+        """A passage; without a title it is the text alone."""
+        title, text = title.strip(), text.strip()
+        if not title:
+            parts = [text]
+        elif self.title == "separator":
+            parts = [title, text]
+        else:
+            parts = [f"{title}{'' if title[-1] in '.!?' else '.'} {text}"]
+        return _framed([_ids(part, tokenizer) for part in parts], tokenizer, self.max_passage_tokens)
+
+    def task_file(self) -> dict[str, JsonValue]:
+        """What `from_task_file` reads."""
+        return {
+            "task": TASK,
+            "max_query_tokens": self.max_query_tokens,
+            "max_passage_tokens": self.max_passage_tokens,
+            "title": self.title,
+            "score_scale": self.score_scale,
+        }
+
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """
+        The format of a `task.json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
+        """
+        title = document["title"]
+        if title not in ("separator", "sentence"):
+            raise ValueError(f"title must be separator or sentence. Given: {title!r}")
+        sizes = {name: int(document[name]) for name in ("max_query_tokens", "max_passage_tokens")}
+        return cls(**sizes, title=title, score_scale=float(document["score_scale"]))
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text in which nothing is read as a special token."""
+    return tokenizer.encode_with_literals(text, [(0, len(text))])[0]
+
+
+def _framed(parts: list[list[int]], tokenizer: Tokenizer, most: int) -> Encoded:
+    first, last = tokenizer.encode("", add_special_tokens=True)
+    tokens = [first]
+    for part in parts:
+        tokens += [*part, last]
+    return Encoded((*tokens[: most - 1], last) if len(tokens) > most else tuple(tokens))
