@@ -13,7 +13,7 @@ from trilithon_server.assembly import engine_error
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Usage
-from trilithon_server.prompts import Conversation, Prepared, Prompt, prepare
+from trilithon_server.prompts import Conversation, Prepared, Prompt, Sequenced, prepare
 from trilithon_server.sampling import validate
 from trilithon_server.scoring import aborting
 from trilithon_server.served import Call, ServedModel
@@ -95,7 +95,8 @@ async def embed(
     with contextlib.ExitStack() as stack:
         streams = []
         for ready in prepared:
-            stream = service.submit(call, model, ready.ids, params, limit_s=limit_s, pooling=how)
+            packed = Sequenced(ids=ready.ids)
+            stream = service.submit(call, model, packed, params, limit_s=limit_s, pooling=how)
             stack.enter_context(aborting(service, call, stream))
             streams.append(stream)
         for ready, stream in zip(prepared, streams, strict=True):

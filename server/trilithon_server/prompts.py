@@ -31,8 +31,18 @@ class Conversation:
     continue_final: bool = False
 
 
-Prompt = str | Sequence[int] | Conversation
-"""Text, token ids, or a conversation."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequenced:
+    """Token ids that a task has packed, with types and positions of their own; see `engine.wire.Submit`."""
+
+    ids: Sequence[int]
+    types: Sequence[int] = ()
+    positions: Sequence[int] = ()
+    answer_type: int = 0
+
+
+Prompt = str | Sequence[int] | Conversation | Sequenced
+"""Text, token ids, a conversation, or what a task has packed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +52,7 @@ class Prepared:
     ids: Sequence[int]
     dropped: int = 0
     source: str | None = None
+    packed: Sequenced | None = None
 
     def text(self, model: ServedModel, *, skip_special: bool) -> str:
         """The prompt as text, for `echo`: as it was given, or decoded when it came as ids or was cut."""
@@ -68,6 +79,8 @@ async def prepare(
         bos = model.tokenizer.bos_id
         if params.add_bos and bos is not None and (not ids or ids[0] != bos):
             ids = [bos, *ids]
+    elif isinstance(prompt, Sequenced):
+        return Prepared(ids=prompt.ids, packed=prompt)
     elif isinstance(prompt, Conversation):
         ids = await encode_conversation(model, render(model, prompt, field=field), field=field)
     else:

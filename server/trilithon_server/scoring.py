@@ -12,7 +12,16 @@ from trilithon_server.assembly import TokenInfo, engine_error, token_info
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Usage
-from trilithon_server.prompts import Conversation, Prompt, check_ids, encode, encode_conversation, prepare, render
+from trilithon_server.prompts import (
+    Conversation,
+    Prompt,
+    Sequenced,
+    check_ids,
+    encode,
+    encode_conversation,
+    prepare,
+    render,
+)
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
@@ -182,7 +191,8 @@ async def _run(
     with contextlib.ExitStack() as stack:
         streams = []
         for reading in readings:
-            stream = service.submit(call, model, reading.ids, params, limit_s=limit_s, sampling=sampling)
+            packed = Sequenced(ids=reading.ids)
+            stream = service.submit(call, model, packed, params, limit_s=limit_s, sampling=sampling)
             stack.enter_context(aborting(service, call, stream))
             streams.append(stream)
         for reading, stream in zip(readings, streams, strict=True):

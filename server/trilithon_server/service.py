@@ -33,7 +33,7 @@ from trilithon_server.generation import Generation, Part
 from trilithon_server.hosting import Hosting
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
-from trilithon_server.prompts import Prepared, Prompt, answer_room, bad_word_ids, prepare
+from trilithon_server.prompts import Prepared, Prompt, Sequenced, answer_room, bad_word_ids, prepare
 from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import AdapterRef, Call, Capability, ServedModel
@@ -248,7 +248,8 @@ class Service:
                     reset_token_ids=model.texts.sentence_ends if params.top_p_decay is not None else (),
                     bad_words=bad_words,
                 )
-                stream = self.submit(call, model, item.ids, params, limit_s=limit_s, sampling=sampling)
+                packed = item.packed or Sequenced(ids=item.ids)
+                stream = self.submit(call, model, packed, params, limit_s=limit_s, sampling=sampling)
                 prefix = item.text(model, skip_special=params.skip_special_tokens) if params.echo else ""
                 choices = [
                     Choice(
@@ -283,20 +284,21 @@ class Service:
         self,
         call: Call,
         model: ServedModel,
-        ids: Sequence[int],
+        prompt: Sequenced,
         params: SamplingParams,
         *,
         limit_s: float,
         sampling: wire.Sampling | None = None,
         pooling: wire.Pooling | None = None,
-        types: Sequence[int] = (),
     ) -> EngineStream:
-        """Put one prompt (and its token types) into the bounded queue; raises `Overloaded` or `Unavailable`."""
+        """Put one prompt into the bounded queue; raises `Overloaded` or `Unavailable`."""
         return model.engine.submit(
             wire.Submit(
                 request_id=call.request_id,
-                prompt=ids,
-                types=types,
+                prompt=prompt.ids,
+                types=prompt.types,
+                positions=prompt.positions,
+                answer_type=prompt.answer_type,
                 sampling=sampling,
                 pooling=pooling,
                 cache_salt=model.salt(call.principal, params.cache_salt),

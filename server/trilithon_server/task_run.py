@@ -18,7 +18,7 @@ from trilithon_server.assembly import engine_error
 from trilithon_server.engine import wire_pb2 as wire
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Timings, Usage
-from trilithon_server.prompts import INLINE_CHARS
+from trilithon_server.prompts import INLINE_CHARS, Sequenced
 from trilithon_server.sampling import SamplingParams, validate
 from trilithon_server.scoring import aborting
 from trilithon_server.served import Call, ServedModel
@@ -116,9 +116,8 @@ class TaskRun:
         with contextlib.ExitStack() as stack:
             streams = []
             for one in sequences:
-                stream = service.submit(
-                    call, model, one.tokens, self.params, limit_s=limit_s, pooling=how, types=one.types
-                )
+                packed = Sequenced(ids=one.tokens, types=one.types)
+                stream = service.submit(call, model, packed, self.params, limit_s=limit_s, pooling=how)
                 stack.enter_context(aborting(service, call, stream))
                 streams.append(stream)
             return [await self._read(stream, columns=task.num_labels) for stream in streams]

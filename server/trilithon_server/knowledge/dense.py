@@ -109,7 +109,7 @@ class HnswIndex:
     @classmethod
     def build(cls, vectors_MH: NDArray[np.float32]) -> Self:
         """
-        Link the vectors. The same vectors give the same graph, in any number of threads (faiss 1.15.1; older ones don't).
+        Link the vectors. The same vectors give the same graph in any number of threads, as faiss has it from 1.15.1 on.
 
         Raises:
             InvalidArgument: `vectors_invalid`.
