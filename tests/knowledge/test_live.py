@@ -46,8 +46,7 @@ def test_acc_A04_four_searchers_never_see_two_versions(tmp_path: Path) -> None:
     While 30 versions take each other's place, four threads search: all passages of a result are of the version that it
     names, no search fails, versions never go back, and every version but the last is closed in the end.
 
-    Inverse check: seen to fail with the version's number read after the search, with the number read before and the
-    version looked up again, and with replaced versions left open.
+    Inverse check: seen to fail with the version's number read after the search, and with replaced versions left open.
     """
     made = [version(tmp_path, number) for number in range(1, 31)]
     live = LiveIndex(made[0])

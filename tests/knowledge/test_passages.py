@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trilithon.errors import InvalidArgument
@@ -134,6 +134,7 @@ def test_passages_made_in_memory_are_checked_alike() -> None:
     ]
 
 
+@example({"a": 11, "a1": 1})
 @given(st.dictionaries(st.text("a1:", min_size=1, max_size=3), st.integers(0, 12), max_size=5))
 def test_ids_are_stable_and_never_shared(sizes: dict[str, int]) -> None:
     """
