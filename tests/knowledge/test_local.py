@@ -65,9 +65,7 @@ def peer_cosines(
     longest=st.integers(1, 3),
     left_out=st.booleans(),
 )
-def test_acc_B01_tfidf_equals_scikit_learn(
-    texts: list[str], context: list[str], longest: int, left_out: bool
-) -> None:
+def test_acc_B01_tfidf_equals_scikit_learn(texts: list[str], context: list[str], longest: int, left_out: bool) -> None:
     """
     Cosines of up to 50 sentences with a context are those of TfidfVectorizer with the same options, to 1e-6.
 
@@ -154,7 +152,9 @@ def test_what_says_the_same_is_chosen_once() -> None:
     assert [c.sentence.number for c in base.select(turns, Choice(top_k=2, relevance=0.5))] == [1, 5]
 
 
-def peer_selection(scores: Sequence[float], cosines: np.ndarray, *, k: int, least: float, relevance: float) -> list[int]:
+def peer_selection(
+    scores: Sequence[float], cosines: np.ndarray, *, k: int, least: float, relevance: float
+) -> list[int]:
     """Maximal marginal relevance once more, by the book: over sets, one candidate at a time."""
     left = [i for i, score in enumerate(scores) if score >= least and score > 0]
     taken: list[int] = []
@@ -207,7 +207,7 @@ def test_hybrid_adds_what_both_rankings_say() -> None:
 
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_acc_B07_there_may_be_nothing_to_choose(scorer: Any) -> None:
-    """An empty base, a conversation that says nothing, and one about something else choose nothing and raise nothing."""
+    """An empty base, a conversation that says nothing, and one about something else choose nothing."""
     vectors = np.array([[0, 1]], np.float32)
     off = np.array([[1, 0]], np.float32)
     empty = LocalKnowledge([], vectors_NH=np.zeros((0, 2), np.float32))
@@ -242,7 +242,9 @@ def test_acc_B07_ten_thousand_sentences_are_chosen_from_at_once(scorer: Any) -> 
 
 def test_acc_B07_unicode() -> None:
     """Words of any script are words, capitals of any script are none."""
-    base = LocalKnowledge(sentences(["\u0420\u0435\u043a\u0430 \u0442\u0435\u0447\u0451\u0442", "\u00c9t\u00e9 \U0001f30a"]))
+    base = LocalKnowledge(
+        sentences(["\u0420\u0435\u043a\u0430 \u0442\u0435\u0447\u0451\u0442", "\u00c9t\u00e9 \U0001f30a"])
+    )
 
     assert [c.sentence.number for c in base.select(["\u0440\u0435\u043a\u0430"], Choice())] == [0]
     assert [c.sentence.number for c in base.select(["\u00e9t\u00e9"], Choice(scorer="bm25"))] == [1]

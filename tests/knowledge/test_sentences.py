@@ -90,7 +90,8 @@ def test_time_is_linear_in_whatever_comes(piece: str) -> None:
 def test_what_is_kept_is_numbered_and_placed() -> None:
     """Sentences of 5 to 60 words stay, each once, with their number among all and their place in the text."""
     long = "It " + "goes on " * 29 + "now."
-    text = f"The mill.\n\nIt stands\tby  the river. {long} It STANDS by the river! Read more about our mill. Goes{long[7:]}"
+    text = "The mill.\n\nIt stands\tby  the river. " + long
+    text += f" It STANDS by the river! Read more about our mill. Goes{long[7:]}"
     sentences = sentences_of(text, document_id="d", title="The mill", url="https://example.org/mill")
 
     assert [sentence.number for sentence in sentences] == [1, 2, 5]
