@@ -135,6 +135,11 @@ class ServerConfig(_Node):
     catalog: str | None = Field(
         default=None, min_length=1, description="directory of the finetuned models that are served beside the engines"
     )
+    store: str | None = Field(
+        default=None,
+        min_length=1,
+        description="directory of what clients keep by name: actors and knowledge bases; unset: nothing is kept",
+    )
     max_hosted_models: int = Field(
         default=4, ge=1, le=64, description="finetuned models that run at once beside the engines, started on demand"
     )

@@ -21,6 +21,7 @@ from trilithon_server.engine_client import EngineClient
 from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
+from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate, template_digest
 from trilithon_server.validation import Bounds
@@ -79,6 +80,7 @@ class ServedModel:
         limits: of the server.
         checker: compiles constraints before they are admitted; None for encoders.
         task: what its head was trained for; None for models without one.
+        dialogue: how it reads conversations, where it was trained on them.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -93,6 +95,7 @@ class ServedModel:
     limits: LimitsConfig
     checker: ConstraintChecker | None = None
     task: TaskModel | None = None
+    dialogue: DialogueFormat | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True

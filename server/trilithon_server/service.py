@@ -74,6 +74,7 @@ class Service:
         self.metrics = metrics
         self.hosting = hosting
         self.catalog = Catalog(Path(config.server.catalog)) if config.server.catalog is not None else None
+        self.store = Path(config.server.store) if config.server.store is not None else None
         self.names = Names(self.models, config.engines, catalog=self.catalog, hosting=hosting)
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())

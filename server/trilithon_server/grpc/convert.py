@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from trilithon.api.v1 import common_pb2, generation_pb2, models_pb2
 from trilithon_server.grpc.gate import current_call
 from trilithon_server.prompts import Conversation, Prompt
-from trilithon_server.sampling_rules import RULES
+from trilithon_server.sampling_rules import RULES, TASK_RULES
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations
 
@@ -60,6 +60,12 @@ def generate_values(request: generation_pb2.GenerateRequest) -> dict[str, Any]:
     if request.no_speculation:
         values["speculation"] = False
     return values
+
+
+def task_values(request: Message) -> dict[str, Any]:
+    """The parameters of a call that writes its prompt itself, by JSON name: of `meta`, `sampling` and `stopping`."""
+    values = {rule.name: _at(request, rule.proto) for rule in TASK_RULES}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def meta_values(meta: common_pb2.RequestMeta) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from trilithon.api.v1 import (
     admin_pb2,
     admin_pb2_grpc,
+    dialogue_pb2,
+    dialogue_pb2_grpc,
     embed_pb2,
     embed_pb2_grpc,
     extract_pb2,
@@ -29,6 +31,7 @@ from trilithon.api.v1 import (
 )
 from trilithon_server.config import ServeConfig, ServerConfig, authority
 from trilithon_server.extension import Extension
+from trilithon_server.grpc.dialogue import Dialogues
 from trilithon_server.grpc.extract import Extractions
 from trilithon_server.grpc.gate import Gate
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
@@ -49,6 +52,7 @@ SERVICES: tuple[str, ...] = tuple(
         (tokenize_pb2, "TokenizeService"),
         (embed_pb2, "EmbedService"),
         (extract_pb2, "ExtractService"),
+        (dialogue_pb2, "DialogueService"),
         (models_pb2, "ModelsService"),
         (admin_pb2, "AdminService"),
     )
@@ -127,6 +131,7 @@ async def build_server(service: Service, *, config: ServeConfig, extensions: Seq
     tokenize_pb2_grpc.add_TokenizeServiceServicer_to_server(Tokens(service), server)
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(Embeddings(service), server)
     extract_pb2_grpc.add_ExtractServiceServicer_to_server(Extractions(service), server)
+    dialogue_pb2_grpc.add_DialogueServiceServicer_to_server(Dialogues(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
     services = [*SERVICES]

@@ -260,6 +260,20 @@ ANSWERS: dict[str, dict[str, Any]] = {
             **_TOLD,
         }
     ),
+    "DialogueAnswer": _object(
+        {
+            "candidates": _list(_object({"text": _STR, "mean_logprob": _NUM, "finish_reason": _FINISH})),
+            "knowledge": _list(_object({"text": _STR, "document_id": _STR, "sentence": _INT, "score": _NUM})),
+            "reference_tokens": _INT,
+            "turns_dropped": _INT,
+            "reference_turns_dropped": _INT,
+            "knowledge_dropped": _INT,
+            **_TOLD,
+        }
+    ),
+    "ActorAnswer": _object({"actor_id": _STR, "conversations": _INT, "turns": _INT, "version": _INT}),
+    "KnowledgeAnswer": _object({"documents": _INT, "sentences": _INT, "version": _INT}),
+    "Nothing": _object({}),
     "AbortAnswer": _object({"was_running": _BOOL}),
     "MegatronAnswer": _object(
         {"text": _list(_STR), "segments": _list(_list(_STR)), "logprobs": _list(_list(_maybe(_NUM)))},

@@ -13,7 +13,7 @@ from starlette.routing import Router
 from trilithon_server.auth import PUBLIC_PATHS
 from trilithon_server.config import ServeConfig
 from trilithon_server.extension import Extension
-from trilithon_server.http import adapters, extract, native, openai, operations, schemas
+from trilithon_server.http import adapters, dialogue, extract, native, openai, operations, schemas
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
 
@@ -113,6 +113,7 @@ ROUTES: tuple[Route, ...] = (
         answer="RenderAnswer", summary="A conversation as the model's template renders it.",
     ),
     *extract.ROUTES,
+    *dialogue.ROUTES,
     *adapters.ROUTES,
     Route(
         method="DELETE", path="/v1/requests/{id}", handler=native.abort, answer="AbortAnswer", counted=False,

@@ -1,0 +1,58 @@
+"""Answers of the dialogue calls as plain dictionaries, as `answers.py` makes those of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trilithon_server import answers
+from trilithon_server.dialogue import ActorFacts, KnowledgeFacts, Reply
+from trilithon_server.knowledge.local import Chosen
+
+
+def responded(reply: Reply, *, with_knowledge: bool) -> dict[str, Any]:
+    """RespondResponse"""
+    generation, packed = reply.generation, reply.packed
+    return {
+        "candidates": [
+            {
+                "text": reply.texts[choice.index].text if choice.index in reply.texts else "",
+                "mean_logprob": choice.cumulative_logprob / max(1, choice.generated),
+                "finish_reason": choice.finish.value if choice.finish is not None else None,
+            }
+            for choice in generation.choices
+        ],
+        "knowledge": [used(item) for item in reply.used] if with_knowledge else [],
+        "reference_tokens": packed.references,
+        "turns_dropped": packed.dropped.conversation,
+        "reference_turns_dropped": packed.dropped.references,
+        "knowledge_dropped": packed.dropped.knowledge,
+        "model": generation.model.name,
+        "usage": answers.usage(generation.usage),
+        "timings": answers.timings(generation.timings),
+    }
+
+
+def used(item: Chosen) -> dict[str, Any]:
+    """KnowledgeUsed"""
+    sentence = item.sentence
+    return {
+        "text": sentence.text,
+        "document_id": sentence.document_id,
+        "sentence": sentence.number,
+        "score": item.score,
+    }
+
+
+def actor(facts: ActorFacts) -> dict[str, Any]:
+    """Actor"""
+    return {
+        "actor_id": facts.name,
+        "conversations": facts.conversations,
+        "turns": facts.turns,
+        "version": facts.version,
+    }
+
+
+def knowledge(facts: KnowledgeFacts) -> dict[str, Any]:
+    """PutKnowledgeResponse"""
+    return {"documents": facts.documents, "sentences": facts.sentences, "version": facts.version}
