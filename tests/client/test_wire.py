@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,7 @@ from trilithon._messages import generate_request, message_fields
 from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
 from trilithon._sse import SSEDecoder
 from trilithon._types import Completion, Model
-from trilithon.api.v1 import (
-    admin_pb2,
-    common_pb2,
-    embed_pb2,
-    extract_pb2,
-    finetune_pb2,
-    generation_pb2,
-    models_pb2,
-    tokenize_pb2,
-)
+from trilithon.api import v1
 from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
 
 GOLDEN = Path(__file__).with_name("api_v1.txt")
@@ -109,9 +102,9 @@ def test_wire_only_grows() -> None:
 
 
 def _described() -> list[str]:
-    modules = (common_pb2, generation_pb2, tokenize_pb2, embed_pb2, extract_pb2, models_pb2, admin_pb2, finetune_pb2)
+    names = [name for _, name, _ in pkgutil.iter_modules(v1.__path__) if name.endswith("_pb2")]
     lines = []
-    for module in modules:
+    for module in (importlib.import_module(f"{v1.__name__}.{name}") for name in names):
         file: Any = descriptor_pool.Default().FindFileByName(module.DESCRIPTOR.name)
         for message in file.message_types_by_name.values():
             lines += _message(message)
