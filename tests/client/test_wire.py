@@ -19,6 +19,7 @@ from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
 from trilithon._sse import SSEDecoder
 from trilithon._types import Completion, Model
 from trilithon.api import v1
+from trilithon.api.v1 import generation_pb2
 from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
 
 GOLDEN = Path(__file__).with_name("api_v1.txt")

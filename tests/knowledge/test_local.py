@@ -131,14 +131,18 @@ def test_acc_B01_ties_go_to_the_earlier_and_answers_come_in_document_order(score
     """
     Of sentences that score the same the earlier is taken, and what is taken is told in the order of the documents.
 
-    Inverse check: with the best score first, and with the later of two equals, the rows differ.
+    Inverse check: with the later of two equals another is taken first.
     """
     texts = ["nothing else", "mill wheel", "river flood", "mill wheel", "river flood", "mill", "nothing more"]
     vectors = np.array([[0, 1], [1, 0], [0.6, 0.8], [1, 0], [0.6, 0.8], [0.9, 0.1], [0, -1]], np.float32)
     base = LocalKnowledge(sentences(texts), vectors_NH=vectors)
-    choice = Choice(scorer=scorer, top_k=2, relevance=1.0, min_score=0.0)
-    chosen = base.select(["mill wheel"], choice, turn_vectors_MH=np.array([[1, 0]], np.float32))
+    asked = np.array([[1, 0]], np.float32)
+    one, chosen = (
+        base.select(["mill wheel"], Choice(scorer=scorer, top_k=k, relevance=1.0, min_score=0.0), turn_vectors_MH=asked)
+        for k in (1, 2)
+    )
 
+    assert [first.sentence.number for first in one] == [1]
     assert [one.sentence.number for one in chosen] == [1, 3]
     assert scorer == "hybrid" or chosen[0].score == chosen[1].score
 
