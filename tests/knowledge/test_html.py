@@ -33,7 +33,7 @@ def test_acc_B03_pages_give_their_sentences(case: Case) -> None:
     Ten pages give the title and the sentences that a reader would take from them, and nothing of what stands around.
 
     Inverse check: without the stop phrases the page with the cookie bar has a sentence more; with all text of a page
-    the one with the script has.
+    the one with the navigation has.
     """
     page = read_html(case.html)
     sentences = sentences_of(page.text, document_id="d", title=page.title)
