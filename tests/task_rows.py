@@ -104,6 +104,22 @@ def _document(i: int) -> dict[str, Any]:
     return {"title": thing, "text": " ".join(said)}
 
 
+def _dialogue(i: int) -> dict[str, Any]:
+    word, thing = _pair(i)
+    return {
+        "actor": "me",
+        "target": [
+            {"author": "you", "text": f"what is {thing} {i}?"},
+            {"author": "me", "text": f"it is {word}"},
+            {"author": "you", "text": "sure?"},
+            {"author": "me", "text": f"yes, {word}"},
+            {"author": "you", "text": "good"},
+        ],
+        "refs": [[{"author": "me", "text": f"I like {thing}"}, {"author": "you", "text": "so do I"}]],
+        "knowledge": [{"text": f"the {thing} {i} is {word}"}],
+    }
+
+
 _ROW = {
     "lm": _text,
     "sft": _chat,
@@ -115,9 +131,11 @@ _ROW = {
     "ner": _tags,
     "relation": _relation,
     "classify": _class,
+    "dialogue": _dialogue,
+    "grounded_dialogue": _dialogue,
     "dpr": _passages,
     "ict": _document,
 }
 
-DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe")
+DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe", "dialogue", "grounded_dialogue")
 ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "dpr", "ict")

@@ -26,8 +26,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 from trilithon_finetune.errors import FinetuneError, JobError
 
 Task = Literal[
-    "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict"
-]
+    "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict",
+    "dialogue", "grounded_dialogue",
+]  # fmt: skip
 
 BASE_LR = {"lora": 2e-4, "full": 2e-5}
 """What `learning_rate_multiplier` multiplies, by kind of tuning."""

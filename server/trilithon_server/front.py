@@ -209,10 +209,13 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     from trilithon_parallel.config import load_config
     from trilithon_parallel.tokenizer import load_tokenizer
     from trilithon_server.task_model import load_task
+    from trilithon_server.tasks import read_task
+    from trilithon_server.tasks.dialogue_format import DialogueFormat
     from trilithon_server.text.template import load_template
 
     directory = Path(engine.model)
     model = load_config(directory)
+    task = read_task(directory)
     override = Path(engine.chat_template) if engine.chat_template is not None else None
     tokenizer = load_tokenizer(directory)
     max_context = min(engine.max_context or model.max_context, model.max_context)
@@ -228,6 +231,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         limits=limits,
         checker=checker if model.is_causal else None,
         task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
+        dialogue=task if isinstance(task, DialogueFormat) else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

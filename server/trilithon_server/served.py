@@ -80,7 +80,7 @@ class ServedModel:
         limits: of the server.
         checker: compiles constraints before they are admitted; None for encoders.
         task: what its head was trained for; None for models without one.
-        dialogue: how it reads conversations, where it was trained on them.
+        dialogue: how the model of the engine reads conversations, where it was trained on them.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.tokenizer import Tokenizer
-from trilithon_server.tasks import FORMATS, TASK_FILE, TaskFormat, read_task
+from trilithon_server.tasks import HEADS, TASK_FILE, HeadFormat, read_task
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import WordPieces
 from trilithon_server.tasks.relations import RelationFormat
@@ -18,7 +18,7 @@ from trilithon_server.tasks.tagging import TaggingFormat
 
 TaskCapability = Literal["annotate", "relations", "answer", "classify"]
 
-CAPABILITIES: Mapping[type[TaskFormat], TaskCapability] = {
+CAPABILITIES: Mapping[type[HeadFormat], TaskCapability] = {
     TaggingFormat: "annotate",
     RelationFormat: "relations",
     SpanFormat: "answer",
@@ -36,7 +36,7 @@ class TaskModel:
         num_labels: columns of the head's logits.
     """
 
-    format: TaskFormat
+    format: HeadFormat
     pieces: WordPieces
     num_labels: int
 
@@ -53,12 +53,12 @@ def known_capabilities(task: str) -> list[str]:
     >>> known_capabilities("ner"), known_capabilities("sft")
     (['annotate', 'embed', 'tokenize'], [])
     """
-    return [CAPABILITIES[FORMATS[task]], "embed", "tokenize"] if task in FORMATS else []
+    return [CAPABILITIES[HEADS[task]], "embed", "tokenize"] if task in HEADS else []
 
 
 def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> TaskModel | None:
     """
-    The task of a model directory; None where it has no head or no task file, and so only embeds.
+    The task of a model directory; None where it has no head, or no task file that is one of a head's, and only embeds.
 
     Args:
         max_context: tokens that the model may be given here.
@@ -67,7 +67,7 @@ def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max
     """
     head = config.task_head
     task = read_task(directory) if head is not None else None
-    if head is None or task is None:
+    if head is None or not isinstance(task, HeadFormat):
         return None
     labels = head.labels if isinstance(task, SpanFormat) else task.labels
     size = task.max_tokens

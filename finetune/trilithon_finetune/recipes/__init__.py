@@ -7,6 +7,7 @@ from trilithon_finetune.recipes.base import Recipe
 from trilithon_finetune.recipes.causal_lm import CausalLm
 from trilithon_finetune.recipes.chat import Chat
 from trilithon_finetune.recipes.classify import Classify
+from trilithon_finetune.recipes.dialogue import Dialogue, GroundedDialogue
 from trilithon_finetune.recipes.mlm import MaskedTokens
 from trilithon_finetune.recipes.preference import Preference
 from trilithon_finetune.recipes.relation import Relation
@@ -28,5 +29,7 @@ RECIPES: dict[str, Recipe] = {
     "span_qa": SpanQa(),
     "dpr": DensePassages(),
     "ict": InverseCloze(),
+    "dialogue": Dialogue(),
+    "grounded_dialogue": GroundedDialogue(),
 }
 """Recipe by task name."""

@@ -1,5 +1,5 @@
 """
-The text formats of encoder tasks: what a model reads and what its logits mean. No torch.
+The text formats of tasks: what a model reads and what it says means. No torch.
 
 A recipe trains with the same functions with which the server answers. What a model was trained with is stored beside
 it as `task.json`, which each format writes (`task_file`) and reads.
@@ -14,21 +14,29 @@ from typing import Any, TypeAlias
 
 from trilithon_parallel.config import ModelError
 from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
 TASK_FILE = "task.json"
 
-TaskFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat
+HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat
+"""Of encoders with a task head."""
 
-FORMATS: dict[str, type[TaskFormat]] = {
+TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat
+
+HEADS: dict[str, type[HeadFormat]] = {
     "ner": TaggingFormat,
     "span_qa": SpanFormat,
     "relation": RelationFormat,
     "classify": ClassFormat,
 }
-"""Format by task name."""
+"""Format by the name of a task that ends in a head."""
+
+FORMATS: dict[str, type[TaskFormat]] = {**HEADS, "dialogue": DialogueFormat, "retrieval": RetrievalFormat}
+"""Format by what a task file calls its task."""
 
 
 def task_format(document: Mapping[str, Any]) -> TaskFormat:
@@ -51,7 +59,7 @@ def task_format(document: Mapping[str, Any]) -> TaskFormat:
 
 def read_task(model_dir: Path) -> TaskFormat | None:
     """
-    The task of a model directory; None where it has no task file.
+    The task of a model's or an adapter's directory; None where it has no task file.
 
     Raises:
         ModelError: `task_invalid`, the file is there and is not a task file.

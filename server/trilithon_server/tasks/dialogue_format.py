@@ -22,9 +22,11 @@ it is and which part it belongs to are then types, and nothing of it is text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
+
+from pydantic import JsonValue
 
 from trilithon_parallel.tokenizer import Tokenizer
 
@@ -37,6 +39,13 @@ KNOWLEDGE_TYPE = 4
 NUM_TYPES = 5
 
 TURN, TARGET, OTHER, REFERENCE, KNOWLEDGE = "<|turn|>", "<|tgt|>", "<|oth|>", "<|ref|>", "<|kn|>"
+TASK = "dialogue"
+_ALLOWED = {
+    "markers": ("text", "tokens"),
+    "roles": ("types", "markers"),
+    "positions": ("restart", "running"),
+    "order": ("references", "knowledge"),
+}
 _LABELS: dict[Speaker, str] = {"target": "Me:", "other": "Them:"}
 
 
@@ -176,6 +185,27 @@ class DialogueFormat:
             ),
             answer_type=CONVERSATION_TYPES["target"] if self.roles == "types" else 0,
         )
+
+    def task_file(self) -> dict[str, JsonValue]:
+        """What `from_task_file` reads."""
+        return {"task": TASK, **asdict(self)}
+
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """
+        The format of a `task.json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
+        """
+        found = cls(**{field.name: document[field.name] for field in fields(cls)})
+        for name, allowed in _ALLOWED.items():
+            if getattr(found, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}. Given: {getattr(found, name)!r}")
+        sizes = (found.max_references, found.max_knowledge, found.max_conversation)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes) or found.max_conversation < 1:
+            raise ValueError(f"max_references, max_knowledge and max_conversation must be sizes. Given: {sizes}")
+        return found
 
 
 class _Writer:

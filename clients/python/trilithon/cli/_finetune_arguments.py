@@ -16,7 +16,10 @@ from trilithon.cli._finetune_doors import (
 from trilithon.cli._output import add_output_argument
 from trilithon.cli._parser import Parser
 
-TASKS = ("lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict")
+TASKS = (
+    "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict",
+    "dialogue", "grounded_dialogue",
+)  # fmt: skip
 """As `trilithon_finetune.config.Task` has them; a test compares."""
 
 STATES = ("validating", "queued", "preparing", "starting", "running", "pausing", "paused", "exporting", "verifying",
