@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +12,6 @@ from knowledge.html_pages import PAGES, Case
 from trilithon.errors import InvalidArgument
 from trilithon_server.knowledge.html import LIMITS, Page, PageLimits, decode, read_html, read_text
 from trilithon_server.knowledge.sentences import sentences_of
-
-REFUSED_WITHIN_S = 1.0
 
 BOMBS = {
     "five megabytes": (b"<p>A word.</p>" * 400_000, "document_too_large"),
@@ -42,23 +39,22 @@ def test_acc_B03_pages_give_their_sentences(case: Case) -> None:
     assert tuple(sentence.text for sentence in sentences) == case.sentences
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", BOMBS)
-def test_acc_B03_bombs_are_refused_within_a_second(name: str) -> None:
+def test_acc_B03_bombs_are_refused(name: str) -> None:
     """
-    Pages that are too large, or made to be slow, are refused at once, and the message says what is allowed.
+    Pages that are too large, or made to be slow, are refused before they are parsed, and the message says what is
+    allowed; `benchmarks/knowledge.py` says how fast.
 
     Inverse check: without the pass that counts, the page of attributes takes longer than a minute.
     """
     read_html("<p>Loads what reading takes.</p>")
     content, code = BOMBS[name]
-    begun = time.monotonic()
     with pytest.raises(InvalidArgument, match=r"^documents\[3\]\.html must ") as caught:
         read_html(content, field="documents[3].html")
-    took_s = time.monotonic() - begun
 
     assert caught.value.code == code
     assert caught.value.param == "documents[3].html"
-    assert took_s < REFUSED_WITHIN_S
 
 
 @pytest.mark.parametrize(

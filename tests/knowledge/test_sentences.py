@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,18 +72,17 @@ def test_sentences_hold_every_character_in_order(text: str) -> None:
     assert "".join("".join(text[start:end].split()) for start, end in spans) == "".join(text.split())
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("piece", ["a. ", ".", '."', ". ", "\n", "\n ", " ", "A.B.", "(", "x[", "Dr. "])
 def test_time_is_linear_in_whatever_comes(piece: str) -> None:
     """
-    A megabyte of one piece is cut within five seconds.
+    A megabyte of one piece is cut before anyone waits: quadratic time would exceed the test's own limit by far.
 
     Inverse check: with a run of stops that is looked at from each of its signs, a megabyte of full stops takes an hour.
     """
     text = piece * (1_000_000 // len(piece))
-    begun = time.monotonic()
-    split_sentences(text)
 
-    assert time.monotonic() - begun < 5
+    assert "".join("".join(text[a:b].split()) for a, b in split_sentences(text)) == "".join(text.split())
 
 
 def test_what_is_kept_is_numbered_and_placed() -> None:
