@@ -17,7 +17,6 @@ from trilithon_server.catalog import Catalog
 
 from .conftest import TENANT, Store, check_history
 
-
 REAL = {
     "phase_command": (sys.executable, "-m", "trilithon_finetune.phases"),
     "train_command": (sys.executable, "-m", "trilithon_finetune.train"),
