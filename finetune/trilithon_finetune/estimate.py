@@ -1,7 +1,8 @@
 """
 What a job will need, before it is queued: tokens, steps, memory of a rank by part, disk, time. No torch.
 
-Memory is counted for CPUs, where products read packed copies of the weights; activations are those of the planner
+On CPUs products read packed copies of the weights, and a checkpoint's copies are beside what it is made of; on CUDA the
+weights are read as they are, and the copies lie on the host, which is not counted. Activations are those of the planner
 (`trilithon_parallel.memory`) for the largest micro-batch. An estimate is meant to be a little too large, never too
 small.
 """
@@ -18,7 +19,10 @@ from typing import Any
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest
+from trilithon_finetune.devices import free_device_bytes
+from trilithon_finetune.peaks import peak_flops
 from trilithon_finetune.resolve import lora_spec
+from trilithon_finetune.train.threads import threads_of_a_rank
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.costs import PlannedLayout, model_flops
 from trilithon_parallel.lora.spec import owned_shapes
@@ -47,8 +51,15 @@ SUPERVISED_MARGIN = 1.1
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
-EFFICIENCY = (0.2, 0.45, 0.8)
-"""Share of the peak that training reaches: at worst, as a rule, at best."""
+CONTEXT_BYTES = 600 << 20
+"""What a rank takes of a CUDA device before it has a model: the context, the libraries' workspaces."""
+
+EFFICIENCY = {"cpu": (0.2, 0.45, 0.8), "cuda": (0.02, 0.2, 0.6)}
+"""
+Share of the peak that training reaches: at worst, as a rule, at best.
+
+A GPU's worst is a small model's, whose kernels take less time than it takes to start them.
+"""
 
 EVALUATION_COST = 1 / 3
 """Of a token that is only read, in tokens that are learned from."""
@@ -165,7 +176,9 @@ def estimate(config: JobConfig, model: ModelConfig, work: Workload, machine: Mac
     evaluated = work.valid_tokens * max(1, work.steps // (config.eval.every_steps or work.steps or 1))
     flops = _flops_per_token(config, model, work.longest) * (train_tokens + EVALUATION_COST * evaluated)
     ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
-    slow, likely, fast = (flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY)
+    slow, likely, fast = (
+        flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY[config.parallel.device]
+    )
     problems = []
     if (needed := sum(memory.values())) > machine.rank_bytes:
         problems.append(_memory_problem(config, model, work, needed, machine.rank_bytes))
@@ -254,16 +267,19 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
         key=sum,
     )
     states = 8 if config.dtype == "float32" else 12
+    packed = PACKED * element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0))
     parts = {
         "framework": FRAMEWORK_BYTES + TOKENIZER_BYTES * model.vocab_size,
         "weights": element * weights,
-        "packed": PACKED * element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
+        "packed": packed,
         "gradients": 4 * trained,
         "optimizer": states * trained / dp,
         "activations": activations,
         "head": head,
         "checkpoints": (element + states) * trained / dp,
     }
+    if config.parallel.device == "cuda":
+        parts |= {"framework": CONTEXT_BYTES, "packed": 0, "checkpoints": 0}
     parts["allocator"] = ALLOCATOR_SHARE * sum(parts.values())
     return {name: round(size) for name, size in parts.items()}
 
@@ -324,15 +340,18 @@ def _memory_problem(config: JobConfig, model: ModelConfig, work: Workload, neede
     return f"{said} Use shorter rows (data.max_tokens) or more ranks (parallel.tp, parallel.pp)."
 
 
-def this_machine(config: JobConfig, store: Path, *, peak_flops: float) -> Machine:
+def this_machine(config: JobConfig, store: Path) -> Machine:
     """
-    What this host offers each of the job's ranks.
+    What this host offers each of the job's ranks, with its share of the cores, or a device of its own.
 
-    Args:
-        peak_flops: of a rank with its share of the cores.
+    Raises:
+        FinetuneError: `estimate_exceeded`, the devices are not here.
     """
-    ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
-    return Machine(_available_bytes() // ranks, shutil.disk_usage(_existing(store)).free, peak_flops)
+    parallel = config.parallel
+    ranks = parallel.tp * parallel.pp * parallel.dp
+    available = _available_bytes() // ranks if parallel.device == "cpu" else free_device_bytes(parallel)
+    peak = peak_flops(store, config.dtype, num_threads=threads_of_a_rank(config), device=parallel.device)
+    return Machine(available, shutil.disk_usage(_existing(store)).free, peak)
 
 
 def _available_bytes() -> int:
