@@ -10,19 +10,13 @@ small.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest
-from trilithon_finetune.devices import free_device_bytes
-from trilithon_finetune.peaks import peak_flops
 from trilithon_finetune.resolve import lora_spec
-from trilithon_finetune.train.threads import threads_of_a_rank
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.costs import PlannedLayout, model_flops
 from trilithon_parallel.lora.spec import owned_shapes
@@ -37,7 +31,7 @@ FRAMEWORK_BYTES = 270 << 20
 TOKENIZER_BYTES = 1365
 """Of an id of the vocabulary, in the tokenizer."""
 
-KEPT = {"full": 1.25, "lora": 1.7}
+KEPT = {"cpu": {"full": 1.25, "lora": 1.7}, "cuda": {"full": 1.7, "lora": 1.5}}
 """What a layer keeps for the backward pass, of what the planner counts; besides, one layer is always at work."""
 
 LOGITS = 1.1
@@ -258,11 +252,12 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
     trained = weights if is_full else trained_parameters(config, model) / (tp * pp)
     layout = PlannedLayout(tp, pp, dp, 1, 1, "none", False, True, "1f1b")
     layer, _ = layer_parts(model, layout, Numerics(config.dtype, bool(config.training.dropout)), 1)
+    kept = KEPT[config.parallel.device][config.tuning.kind or "full"]
     in_flight = min(pp, work.heaviest.micro_batches) * layers
     learned, read = work.heaviest.tokens, min(_capacity(config, work), work.valid_tokens)
     # An evaluation has full micro-batches and keeps nothing; the larger of the two is what memory must hold.
     activations, head = max(
-        (learned * layer * (in_flight * KEPT[config.tuning.kind or "full"] + 1), _head_bytes(model, work, learned, tp)),
+        (learned * layer * (in_flight * kept + 1), _head_bytes(model, work, learned, tp)),
         (read * layer * 2, _head_bytes(model, work, read, tp)),
         key=sum,
     )
@@ -338,32 +333,6 @@ def _memory_problem(config: JobConfig, model: ModelConfig, work: Workload, neede
     if config.tuning.kind == "full":
         return f"{said} Use tuning.kind lora, shorter rows, or more ranks (parallel.tp, parallel.pp)."
     return f"{said} Use shorter rows (data.max_tokens) or more ranks (parallel.tp, parallel.pp)."
-
-
-def this_machine(config: JobConfig, store: Path) -> Machine:
-    """
-    What this host offers each of the job's ranks, with its share of the cores, or a device of its own.
-
-    Raises:
-        FinetuneError: `estimate_exceeded`, the devices are not here.
-    """
-    parallel = config.parallel
-    ranks = parallel.tp * parallel.pp * parallel.dp
-    available = _available_bytes() // ranks if parallel.device == "cpu" else free_device_bytes(parallel)
-    peak = peak_flops(store, config.dtype, num_threads=threads_of_a_rank(config), device=parallel.device)
-    return Machine(available, shutil.disk_usage(_existing(store)).free, peak)
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _gib(size: float) -> str:

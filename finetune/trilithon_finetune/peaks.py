@@ -16,7 +16,6 @@ import json
 import platform
 from pathlib import Path
 
-from trilithon_finetune.devices import device_name
 from trilithon_finetune.phases.outcome import write_json
 
 PEAKS_FILE = "peaks.json"
@@ -66,7 +65,7 @@ def _read(store: Path) -> dict[str, float]:
 
 
 def _key(dtype: str, num_threads: int, device: str) -> str:
-    what = f"{_processor()}, {num_threads} threads" if device == "cpu" else device_name(device)
+    what = f"{_processor()}, {num_threads} threads" if device == "cpu" else _device_name(device)
     return f"{what}, {dtype}, torch {importlib.metadata.version('torch')}"
 
 
@@ -77,3 +76,10 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def _device_name(device: str) -> str:
+    """A CUDA device's model."""
+    import torch
+
+    return torch.cuda.get_device_name(device)

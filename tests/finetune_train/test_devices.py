@@ -55,7 +55,8 @@ def test_E8_a_gpu_learns_what_a_cpu_does(job: MakeJob, tmp_path: Path, task: str
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_of_a_device_is_foretold_and_never_under(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_memory_of_a_device_is_foretold_and_never_under(tmp_path: Path, kind: str, dtype: str) -> None:
     """What the allocator handed out at most, beside what was said; the context is said, and not handed out."""
     model = tiny_llama(
         tmp_path / "m", layers=12, hidden=1024, heads=16, groups=4, ffn=2816, vocab=16384, context=1024, scale=0.02
@@ -63,15 +64,15 @@ def test_memory_of_a_device_is_foretold_and_never_under(tmp_path: Path, dtype: s
     train = write_rows(tmp_path / "train.jsonl", [_long(row) for row in rows("sft", 96)])
     training = {"batch_size": 48, "max_steps": 4, "micro_batch_tokens": 16384}
     made = make_job(
-        tmp_path, model, train, task="sft", dtype=dtype, tuning={"kind": "full"}, training=training,
+        tmp_path, model, train, task="sft", dtype=dtype, tuning={"kind": kind}, training=training,
         data={"max_tokens": 1024}, parallel=ON_CUDA,
     )  # fmt: skip
     parts = made.phase("validate")["estimate"]["memory_parts"]
     made.phase("prepare")
-    made.train_here()
+    made.train()  # in a process of its own: its peak is no other job's
     peak = max(made.numbers("peak_bytes"))
 
-    assert peak <= sum(parts.values()) - parts["framework"] <= 1.5 * peak, (peak, parts)
+    assert peak <= sum(parts.values()) - parts["framework"] <= 1.25 * peak, (peak, parts)
 
 
 def _long(row: Any) -> Any:

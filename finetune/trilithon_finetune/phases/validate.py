@@ -19,7 +19,8 @@ from trilithon_finetune.data.check import check_file
 from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
-from trilithon_finetune.estimate import Estimate, Workload, estimate, this_machine
+from trilithon_finetune.estimate import Estimate, Workload, estimate
+from trilithon_finetune.machine import this_machine
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.recipes.base import Recipe
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
