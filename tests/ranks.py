@@ -68,7 +68,7 @@ def environments(world_size: int) -> list[dict[str, str]]:
 
 
 class Gang:
-    """The process that forks this session's ranks, started when the first are asked for."""
+    """The process that forks the ranks of a test run, started when the first are asked for."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
