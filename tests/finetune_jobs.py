@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,4 +198,11 @@ def make_job(
         "store": str(store.root),
     }
     (root / "job.json").write_text(json.dumps(document), encoding="utf-8")
+    return JobDir(root)
+
+
+def twin(made: JobDir, folder: Path) -> JobDir:
+    """The same job in a directory of its own, over the same prepared data."""
+    root = folder / made.root.name
+    shutil.copytree(made.root, root)
     return JobDir(root)

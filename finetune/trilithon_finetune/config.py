@@ -137,6 +137,8 @@ class Parallel(Section):
     """Pipeline stages."""
     dp: Count = 1
     """Replicas, each with its share of every batch."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What ranks compute on; on `cuda` each rank has a device of its own."""
 
 
 class EarlyStop(Section):

@@ -1,7 +1,8 @@
 """
 What a job will need, before it is queued: tokens, steps, memory of a rank by part, disk, time. No torch.
 
-Memory is counted for CPUs, where products read packed copies of the weights; activations are those of the planner
+On CPUs products read packed copies of the weights, and a checkpoint's copies are beside what it is made of; on CUDA the
+weights are read as they are, and the copies lie on the host, which is not counted. Activations are those of the planner
 (`trilithon_parallel.memory`) for the largest micro-batch. An estimate is meant to be a little too large, never too
 small.
 """
@@ -9,11 +10,8 @@ small.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from trilithon_finetune.config import JobConfig
@@ -33,7 +31,7 @@ FRAMEWORK_BYTES = 270 << 20
 TOKENIZER_BYTES = 1365
 """Of an id of the vocabulary, in the tokenizer."""
 
-KEPT = {"full": 1.25, "lora": 1.7}
+KEPT = {"cpu": {"full": 1.25, "lora": 1.7}, "cuda": {"full": 1.7, "lora": 1.5}}
 """What a layer keeps for the backward pass, of what the planner counts; besides, one layer is always at work."""
 
 LOGITS = 1.1
@@ -47,8 +45,15 @@ SUPERVISED_MARGIN = 1.1
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
-EFFICIENCY = (0.2, 0.45, 0.8)
-"""Share of the peak that training reaches: at worst, as a rule, at best."""
+CONTEXT_BYTES = 600 << 20
+"""What a rank takes of a CUDA device before it has a model: the context, the libraries' workspaces."""
+
+EFFICIENCY = {"cpu": (0.2, 0.45, 0.8), "cuda": (0.02, 0.2, 0.6)}
+"""
+Share of the peak that training reaches: at worst, as a rule, at best.
+
+A GPU's worst is a small model's, whose kernels take less time than it takes to start them.
+"""
 
 EVALUATION_COST = 1 / 3
 """Of a token that is only read, in tokens that are learned from."""
@@ -56,8 +61,11 @@ EVALUATION_COST = 1 / 3
 MEASURED_SPREAD = (0.9, 1.25)
 """What a run takes of what its first steps promise."""
 
-ALLOCATOR_SHARE = 0.04
-"""Of all else: what the allocator holds and does not use."""
+ALLOCATOR_SHARE = 0.1
+"""Of all else: what the allocator holds and does not use. It grows with the number of shapes that a run has seen."""
+
+GROWTH_SHARE = 0.04
+"""The same, of what some steps were measured to take: what it grows by in a run."""
 
 DISK_MARGIN = 1.05
 
@@ -162,7 +170,9 @@ def estimate(config: JobConfig, model: ModelConfig, work: Workload, machine: Mac
     evaluated = work.valid_tokens * max(1, work.steps // (config.eval.every_steps or work.steps or 1))
     flops = _flops_per_token(config, model, work.longest) * (train_tokens + EVALUATION_COST * evaluated)
     ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
-    slow, likely, fast = (flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY)
+    slow, likely, fast = (
+        flops / (machine.peak_flops * ranks * share_of_peak) for share_of_peak in EFFICIENCY[config.parallel.device]
+    )
     problems = []
     if (needed := sum(memory.values())) > machine.rank_bytes:
         problems.append(_memory_problem(config, model, work, needed, machine.rank_bytes))
@@ -192,7 +202,7 @@ def by_measurement(estimate: Estimate, *, peak_bytes: int, tokens_per_s: float) 
         tokens_per_s: of training, all ranks together.
     """
     memory = {"measured": peak_bytes, "checkpoints": estimate.memory["checkpoints"]}
-    memory["allocator"] = round(ALLOCATOR_SHARE * sum(memory.values()))
+    memory["allocator"] = round(GROWTH_SHARE * sum(memory.values()))
     seconds = (estimate.train_tokens + EVALUATION_COST * estimate.evaluated_tokens) / tokens_per_s
     needed = sum(memory.values())
     problems = _disk_problems(estimate.disk_bytes, estimate.disk_free_bytes)
@@ -242,25 +252,29 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
     trained = weights if is_full else trained_parameters(config, model) / (tp * pp)
     layout = PlannedLayout(tp, pp, dp, 1, 1, "none", False, True, "1f1b")
     layer, _ = layer_parts(model, layout, Numerics(config.dtype, bool(config.training.dropout)), 1)
+    kept = KEPT[config.parallel.device][config.tuning.kind or "full"]
     in_flight = min(pp, work.heaviest.micro_batches) * layers
     learned, read = work.heaviest.tokens, min(_capacity(config, work), work.valid_tokens)
     # An evaluation has full micro-batches and keeps nothing; the larger of the two is what memory must hold.
     activations, head = max(
-        (learned * layer * (in_flight * KEPT[config.tuning.kind or "full"] + 1), _head_bytes(model, work, learned, tp)),
+        (learned * layer * (in_flight * kept + 1), _head_bytes(model, work, learned, tp)),
         (read * layer * 2, _head_bytes(model, work, read, tp)),
         key=sum,
     )
     states = 8 if config.dtype == "float32" else 12
+    packed = PACKED * element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0))
     parts = {
         "framework": FRAMEWORK_BYTES + TOKENIZER_BYTES * model.vocab_size,
         "weights": element * weights,
-        "packed": PACKED * element * (weights - (0 if pp > 1 else embedding if not model.has_head else 0)),
+        "packed": packed,
         "gradients": 4 * trained,
         "optimizer": states * trained / dp,
         "activations": activations,
         "head": head,
         "checkpoints": (element + states) * trained / dp,
     }
+    if config.parallel.device == "cuda":
+        parts |= {"framework": CONTEXT_BYTES, "packed": 0, "checkpoints": 0}
     parts["allocator"] = ALLOCATOR_SHARE * sum(parts.values())
     return {name: round(size) for name, size in parts.items()}
 
@@ -319,29 +333,6 @@ def _memory_problem(config: JobConfig, model: ModelConfig, work: Workload, neede
     if config.tuning.kind == "full":
         return f"{said} Use tuning.kind lora, shorter rows, or more ranks (parallel.tp, parallel.pp)."
     return f"{said} Use shorter rows (data.max_tokens) or more ranks (parallel.tp, parallel.pp)."
-
-
-def this_machine(config: JobConfig, store: Path, *, peak_flops: float) -> Machine:
-    """
-    What this host offers each of the job's ranks.
-
-    Args:
-        peak_flops: of a rank with its share of the cores.
-    """
-    ranks = config.parallel.tp * config.parallel.pp * config.parallel.dp
-    return Machine(_available_bytes() // ranks, shutil.disk_usage(_existing(store)).free, peak_flops)
-
-
-def _available_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _gib(size: float) -> str:

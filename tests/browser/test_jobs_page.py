@@ -283,6 +283,8 @@ def test_themes_and_a_phone(scheme: str, site: Site, show: Visit) -> None:
 
     assert page.evaluate(wide) == 0
     names = [".job-name", ".job-facts", ".job-note", ".state", ".job-line", ".standing", ".event time", ".readout span"]
+    for name in names:  # some come with the events, a moment after the rest
+        expect(page.locator(name).first).to_be_attached()
     ratios = page.evaluate(CONTRAST, names)
     assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
     page.evaluate("location.hash = 'new'")

@@ -11,10 +11,10 @@ from finetune_jobs import JobDir, make_job, write_rows
 from task_rows import rows
 from tiny import tiny_llama
 
-from trilithon_finetune.estimate import ALLOCATOR_SHARE, Estimate, by_measurement, compared
+from trilithon_finetune.estimate import ALLOCATOR_SHARE, GROWTH_SHARE, Estimate, by_measurement, compared
 
 MakeJob = Callable[..., JobDir]
-BOUND, SMALL = 1.10, 1.15  # of a small process, runs differ by a twentieth themselves
+BOUND, SMALL = 1.15, 1.20  # of short runs; what the allocator adds in long ones is not seen yet
 
 
 def measured(made: JobDir) -> tuple[dict[str, Any], int]:
@@ -93,7 +93,7 @@ def test_a_measurement_takes_the_place_of_what_was_counted() -> None:
     assert fits.allowed
     assert fits.measured
     assert fits.seconds == pytest.approx(11.0)
-    assert fits.peak_bytes == pytest.approx((1 + ALLOCATOR_SHARE) * ((1 << 30) + (1 << 20)), abs=2)
+    assert fits.peak_bytes == pytest.approx((1 + GROWTH_SHARE) * ((1 << 30) + (1 << 20)), abs=2)
     assert not does_not.allowed
     assert does_not.problems[0].startswith("a rank needs 3.12 GiB of memory, as measured. Given: 2.00 GiB.")
 

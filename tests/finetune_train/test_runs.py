@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crashing import poll
-from finetune_jobs import JobDir, finish
+from finetune_jobs import JobDir, finish, twin
 from safetensors.torch import load_file, save_file
 
 from trilithon_finetune.train import rank as rank_module
@@ -32,13 +31,6 @@ def prepared(made: JobDir) -> JobDir:
     made.phase("validate")
     made.phase("prepare")
     return made
-
-
-def twin(made: JobDir, folder: Path) -> JobDir:
-    """The same job in a directory of its own, over the same prepared data."""
-    root = folder / made.root.name
-    shutil.copytree(made.root, root)
-    return JobDir(root)
 
 
 @pytest.mark.parametrize(("task", "sizes"), LAYOUTS)

@@ -126,6 +126,12 @@ def test_transformer_engine_is_given_global_sizes_and_its_group(tmp_path: Path) 
     assert stage.get_parameter("model.layers.0.self_attn.q_proj.weight").shape == (32, 64)
 
 
+def test_cuda_has_no_batch_invariant_mode() -> None:
+    """Asking for it is an error, whichever backend, before a device is looked for."""
+    with pytest.raises(ModelError, match="not available on CUDA"):
+        select("torch", batch_invariant=True, device="cuda")
+
+
 @pytest.mark.usefixtures("stub_te")
 def test_transformer_engine_has_no_batch_invariant_mode() -> None:
     """Asking for both is refused, not ignored."""

@@ -55,7 +55,8 @@ def lack(paths: StorePaths, config: Mapping[str, Any], estimate: Mapping[str, An
         return None
     sizes = config["parallel"]
     ranks = sizes["tp"] * sizes["pp"] * sizes["dp"]
-    memory = ranks * int((estimate or {}).get("peak_bytes_per_rank", 0))
+    on_host = sizes.get("device", "cpu") == "cpu"  # an estimate for CUDA is of the device
+    memory = ranks * int((estimate or {}).get("peak_bytes_per_rank", 0)) if on_host else 0
     total, available = _memory()
     free = min(available, total - sum(item.memory_bytes for item in held))
     left = max(1, cores() - sum(item.cores for item in held))

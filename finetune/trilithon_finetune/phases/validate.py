@@ -19,13 +19,12 @@ from trilithon_finetune.data.check import check_file
 from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
-from trilithon_finetune.estimate import Estimate, Workload, estimate, this_machine
-from trilithon_finetune.peaks import peak_flops
+from trilithon_finetune.estimate import Estimate, Workload, estimate
+from trilithon_finetune.machine import this_machine
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
 from trilithon_finetune.setup import JobFile, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
-from trilithon_finetune.train.threads import threads_of_a_rank
 from trilithon_finetune.train.tracking import check_trackers
 from trilithon_server.engine.identity import model_digest
 
@@ -87,8 +86,7 @@ def run(
         steps=schedule.num_steps,
         heaviest=_heaviest(config, unit, report, schedule),
     )
-    peak = peak_flops(job.store.root, config.dtype, num_threads=threads_of_a_rank(config))
-    machine = this_machine(config, job.store.root, peak_flops=peak)
+    machine = this_machine(config, job.store.root)
     needs = estimate(config, task_model(config, base.recipe, base.model, report.labels), work, machine)
     checked = replace(
         job,

@@ -82,6 +82,7 @@ def _engine(work: Work, export: Path, *, window: int, queue: int) -> LLM:
         work.job.model_dir if is_adapter else export,
         adapters={ADAPTER: export} if is_adapter else None,
         dtype=work.config.dtype,
+        device=work.config.parallel.device,
         max_context=window,
         kv_cache_bytes=blocks * PagedKVCache.bytes_per_block(work.base, Grid.single(), dtype),
         max_batch_sequences=SEQUENCES,

@@ -48,7 +48,7 @@ def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
         work.model,
         grid,
         layout_of(config),
-        select("torch", device="cpu"),
+        select("torch", device=config.parallel.device),
         dtype=dtype,
         optimizer=AdamWSettings(*optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip),
         dropout=_dropout(work),
@@ -140,7 +140,7 @@ def costs_of(work: Work, peak: float) -> Costs:
 def seconds_of(work: Work, tokens: int, peak: float) -> float:
     """What forward and backward of so many tokens take as a rule on a rank that reaches `peak` FLOP/s at most."""
     sizes = work.config.parallel
-    likely = EFFICIENCY[1]
+    _, likely, _ = EFFICIENCY[sizes.device]
     return costs_of(work, peak).flops_per_token * tokens / (sizes.tp * sizes.pp * likely * peak)
 
 

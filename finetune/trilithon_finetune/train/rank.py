@@ -198,9 +198,10 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
         raise refuse("bug", f"{layout.world_size} ranks are needed. Given: {world_size}.", param="parallel")
     torch.set_num_threads(threads_of_a_rank(job.config))
     dtype: torch.dtype = getattr(torch, job.config.dtype)
-    peak = measured_peak(dtype, num_threads=torch.get_num_threads(), device="cpu")
-    rendezvous.join(device="cpu", timeout_s=FIRST_TIMEOUT_S)
-    grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp, device="cpu")
+    device = job.config.parallel.device
+    peak = measured_peak(dtype, num_threads=torch.get_num_threads(), device=device)
+    rendezvous.join(device=device, timeout_s=FIRST_TIMEOUT_S)
+    grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp, device=device)
     stream = JobStream(
         work.prepared.train, work.recipe, work.schedule, grid,
         config=job.config, beta=work.beta, score_scale=work.score_scale,
@@ -220,7 +221,9 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
         if grid.rank == 0:
             events.tell("gang_started", f"{grid.world_size} ranks have met.", data={"ranks": grid.world_size})
             with contextlib.suppress(OSError):  # for estimates to come; this run needs no room for it
-                remember_peak(job.store.root, job.config.dtype, peak, num_threads=torch.get_num_threads())
+                remember_peak(
+                    job.store.root, job.config.dtype, peak, num_threads=torch.get_num_threads(), device=device
+                )
         model = build_model(work, grid, dtype)
         yield _Meeting(grid, watchdog, model, stream, peak)
 

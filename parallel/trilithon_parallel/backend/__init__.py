@@ -100,13 +100,21 @@ def select(
         fp8: train with 8-bit products scaled in that way (Transformer Engine alone has them): by the largest values of
             past steps ("delayed"), of the tensor itself ("current"), or of blocks of 32 elements ("mxfp8").
     Raises:
-        ModelError: `backend_unavailable`, "te" or `fp8` was asked for and cannot be used; the message keeps the reason.
+        ModelError: `backend_unavailable`, "te", `fp8` or `batch_invariant` was asked for and cannot be used; the
+            message keeps the reason.
     """
     from trilithon_parallel.backend import te_ops, torch_ops
 
     if name not in ("torch", "te", "auto"):
         raise ModelError(
             f"backend is unknown. Given: {name!r}.", code="backend_unavailable", hint="Allowed: torch, te, auto."
+        )
+    if batch_invariant and torch.device(device).type == "cuda":
+        raise ModelError(
+            "the batch-invariant mode is not available on CUDA: norms, products and softmaxes of its libraries add in "
+            "an order that depends on how many rows there are.",
+            code="backend_unavailable",
+            hint="Turn batch_invariant off, or serve on cpu.",
         )
     if name == "torch":
         reason = "backend torch has no 8-bit products"
