@@ -12,6 +12,16 @@ Importing it loads neither the HTTP nor the gRPC library: the first client does.
 from trilithon._async_client import AsyncClient
 from trilithon._async_jobs import AsyncFiles, AsyncJobs
 from trilithon._client import Client
+from trilithon._dialogue import (
+    AsyncDialogue,
+    AsyncReplyStream,
+    Dialogue,
+    DialogueTurn,
+    Document,
+    Knowledge,
+    ReplyStream,
+)
+from trilithon._dialogue_types import Actor, Candidate, KnowledgeBase, KnowledgeUsed, Reply, ReplyDelta
 from trilithon._extract import AsyncExtract, EntityInput, Extract, Mention
 from trilithon._extract_types import (
     AnnotatedText,
@@ -46,10 +56,12 @@ from trilithon._parameters import (
     Constraint,
     GenerationOptions,
     Message,
+    TaskOptions,
     ToolCall,
 )
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._streams import AsyncStream, Stream
+from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
     Choice,
     Completion,
@@ -98,18 +110,23 @@ from trilithon.errors import (
 )
 
 __all__ = [
+    "Actor",
     "AlreadyExists",
     "AnnotatedText",
     "Annotations",
     "AsyncClient",
+    "AsyncDialogue",
     "AsyncExtract",
     "AsyncFiles",
     "AsyncJobs",
     "AsyncModels",
+    "AsyncReplyStream",
     "AsyncStream",
+    "AsyncTaskStream",
     "BodyTooLarge",
     "CallOptions",
     "Cancelled",
+    "Candidate",
     "ChatOptions",
     "Checkpoint",
     "Choice",
@@ -127,6 +144,9 @@ __all__ = [
     "DeletedAlias",
     "Delta",
     "Deployed",
+    "Dialogue",
+    "DialogueTurn",
+    "Document",
     "Embedding",
     "Embeddings",
     "Entity",
@@ -149,6 +169,9 @@ __all__ = [
     "JobFailure",
     "JobProgress",
     "Jobs",
+    "Knowledge",
+    "KnowledgeBase",
+    "KnowledgeUsed",
     "Mention",
     "Message",
     "MetricsRow",
@@ -163,12 +186,17 @@ __all__ = [
     "Relation",
     "Relations",
     "Rendered",
+    "Reply",
+    "ReplyDelta",
+    "ReplyStream",
     "ScoreItem",
     "Scores",
     "SpanAnswer",
     "SpanAnswers",
     "Started",
     "Stream",
+    "TaskOptions",
+    "TaskStream",
     "Texts",
     "Timings",
     "Token",

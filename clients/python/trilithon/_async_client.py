@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
@@ -11,12 +11,14 @@ from trilithon._address import settings_for
 from trilithon._async_jobs import AsyncFiles, AsyncJobs
 from trilithon._client import DEFAULT_TIMEOUT_S
 from trilithon._decode import decode
+from trilithon._dialogue import AsyncDialogue
 from trilithon._extract import AsyncExtract
 from trilithon._models import AsyncModels
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
 from trilithon._streams import AsyncStream
+from trilithon._task_streams import AsyncTaskStream
 from trilithon._transport import (
     ABORT,
     DETOKENIZE,
@@ -26,6 +28,7 @@ from trilithon._transport import (
     RENDER,
     SCORE,
     TOKENIZE,
+    AsyncEventStream,
     AsyncTransport,
     AttemptFailed,
     Fields,
@@ -82,6 +85,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self)
         self.files = AsyncFiles(self)
         self.extract = AsyncExtract(self)
+        self.dialogue = AsyncDialogue(self)
 
     @overload
     async def generate(
@@ -291,10 +295,31 @@ class AsyncClient:
     ) -> Completion | Completions | AsyncStream:
         if not stream:
             return await self._call(GENERATE, fields, options, Completion if n is None else Completions)
+        return await self._open(GENERATE, fields, options, lambda events: AsyncStream(events)._open())
+
+    async def _stream(
+        self,
+        operation: Operation,
+        fields: Fields,
+        options: CallOptions,
+        kinds: Mapping[str, type[Any]],
+        result: type[T],
+    ) -> AsyncTaskStream[Any, T]:
+        return await self._open(
+            operation, fields, options, lambda events: AsyncTaskStream(events, kinds, result).open()
+        )
+
+    async def _open(
+        self,
+        operation: Operation,
+        fields: Fields,
+        options: CallOptions,
+        begin: Callable[[AsyncEventStream], Awaitable[T]],
+    ) -> T:
         retries = self._retries(options)
         while True:
             try:
-                return await AsyncStream(await self._transport.stream(fields, retries.attempt()))._open()
+                return await begin(await self._transport.stream(fields, retries.attempt(), operation))
             except AttemptFailed as failed:
                 delay_s = retries.delay_after(failed)
             await _sleep(delay_s)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 from trilithon import _requests
 from trilithon._address import settings_for
 from trilithon._decode import decode
+from trilithon._dialogue import Dialogue
 from trilithon._extract import Extract
 from trilithon._jobs import Files, Jobs
 from trilithon._models import Models
@@ -17,6 +18,7 @@ from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, M
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
 from trilithon._streams import Stream
+from trilithon._task_streams import TaskStream
 from trilithon._transport import (
     ABORT,
     DETOKENIZE,
@@ -27,6 +29,7 @@ from trilithon._transport import (
     SCORE,
     TOKENIZE,
     AttemptFailed,
+    EventStream,
     Fields,
     Operation,
     Settings,
@@ -94,6 +97,7 @@ class Client:
         self.jobs = Jobs(self)
         self.files = Files(self)
         self.extract = Extract(self)
+        self.dialogue = Dialogue(self)
 
     @overload
     def generate(
@@ -299,10 +303,23 @@ class Client:
     ) -> Completion | Completions | Stream:
         if not stream:
             return self._call(GENERATE, fields, options, Completion if n is None else Completions)
+        return self._open(GENERATE, fields, options, Stream)
+
+    def _stream(
+        self,
+        operation: Operation,
+        fields: Fields,
+        options: CallOptions,
+        kinds: Mapping[str, type[Any]],
+        result: type[T],
+    ) -> TaskStream[Any, T]:
+        return self._open(operation, fields, options, lambda events: TaskStream(events, kinds, result))
+
+    def _open(self, operation: Operation, fields: Fields, options: CallOptions, kind: Callable[[EventStream], T]) -> T:
         retries = self._retries(options)
         while True:
             try:
-                return Stream(self._transport.stream(fields, retries.attempt()))
+                return kind(self._transport.stream(fields, retries.attempt(), operation))
             except AttemptFailed as failed:
                 delay_s = retries.delay_after(failed)
             time.sleep(delay_s)

@@ -8,14 +8,15 @@ from typing import Any, BinaryIO
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from trilithon._grpc_errors import DETAILS_KEY, from_grpc
 from trilithon._job_messages import upload_messages
-from trilithon._messages import RESPONSES, message_fields, request_message
+from trilithon._messages import EVENTS, RESPONSES, message_fields, request_message
 from trilithon._transport import GENERATE, Attempt, AttemptFailed, Event, Fields, Operation, Settings
 from trilithon._version import __version__
 from trilithon._wire_errors import not_understood
-from trilithon.api.v1 import finetune_pb2, generation_pb2
+from trilithon.api.v1 import finetune_pb2
 
 MAX_ANSWER_BYTES = 16 * 2**20
 _OPTIONS = (
@@ -30,7 +31,6 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-_GENERATE_STREAM = "/trilithon.api.v1.GenerationService/GenerateStream"
 
 
 class GrpcTransport:
@@ -193,16 +193,18 @@ def _answer(operation: Operation, response: Any) -> Mapping[str, Any]:
 
 def _stream_of(operation: Operation) -> tuple[str, type[Any]]:
     """The method that streams an operation, and its message."""
-    if operation is GENERATE:
-        return _GENERATE_STREAM, generation_pb2.GenerateEvent
-    return f"/{operation.rpc}", RESPONSES[operation.name]
+    return f"/{operation.stream_rpc or operation.rpc}", EVENTS.get(operation.name, RESPONSES[operation.name])
 
 
 def _event(message: Any) -> Event:
-    if not isinstance(message, generation_pb2.GenerateEvent):
+    """An event, by the name of what it holds where it may hold one of several things."""
+    if "event" not in message.DESCRIPTOR.oneofs_by_name:
         return "", message_fields(message)
     name = message.WhichOneof("event")
-    return (name, message_fields(getattr(message, name))) if name is not None else ("", {})
+    if name is None:
+        return "", {}
+    held = getattr(message, name)
+    return name, message_fields(held) if isinstance(held, Message) else {name: held}
 
 
 def _failed(error: Any, settings: Settings, attempt: Attempt) -> AttemptFailed:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from trilithon import _job_messages
 from trilithon._parameters import PROTO_FIELDS
 from trilithon._transport import Fields
-from trilithon.api.v1 import common_pb2, embed_pb2, extract_pb2, generation_pb2, models_pb2, tokenize_pb2
+from trilithon.api.v1 import (
+    common_pb2,
+    dialogue_pb2,
+    embed_pb2,
+    extract_pb2,
+    generation_pb2,
+    models_pb2,
+    tokenize_pb2,
+)
 from trilithon.errors import InvalidArgument, Violation
+
+TaskMessage = TypeVar("TaskMessage", bound=Message)
 
 _EARLY = {
     "heuristic": common_pb2.Beam.EARLY_HEURISTIC,
@@ -21,6 +31,13 @@ _EARLY = {
     "never": common_pb2.Beam.EARLY_NEVER,
 }
 _POOLING = {"mean": embed_pb2.POOLING_MEAN, "last": embed_pb2.POOLING_LAST, "first": embed_pb2.POOLING_FIRST}
+_SPEAKERS = {"target": dialogue_pb2.Turn.SPEAKER_TARGET, "other": dialogue_pb2.Turn.SPEAKER_OTHER}
+_SCORERS = {
+    "tfidf": dialogue_pb2.KnowledgeOptions.SCORER_TFIDF,
+    "dense": dialogue_pb2.KnowledgeOptions.SCORER_DENSE,
+    "bm25": dialogue_pb2.KnowledgeOptions.SCORER_BM25,
+    "hybrid": dialogue_pb2.KnowledgeOptions.SCORER_HYBRID,
+}
 _CHAT = ("tools", "add_generation_prompt", "continue_final_message")
 
 
@@ -121,6 +138,54 @@ def relations_request(fields: Fields) -> extract_pb2.RelationsRequest:
     )
 
 
+def respond_request(fields: Fields) -> dialogue_pb2.RespondRequest:
+    """A conversation, who answers, and what may be said."""
+    known = fields.get("knowledge")
+    return task_request(
+        dialogue_pb2.RespondRequest,
+        fields,
+        conversation=_conversation(fields["conversation"]),
+        references=[_conversation(turns) for turns in fields.get("references") or ()],
+        actor_id=fields.get("actor_id") or "",
+        knowledge=None if known is None else _knowledge(known),
+    )
+
+
+def task_request(kind: Callable[..., TaskMessage], fields: Fields, **own: Any) -> TaskMessage:
+    """
+    The message of a task: `own` are its fields as they are, beside `meta`, `sampling` and `stopping` from flat names.
+
+    Raises:
+        KeyError: a parameter that no task takes.
+    """
+    request = kind(**own)
+    for name, value in fields.items():
+        if name not in own:
+            _checked(name, value, partial(_set, request, name))
+    return request
+
+
+def _conversation(turns: Any) -> dialogue_pb2.Conversation:
+    return dialogue_pb2.Conversation(
+        turns=[
+            dialogue_pb2.Turn(speaker=_choice("speaker", turn["speaker"], _SPEAKERS), text=turn["text"])
+            for turn in turns
+        ]
+    )
+
+
+def _knowledge(given: Mapping[str, Any]) -> dialogue_pb2.KnowledgeOptions:
+    rest = {name: value for name, value in given.items() if name != "scorer" and value is not None}
+    scorer = _choice("scorer", given.get("scorer") or None, _SCORERS)
+    return dialogue_pb2.KnowledgeOptions(scorer=scorer, **rest)
+
+
+def _put_actor(fields: Fields) -> dialogue_pb2.PutActorRequest:
+    return dialogue_pb2.PutActorRequest(
+        actor_id=fields["actor_id"], conversations=[_conversation(turns) for turns in fields["conversations"]]
+    )
+
+
 def _with_meta(kind: Callable[..., Message]) -> Callable[[Fields], Message]:
     """A message whose fields are the request's own, but for those of the call."""
 
@@ -143,6 +208,13 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "relations": relations_request,
     "answer": _with_meta(extract_pb2.SpanAnswerRequest),
     "classify": _with_meta(extract_pb2.ClassifyRequest),
+    "respond": respond_request,
+    "put_actor": _put_actor,
+    "get_actor": lambda fields: dialogue_pb2.GetActorRequest(**fields),
+    "delete_actor": lambda fields: dialogue_pb2.DeleteActorRequest(**fields),
+    "put_knowledge": lambda fields: dialogue_pb2.PutKnowledgeRequest(**fields),
+    "get_knowledge": lambda fields: dialogue_pb2.GetKnowledgeRequest(**fields),
+    "delete_knowledge": lambda fields: dialogue_pb2.DeleteKnowledgeRequest(**fields),
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -165,6 +237,13 @@ RESPONSES: Mapping[str, type[Message]] = {
     "relations": extract_pb2.RelationsResponse,
     "answer": extract_pb2.SpanAnswerResponse,
     "classify": extract_pb2.ClassifyResponse,
+    "respond": dialogue_pb2.RespondResponse,
+    "put_actor": dialogue_pb2.Actor,
+    "get_actor": dialogue_pb2.Actor,
+    "delete_actor": dialogue_pb2.DeleteActorResponse,
+    "put_knowledge": dialogue_pb2.PutKnowledgeResponse,
+    "get_knowledge": dialogue_pb2.PutKnowledgeResponse,
+    "delete_knowledge": dialogue_pb2.DeleteKnowledgeResponse,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,
@@ -174,6 +253,12 @@ RESPONSES: Mapping[str, type[Message]] = {
     **_job_messages.RESPONSES,
 }
 """Operation name -> its answer's message."""
+
+EVENTS: Mapping[str, type[Message]] = {
+    "generate": generation_pb2.GenerateEvent,
+    "respond": dialogue_pb2.RespondEvent,
+}
+"""Operation name -> the message of its stream's events, where that is not its answer's."""
 
 
 def request_message(operation: str, fields: Fields) -> Message:
@@ -219,7 +304,7 @@ def _meta(fields: Fields) -> common_pb2.RequestMeta:
     return common_pb2.RequestMeta(model=fields.get("model", ""), time_limit_ms=fields.get("time_limit_ms"))
 
 
-def _set(request: generation_pb2.GenerateRequest, name: str, value: Any) -> None:
+def _set(request: Any, name: str, value: Any) -> None:
     *groups, leaf = PROTO_FIELDS[name].split(".")
     message: Any = request
     for group in groups:

@@ -145,6 +145,28 @@ class GenerationOptions(CallOptions, total=False):
     metadata: Mapping[str, str]
 
 
+class TaskOptions(CallOptions, total=False):
+    """
+    How a task's texts are drawn; names and ranges as in `GenerationOptions`. What is left out has the task's default.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    priority: int
+    time_limit_ms: int
+    queue_timeout_ms: int
+    bypass_cache: bool
+    cache_salt: str
+
+
 class ChatOptions(GenerationOptions, total=False):
     """
     What a chat takes besides.

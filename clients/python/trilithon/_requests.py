@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
+from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message, TaskOptions
 
 PromptInput = str | Sequence[int]
 """A prompt: text, or token ids that are used as they are."""
@@ -25,6 +25,7 @@ class ScoreItem(_ScoreItemRequired, total=False):
 
 _CALL = frozenset(CallOptions.__annotations__)
 _GENERATE = _CALL | frozenset(GenerationOptions.__annotations__)
+_TASK = _CALL | frozenset(TaskOptions.__annotations__)
 _CHAT = _GENERATE | frozenset(ChatOptions.__annotations__)
 
 
@@ -56,6 +57,12 @@ def embed(
         raise TypeError("embed() takes a list of inputs. Given: a str. Put it into a list.")
     values = [prompt_value(f"inputs[{index}]", value) for index, value in enumerate(inputs)]
     return given({"inputs": values, "pooling": pooling, "normalize": normalize, "dimensions": dimensions, **options})
+
+
+def task(method: str, fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a task that writes text: its own, and how to draw."""
+    check_names(method, options, _TASK)
+    return given({**fields, **options})
 
 
 def plain(method: str, fields: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class _Progress:
     def _begin(self, event: Event | None) -> None:
         self.finished = None
         if event is None:
-            raise AttemptFailed(_cut_off(""), retry=False)
+            raise AttemptFailed(cut_off(""), retry=False)
         self.started = decode(Started, event[1]) if event[0] == "started" else Started()
         self._pending = [] if event[0] == "started" else [event]
 
@@ -91,7 +91,7 @@ class Stream(_Progress):
             while self.finished is None and not self._closed:
                 event = self._pending.pop() if self._pending else next(self._iterator, None)
                 if event is None:
-                    raise _cut_off(self.request_id)
+                    raise cut_off(self.request_id)
                 delta = self._take(event)
                 if delta is not None:
                     return delta
@@ -157,7 +157,7 @@ class AsyncStream(_Progress):
             while self.finished is None and not self._closed:
                 event = self._pending.pop() if self._pending else await anext(self._iterator, None)
                 if event is None:
-                    raise _cut_off(self.request_id)
+                    raise cut_off(self.request_id)
                 delta = self._take(event)
                 if delta is not None:
                     return delta
@@ -187,6 +187,7 @@ class AsyncStream(_Progress):
         await self.aclose()
 
 
-def _cut_off(request_id: str) -> ConnectionFailed:
+def cut_off(request_id: str) -> ConnectionFailed:
+    """A stream that ends without its last event."""
     message = "The stream ended before the answer did. Given: no `finished` event. The text so far is not whole."
     return ConnectionFailed(message, code="connection_lost", request_id=request_id)

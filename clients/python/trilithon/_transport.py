@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
+from trilithon._dialogue_types import Actor, KnowledgeBase, Nothing, Reply
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
 from trilithon._types import (
     Aborted,
@@ -48,12 +49,14 @@ class Operation:
     silence_s: float = float("inf")  # a stream over HTTP that is silent for longer is cut off
     text: bool = False  # whether HTTP answers with plain text, the answer's `text`
     raw: bool = False  # whether a stream over HTTP is bytes, the events' `data`
+    stream_rpc: str = ""  # the method that streams over gRPC, where it is another one
 
 
 _V1 = "trilithon.api.v1."
 GENERATE = Operation(
-    "generate", "POST /v1/generate", f"{_V1}GenerationService/Generate", Completions, takes_time_limit=True
-)
+    "generate", "POST /v1/generate", f"{_V1}GenerationService/Generate", Completions, takes_time_limit=True,
+    stream_rpc=f"{_V1}GenerationService/GenerateStream",
+)  # fmt: skip
 SCORE = Operation("score", "POST /v1/score", f"{_V1}GenerationService/Score", Scores, takes_time_limit=True)
 ABORT = Operation("abort", "DELETE /v1/requests/{request_id}", f"{_V1}GenerationService/Abort", Aborted)
 EMBED = Operation("embed", "POST /v1/embeddings", f"{_V1}EmbedService/Embed", Embeddings)
@@ -71,6 +74,19 @@ ANSWER = Operation("answer", "POST /v1/extract/spans", f"{_EXTRACT}/Answer", Spa
 CLASSIFY = Operation(
     "classify", "POST /v1/extract/classes", f"{_EXTRACT}/Classify", Classifications, takes_time_limit=True
 )
+_DIALOGUE = f"{_V1}DialogueService"
+RESPOND = Operation(
+    "respond", "POST /v1/dialogue", f"{_DIALOGUE}/Respond", Reply, takes_time_limit=True,
+    stream_rpc=f"{_DIALOGUE}/RespondStream",
+)  # fmt: skip
+PUT_ACTOR = Operation("put_actor", "PUT /v1/dialogue/actors/{actor_id}", f"{_DIALOGUE}/PutActor", Actor)
+GET_ACTOR = Operation("get_actor", "GET /v1/dialogue/actors/{actor_id}", f"{_DIALOGUE}/GetActor", Actor)
+DELETE_ACTOR = Operation("delete_actor", "DELETE /v1/dialogue/actors/{actor_id}", f"{_DIALOGUE}/DeleteActor", Nothing)
+PUT_KNOWLEDGE = Operation("put_knowledge", "PUT /v1/knowledge/{kb_id}", f"{_DIALOGUE}/PutKnowledge", KnowledgeBase)
+GET_KNOWLEDGE = Operation("get_knowledge", "GET /v1/knowledge/{kb_id}", f"{_DIALOGUE}/GetKnowledge", KnowledgeBase)
+DELETE_KNOWLEDGE = Operation(
+    "delete_knowledge", "DELETE /v1/knowledge/{kb_id}", f"{_DIALOGUE}/DeleteKnowledge", Nothing
+)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
@@ -85,8 +101,9 @@ SET_ALIAS = Operation("set_alias", "PUT /v1/aliases/{alias}", f"{_V1}ModelsServi
 DELETE_ALIAS = Operation("delete_alias", "DELETE /v1/aliases/{alias}", f"{_V1}ModelsService/DeleteAlias", DeletedAlias)
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
-    GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, LIST_MODELS,
-    GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
+    GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, RESPOND,
+    PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, LIST_MODELS, GET_MODEL,
+    LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""`client.dialogue` against a real server: both protocols, threads and event loops, whole and as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from served import Server, serving
+from tiny import tiny_llama
+
+from trilithon import (
+    AsyncClient,
+    Client,
+    DialogueTurn,
+    Document,
+    InvalidArgument,
+    Knowledge,
+    KnowledgeUsed,
+    NotFound,
+    ReplyDelta,
+    TaskOptions,
+)
+
+TALK: list[DialogueTurn] = [{"speaker": "other", "text": "How far is the sea from the old mill?"}]
+PAST: list[list[DialogueTurn]] = [
+    [{"speaker": "target", "text": "I never leave the mill."}, {"speaker": "other", "text": "Why not?"}]
+]
+DOCUMENTS: list[Document] = [
+    {"id": "coast", "text": "The sea is two days from the old mill. Nobody counts the gulls of the coast today."},
+    {"id": "town", "html": "<html><body><p>The town has a market on every Friday of the year.</p></body></html>"},
+]
+KNOWN: Knowledge = {"documents": DOCUMENTS, "scorer": "bm25", "top_k": 2}
+GREEDY: TaskOptions = {"temperature": 0.0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A Llama of random weights, on a server that keeps things."""
+    model = tiny_llama(tmp_path_factory.mktemp("dialogue") / "model", context=2048)
+    store = tmp_path_factory.mktemp("store")
+    with serving(model, "--dtype", "float32", "--set", f"server.store={store}") as started:
+        yield started
+
+
+@pytest.fixture(params=["http", "grpc"])
+def url(request: pytest.FixtureRequest, server: Server) -> str:
+    """The server by either protocol."""
+    return server.url if request.param == "http" else f"grpc://127.0.0.1:{server.grpc_port}"
+
+
+async def test_E3_replies_are_one_by_every_way(url: str, server: Server) -> None:
+    """Whole, as it comes, from a thread and from a loop: the same turn, stood on the same sentences."""
+    with Client(url) as client:
+        whole = client.dialogue.respond(TALK, references=PAST, knowledge=KNOWN, **GREEDY)
+        with client.dialogue.respond(TALK, references=PAST, knowledge=KNOWN, stream=True, **GREEDY) as stream:
+            events = list(stream)
+    async with AsyncClient(url) as client_of_loop:
+        other = await client_of_loop.dialogue.respond(TALK, references=PAST, knowledge=KNOWN, **GREEDY)
+        stream_of_loop = await client_of_loop.dialogue.respond(
+            TALK, references=PAST, knowledge=KNOWN, stream=True, **GREEDY
+        )
+        events_of_loop = [event async for event in stream_of_loop]
+
+    assert whole.candidates == other.candidates
+    assert whole.text == "".join(event.delta for event in events if isinstance(event, ReplyDelta)) != ""
+    assert events == events_of_loop
+    assert tuple(event for event in events if isinstance(event, KnowledgeUsed)) == whole.knowledge != ()
+    assert stream.result is not None
+    assert stream_of_loop.result is not None
+    assert stream.result.candidates == stream_of_loop.result.candidates == whole.candidates
+    assert whole.knowledge[0].document_id == "coast"
+    assert whole.reference_tokens > 0
+    assert whole.candidates[0].finish_reason in ("max_tokens", "stop_sequence", "eos_token")
+
+
+async def test_what_is_kept(url: str) -> None:
+    """Actors and knowledge bases are put, told of, used, and forgotten."""
+    with Client(url) as client:
+        actor = client.dialogue.put_actor("miller", PAST)
+        base = client.dialogue.put_knowledge("coast", DOCUMENTS)
+        told = client.dialogue.get_actor("miller"), client.dialogue.get_knowledge("coast")
+        reply = client.dialogue.respond(TALK, actor="miller", knowledge={"kb_id": "coast"}, **GREEDY)
+        client.dialogue.delete_actor("miller")
+        client.dialogue.delete_knowledge("coast")
+        with pytest.raises(NotFound) as gone:
+            client.dialogue.get_actor("miller")
+    async with AsyncClient(url) as twin:
+        assert (await twin.dialogue.put_actor("miller", PAST)).turns == actor.turns
+        assert (await twin.dialogue.put_knowledge("coast", DOCUMENTS)).sentences == base.sentences
+        assert (await twin.dialogue.get_actor("miller")).conversations == 1
+        assert (await twin.dialogue.get_knowledge("coast")).documents == 2
+        await twin.dialogue.delete_actor("miller")
+        await twin.dialogue.delete_knowledge("coast")
+
+    assert told == (actor, base)
+    assert (actor.conversations, actor.turns, base.documents) == (1, 2, 2)
+    assert reply.reference_tokens > 0
+    assert reply.knowledge != ()
+    assert gone.value.code == "actor_not_found"
+
+
+async def test_refusals_come_before_the_first_event(url: str) -> None:
+    """A stream is refused as a call is, and a name that no task takes is no request at all."""
+    nobody: list[DialogueTurn] = []
+    with Client(url) as client:
+        for stream in (False, True):
+            with pytest.raises(InvalidArgument, match="conversation"):
+                client.dialogue.respond(nobody, stream=stream)  # type: ignore[call-overload]  # either of the two
+        with pytest.raises(TypeError, match="max_tokens"):
+            client.dialogue.respond(TALK, max_token=3)  # type: ignore[call-overload]  # misspelt on purpose
+    async with AsyncClient(url) as twin:
+        with pytest.raises(InvalidArgument, match="conversation"):
+            await twin.dialogue.respond(nobody, stream=True)
