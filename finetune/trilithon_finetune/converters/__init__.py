@@ -74,14 +74,16 @@ def _conll(document: bytes) -> Split:
 
 
 def _pubtator(document: bytes) -> Split:
-    train, dev = split_every_fifth(read_pubtator(document))
-    return Split(*(tuple(row for item in side for row in tagging_rows(item)) for side in (train, dev)))
+    sides = split_every_fifth(read_pubtator(document))
+    train, dev = (tuple(row for item in side for row in tagging_rows(item)) for side in sides)
+    return Split(train, dev)
 
 
 def _drugprot(labels: Labels) -> Callable[[bytes], Split]:
     def read(document: bytes) -> Split:
-        train, dev = split_every_fifth(read_drugprot(document))
-        return Split(*(tuple(row for item in side for row in relation_rows(item, labels)) for side in (train, dev)))
+        sides = split_every_fifth(read_drugprot(document))
+        train, dev = (tuple(row for item in side for row in relation_rows(item, labels)) for side in sides)
+        return Split(train, dev)
 
     return read
 
