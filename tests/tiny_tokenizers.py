@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def write_bpe_tokenizer(
     if chat_template:
         (path / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     write_json(path / "tokenizer_config.json", document)
+
+
+def add_special_tokens(path: Path, names: Sequence[str], *, first: int) -> None:
+    """Give the tokenizer in a directory special tokens with the ids from `first` on."""
+    document: dict[str, Any] = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    like = document["added_tokens"][0]
+    document["added_tokens"] += [{**like, "id": first + i, "content": name} for i, name in enumerate(names)]
+    (path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 @functools.cache

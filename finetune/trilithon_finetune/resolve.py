@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trilithon_finetune.config import MAX_LORA_RANK, JobConfig, Tuning, seed_of
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Recipe
+from trilithon_finetune.setup import task_options
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.lora.spec import LoraSpec, targets_of
@@ -119,7 +122,8 @@ def lora_spec(config: JobConfig) -> LoraSpec | None:
 
 
 def task_model(config: JobConfig, recipe: Recipe, base: ModelConfig, labels: tuple[str, ...]) -> ModelConfig:
-    """The base with the task's head in place of its own; a decoder stays as it is."""
+    """The base with the task's head in place of its own and token types enough; else a decoder stays as it is."""
+    base = replace(base, token_types=max(base.token_types, recipe.needs(task_options(recipe, config)).token_types))
     match recipe.head:
         case "tokens" | "sequence":
             return for_task(base, TaskHead(recipe.head, labels))
@@ -157,6 +161,15 @@ def check_fit(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
             f"task {config.task} ends in a head of its own, and adapters are served on decoders alone. Given: lora.",
             param="tuning.kind",
             hint="Use full: the whole encoder is trained and served.",
+        )
+    types = recipe.needs(task_options(recipe, config)).token_types
+    if config.tuning.kind == "lora" and types > model.token_types:
+        raise refuse(
+            "lora_not_servable",
+            f"the task has {types} token types and the base {model.token_types}: an adapter has no place for new ones. "
+            "Given: lora.",
+            param="tuning.kind",
+            hint="Use full, or a base that has them.",
         )
     ranks = {config.tuning.rank, *config.tuning.rank_pattern.values()}
     if config.tuning.kind == "lora" and max(ranks) > MAX_LORA_RANK:

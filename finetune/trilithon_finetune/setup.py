@@ -123,18 +123,32 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
         template = load_template(job.model_dir) if model.is_causal else None
     except (ModelError, TemplateError) as error:
         raise refuse("model_not_found", f"base model {config.model}: {error}", param="model") from None
+    options = task_options(recipe, config)
+    if missing := [token for token in recipe.needs(options).special_tokens if not _is_special(token, tokenizer)]:
+        raise refuse(
+            "invalid_config",
+            f"options: the task's sequences need special tokens that the tokenizer of {config.model} lacks. "
+            f"Missing: {', '.join(missing)}.",
+            param="options",
+            hint="Use markers: text, or a base whose tokenizer was made with them.",
+        )
     context = Context(
         tokenizer=tokenizer,
         template=template,
         model=model,
         max_tokens=config.data.max_tokens or max_tokens or min(recipe.defaults.max_tokens, model.max_context),
         labels=(),
-        options=task_options(recipe, config),
+        options=options,
         train_on=config.data.train_on,
         on_long=config.data.on_long,
         untrained_ids=_untrained(job, model, tokenizer),
     )
     return Base(recipe, model, context)
+
+
+def _is_special(token: str, tokenizer: Tokenizer) -> bool:
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    return len(ids) == 1 and ids[0] in tokenizer.special_ids
 
 
 def _untrained(job: JobFile, model: ModelConfig, tokenizer: Tokenizer) -> frozenset[int]:

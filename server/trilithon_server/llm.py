@@ -29,12 +29,12 @@ from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Abort, Adapter, Pooling, SequenceDelta, Submit, ToEngine
 from trilithon_server.generation import best
-from trilithon_server.prompts import Prepared, answer_room
+from trilithon_server.prompts import Prepared, Sequenced, answer_room
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.validation import Bounds, Violations
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Sequenced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ class LLM:
         Answers to prompts, in their order; all of them run in one batch.
 
         Args:
-            prompts: a text, token ids, or a list of either.
+            prompts: a text, token ids, ids with types and positions of their own, or a list of these.
             params: how; None for the defaults.
             adapter: whose answers: one of `adapters` by its name, or a directory; None: the model's own. A directory
                 needs room, `max_adapters` above 0.
@@ -148,7 +148,7 @@ class LLM:
                 Choice(index=i, texts=self._texts, params=checked, seed=seed, with_tokens=checked.logprobs is not None)
                 for i in range(checked.num_told)
             ]
-            submit = self._submit(prepared.ids, checked)
+            submit = self._submit(prepared.packed or Sequenced(ids=prepared.ids), checked)
             submit.sampling.CopyFrom(sampling)
             if wanted is not None:
                 submit.adapter.CopyFrom(wanted)
@@ -170,7 +170,7 @@ class LLM:
         submits, pending = [], {}
         for text in [texts] if isinstance(texts, str) else texts:
             prepared = Prepared(ids=self.tokenizer.encode(text, add_special_tokens=True))
-            submit = self._submit(prepared.ids, SamplingParams())
+            submit = self._submit(Sequenced(ids=prepared.ids), SamplingParams())
             submit.pooling.CopyFrom(Pooling(kind=Pooling.Kind.Value(kind), normalize=normalize))
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, [])
@@ -200,6 +200,8 @@ class LLM:
             raise InvalidArgument(message, code="adapter_not_found") from None
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
+        if isinstance(prompt, Sequenced):
+            return Prepared(ids=prompt.ids, packed=prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=params.add_bos is not False)
             bos = self.tokenizer.bos_id
@@ -210,11 +212,14 @@ class LLM:
         dropped = max(0, len(ids) - params.truncate_prompt_tokens) if params.truncate_prompt_tokens else 0
         return Prepared(ids=ids[dropped:], dropped=dropped, source=prompt if isinstance(prompt, str) else None)
 
-    def _submit(self, ids: Sequence[int], params: SamplingParams) -> Submit:
+    def _submit(self, prompt: Sequenced, params: SamplingParams) -> Submit:
         self._handle += 1
         return Submit(
             handle=self._handle,
-            prompt=ids,
+            prompt=prompt.ids,
+            types=prompt.types,
+            positions=prompt.positions,
+            answer_type=prompt.answer_type,
             cache_salt=params.cache_salt.encode(),
             bypass_cache=params.bypass_cache,
             priority=params.priority,
@@ -310,7 +315,7 @@ _CALLERS_ERRORS = frozenset(
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many: a text, or a list that begins with a token id, is one."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Sequenced):
         return [prompts]
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int) else items

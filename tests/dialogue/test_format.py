@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizers import write_bpe_tokenizer
+from tiny_tokenizers import add_special_tokens, write_bpe_tokenizer
 
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.tasks.dialogue_format import (
@@ -51,11 +49,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The same with the marks as special tokens 384 .. 388."""
     path = tmp_path_factory.mktemp("marked")
     write_bpe_tokenizer(path, vocab=384, context=512, chat_template=False)
-    document: dict[str, Any] = json.loads((path / "tokenizer.json").read_text("utf-8"))
-    like = document["added_tokens"][0]
-    for number, text in enumerate((TURN, TARGET, OTHER, REFERENCE, KNOWLEDGE), start=384):
-        document["added_tokens"].append({**like, "id": number, "content": text})
-    (path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    add_special_tokens(path, (TURN, TARGET, OTHER, REFERENCE, KNOWLEDGE), first=384)
     return load_tokenizer(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def test_acc_D04_persona_chat_is_read_as_counted(shared_data: SharedData) -> Non
     split = convert("persona_chat", shared_data("dialogue/synthetic_persona_chat_valid.jsonl").read_bytes())
     rows = [*split.train, *split.dev]
     dialogues = [row["target"] for row in rows if row["actor"] == "u1"]
-    twice = [sum(a["author"] == b["author"] for a, b in zip(turns, turns[1:], strict=False)) for turns in dialogues]
+    twice = [sum(a["author"] == b["author"] for a, b in itertools.pairwise(turns)) for turns in dialogues]
 
     assert (len(split.train), len(split.dev)) == (800, 200)
     assert sum(map(len, dialogues)) == 14_116

@@ -16,6 +16,7 @@ from trilithon_finetune.recipes.answer_qa import AnswerOptions, AnswerQa
 from trilithon_finetune.recipes.base import Context, Sample
 from trilithon_finetune.setup import open_base, read_job
 from trilithon_finetune.train.work import open_work
+from trilithon_server.prompts import Sequenced
 from trilithon_server.tasks.answer_format import answer_prompt
 
 ANSWERS = {"ball": "red", "tree": "green wood", "cup": "blue", "hat": "old", "stone": "quite small", "house": "new"}
@@ -103,8 +104,10 @@ def test_the_model_is_asked_what_it_has_learned_to_answer(asked: MakeAsked) -> N
     samples = [work.prepared.valid.sample(index) for index in range(6)]
 
     expected = [tokenizer.encode(answer_prompt(row["question"]), add_special_tokens=True) for row in ASKED]
-    assert [prompt_of(sample) for sample in samples] == expected
-    assert prompt_of(Sample((5, 6, 7), (6, 7, -1))) == [5]
+    assert [list(prompt_of(sample).ids) for sample in samples] == expected
+    assert prompt_of(Sample((5, 6, 7), (6, 7, -1))) == Sequenced(ids=(5,))
+    typed = Sample((5, 6, 7), (-1, 7, -1), types=(0, 3, 2), positions=(4, 0, 1))
+    assert prompt_of(typed) == Sequenced(ids=(5, 6), types=(0, 3), positions=(4, 0), answer_type=2)
 
 
 def test_answers_are_judged_as_squad_judges_them() -> None:

@@ -20,7 +20,7 @@ from trilithon_finetune.recipes.base import Sample
 
 Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
-TOKEN_ARRAYS = ("tokens", "targets", "types")
+TOKEN_ARRAYS = ("tokens", "targets", "types", "positions")
 """One integer a token; the others have one a sample."""
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
@@ -30,8 +30,8 @@ _BLOCK_BYTES = 1 << 22
 
 class SampleWriter:
     """
-    Writes samples into one file: `tokens`, `targets` and `types` end to end, where they are; `offsets` [samples + 1];
-    `row`, `part`, `cut`, `supervised` and `column.NAME` [samples].
+    Writes samples into one file: `tokens`, `targets`, `types` and `positions` end to end, where they are; `offsets`
+    [samples + 1]; `row`, `part`, `cut`, `supervised` and `column.NAME` [samples].
 
     Args:
         path: the `.safetensors` file; files beside it are used on the way.
@@ -42,7 +42,7 @@ class SampleWriter:
         self._streams: dict[str, IO[bytes]] = {}
         self._offsets = array("q", [0])
         self._integers: dict[str, array[int]] = {name: array("i") for name in ("row", "part", "cut", "supervised")}
-        self._shape: tuple[bool, bool, tuple[str, ...]] | None = None
+        self._shape: tuple[tuple[bool, ...], tuple[str, ...]] | None = None
         self.num_supervised, self.longest = 0, 0
 
     def __len__(self) -> int:
@@ -54,12 +54,13 @@ class SampleWriter:
         return self._offsets[-1]
 
     def add(self, sample: Sample) -> None:
-        """Append one sample; all of a file have targets, types and columns alike."""
-        shape = (bool(sample.targets), bool(sample.types), tuple(sorted(sample.columns)))
+        """Append one sample; all of a file have the same arrays and columns."""
+        arrays: dict[str, tuple[int, ...]] = {name: getattr(sample, name) for name in TOKEN_ARRAYS}
+        shape = tuple(map(bool, arrays.values())), tuple(sorted(sample.columns))
         self._shape = self._shape or shape
         assert shape == self._shape, (shape, self._shape)
         assert sample.tokens, sample
-        for name, values in zip(TOKEN_ARRAYS, (sample.tokens, sample.targets, sample.types), strict=True):
+        for name, values in arrays.items():
             if values:
                 assert len(values) == len(sample.tokens), name
                 stream = self._streams.get(name) or self._open(name)

@@ -2,7 +2,7 @@
 Prepared data: samples as integers on disk, which every rank maps and nobody parses.
 
     DIRECTORY/
-      train.safetensors   tokens, targets (where a task has them), types (where it has them): i32, end to end
+      train.safetensors   tokens; targets, types, positions (where a task has them): i32, end to end
       valid.safetensors   offsets: i64 [samples + 1]; row, part, supervised, cut, column.NAME: i32 [samples]
       index.json          what it was made of and from, and the size and SHA-256 of both files
 
@@ -100,7 +100,7 @@ class Part:
         self.offsets = arrays["offsets"]
         self.supervised = arrays["supervised"]
         self.lengths: Ints = np.diff(self.offsets)
-        self._tokens, self._targets, self._types = (arrays.get(name) for name in TOKEN_ARRAYS)
+        self._of_tokens = {name: arrays.get(name) for name in TOKEN_ARRAYS}
         self._row, self._part, self._cut = arrays["row"], arrays["part"], arrays["cut"]
         self._columns = {
             name.removeprefix("column."): values for name, values in arrays.items() if name.startswith("column.")
@@ -131,9 +131,7 @@ class Part:
         """
         span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         return Sample(
-            tokens=_ints(self._tokens, span),
-            targets=_ints(self._targets, span),
-            types=_ints(self._types, span),
+            **{name: _ints(values, span) for name, values in self._of_tokens.items()},
             columns={name: int(values[index]) for name, values in self._columns.items()},
             row=int(self._row[index]),
             part=int(self._part[index]),

@@ -198,9 +198,8 @@ def outputs_of_stage(
 
 
 def _run(stage: CausalStage | EncoderStage, sample: Sample, view: PackedView, types_T: Tensor | None) -> Tensor:
-    hidden_TH: Tensor = stage(
-        torch.tensor(sample.tokens), positions_T=torch.arange(len(sample.tokens)), view=view, types_T=types_T
-    )
+    positions_T = torch.tensor(sample.positions or range(len(sample.tokens)))
+    hidden_TH: Tensor = stage(torch.tensor(sample.tokens), positions_T=positions_T, view=view, types_T=types_T)
     return hidden_TH
 
 

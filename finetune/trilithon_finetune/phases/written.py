@@ -20,6 +20,7 @@ from trilithon_parallel.attention import PagedKVCache
 from trilithon_parallel.grid import Grid
 from trilithon_server.engine.spec import BLOCK_SIZE
 from trilithon_server.llm import LLM
+from trilithon_server.prompts import Sequenced
 from trilithon_server.sampling import SamplingParams
 
 ADAPTER = "export"
@@ -54,10 +55,10 @@ def _write(work: Work, export: Path, samples: Sequence[Sample], writing: Writing
     """The text behind each sample's prompt, by line of the validation file; none is longer than the longest learned."""
     prompts = [prompt_of(sample) for sample in samples]
     most = max(int(part.supervised.max()) for part in (work.prepared.train, work.prepared.valid))
-    window = min(work.base.max_context, max(map(len, prompts)) + most)
+    window = min(work.base.max_context, max(len(prompt.ids) for prompt in prompts) + most)
     by_room: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        by_room.setdefault(min(most, window - len(prompt)), []).append(index)
+        by_room.setdefault(min(most, window - len(prompt.ids)), []).append(index)
     texts: dict[int, str] = {}
     name = ADAPTER if lora_spec(work.config) is not None else None
     with _engine(work, export, window=window, queue=len(prompts)) as llm:
@@ -68,10 +69,16 @@ def _write(work: Work, export: Path, samples: Sequence[Sample], writing: Writing
     return texts
 
 
-def prompt_of(sample: Sample) -> list[int]:
+def prompt_of(sample: Sample) -> Sequenced:
     """The tokens before the first that is learned: what a server is sent."""
     first = next(at for at, target in enumerate(sample.targets) if target != IGNORE)
-    return list(sample.tokens[: first + 1])
+    behind = first + 1
+    return Sequenced(
+        ids=sample.tokens[:behind],
+        types=sample.types[:behind],
+        positions=sample.positions[:behind],
+        answer_type=sample.types[behind] if sample.types else 0,
+    )
 
 
 def _engine(work: Work, export: Path, *, window: int, queue: int) -> LLM:

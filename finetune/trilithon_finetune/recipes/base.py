@@ -40,7 +40,7 @@ class Sample:
         tokens: of the sequence, specials included.
         targets: one a token: what the model should say there (the next token of a text, the label of a token), or
             `IGNORE`. Empty where the sample is learned as a whole (`sequence`, `span`).
-        types: token types; empty for zeros.
+        types: token types; empty for zeros. positions: likewise; empty for 0, 1, 2 ...
         columns: further integers, the same names in every sample of a task: `label` (sequence), `start` and `end`
             (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open),
             `supervised` (what counts, where that is not every target: masked tokens), `only_scored` (1: validation
@@ -54,6 +54,7 @@ class Sample:
     tokens: tuple[int, ...]
     targets: tuple[int, ...] = ()
     types: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     columns: Mapping[str, int] = field(default_factory=dict)
     row: int = 0
     part: int = 0
@@ -113,6 +114,20 @@ class Defaults:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     dropout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """
+    What a task's sequences are made of beyond words.
+
+    Attributes:
+        special_tokens: what the base's tokenizer must have, each one token.
+        token_types: rows of the table of token types; a base with fewer gets new ones, which begin as zeros.
+    """
+
+    special_tokens: tuple[str, ...] = ()
+    token_types: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,6 +203,10 @@ class Recipe(Protocol):
         and no sample.
         """
         ...
+
+    def needs(self, options: Section) -> Needs:
+        """What the base must have for the task's sequences."""
+        return Needs()
 
     def unit(self, options: Section) -> int:
         """Neighbouring samples that stay together, as every row gives a multiple of them."""

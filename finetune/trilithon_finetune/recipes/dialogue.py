@@ -16,17 +16,17 @@ Source: arXiv 2005.06114 (actors by references), 2010.10150 (local knowledge).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding, shown
 from trilithon_finetune.metrics.knowledge_f1 import mean_word_f1
-from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample, Writing
+from trilithon_finetune.recipes.base import Context, Defaults, Head, Needs, Output, Recipe, Sample, Writing
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_finetune.recipes.texts import next_token_targets, untrained_end
-from trilithon_server.tasks.dialogue_format import DialogueFormat, Packed, Turn
+from trilithon_server.tasks.dialogue_format import NUM_TYPES, DialogueFormat, Packed, Turn
 
 ROWS = "actor/target/refs"
 KEYS = ("actor", "target", "refs", "knowledge", "id", "ts")
@@ -44,8 +44,22 @@ class DialogueOptions(Section):
     """Of the sentences of knowledge, at most."""
     conversation_tokens: Annotated[int, Field(ge=16)] = 160
     """Of the conversation, at most: its last turns."""
+    markers: Literal["text", "tokens"] = "text"
+    """Who speaks, and what is knowledge, in words or by special tokens, which the base's tokenizer must have."""
+    roles: Literal["markers", "types"] = "markers"
+    """Who speaks is said by those, or (`markers: tokens`) by token types."""
+    positions: Literal["running", "restart"] = "running"
+    """Positions run through, or each earlier conversation and this one begin at 0."""
+    order: Literal["references", "knowledge"] = "references"
+    """Which of the earlier conversations and the knowledge comes first."""
     written_answers: Annotated[int, Field(ge=0)] = 40
     """Validation turns, at most, that the export writes itself, for `f1` and `knowledge_f1`; 0: none."""
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> Self:
+        if self.roles == "types" and self.markers == "text":
+            raise ValueError("roles: types needs markers: tokens; labels in words say who speaks")
+        return self
 
 
 class Dialogue(Recipe):
@@ -111,7 +125,12 @@ class Dialogue(Recipe):
             rule = f"the actor's turn has no token within {context.max_tokens} (data.max_tokens)."
             return [finding("E-DATA-022", rule, file=file, line=line, path="target", hint="Raise data.max_tokens.")]
         sample = Sample(
-            packed.tokens, next_token_targets(packed.tokens, supervised), row=line, cut=packed.dropped.tokens
+            packed.tokens,
+            next_token_targets(packed.tokens, supervised),
+            types=packed.types,
+            positions=packed.positions if _options(context).positions == "restart" else (),
+            row=line,
+            cut=packed.dropped.tokens,
         )
         return [sample, *untrained_end(context, file=file, line=line)]
 
@@ -121,10 +140,17 @@ class Dialogue(Recipe):
         """The loss says it all while training."""
         return {}
 
+    def needs(self, options: Section) -> Needs:
+        """Markers, and types where they say who speaks."""
+        assert isinstance(options, DialogueOptions)
+        types = NUM_TYPES if options.roles == "types" else 0
+        return Needs(_format(options).special_tokens(), types)
+
     def writing(self, context: Context) -> Writing | None:
-        """So many turns, each one line."""
-        count = _options(context).written_answers
-        return Writing(count, (TURN_END,)) if count else None
+        """So many turns; one in words is a line."""
+        options = _options(context)
+        stops = (TURN_END,) if options.markers == "text" else ()
+        return Writing(options.written_answers, stops) if options.written_answers else None
 
     def judge(
         self, texts: Mapping[int, str], rows: Mapping[int, Mapping[str, Any]], context: Context
@@ -140,11 +166,11 @@ class Dialogue(Recipe):
 
     def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `DialogueFormat` reads."""
-        return _format(context).task_file()
+        return _format(_options(context)).task_file()
 
     def _packed(self, row: Mapping[str, Any], context: Context) -> Packed:
         references = [[_turn(turn, row["actor"]) for turn in item] for item in row.get("refs", ())]
-        return _format(context).pack(
+        return _format(_options(context)).pack(
             _told(row),
             context.tokenizer,
             references=references,
@@ -167,9 +193,12 @@ def _options(context: Context) -> DialogueOptions:
     return options
 
 
-def _format(context: Context) -> DialogueFormat:
-    options = _options(context)
+def _format(options: DialogueOptions) -> DialogueFormat:
     return DialogueFormat(
+        markers=options.markers,
+        roles=options.roles,
+        positions=options.positions,
+        order=options.order,
         max_references=options.reference_tokens,
         max_knowledge=options.knowledge_tokens,
         max_conversation=options.conversation_tokens,

@@ -63,7 +63,7 @@ def collate(
     has_types = any(sample.types for sample in samples)
     packed = {
         "tokens_T": ints(list(chain.from_iterable(sample.tokens for sample in samples))),
-        "positions_T": torch.cat([torch.arange(length, device=device) for length in lengths]),
+        "positions_T": ints([at for sample in samples for at in (sample.positions or range(len(sample.tokens)))]),
         "cu_seqlens": bounds,
         "sample_ids": list(ids),
         "lengths": lengths,

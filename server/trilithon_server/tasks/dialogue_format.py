@@ -186,6 +186,12 @@ class DialogueFormat:
             answer_type=CONVERSATION_TYPES["target"] if self.roles == "types" else 0,
         )
 
+    def special_tokens(self) -> tuple[str, ...]:
+        """What a tokenizer must have."""
+        if self.markers == "text":
+            return ()
+        return (REFERENCE, KNOWLEDGE, *((TURN,) if self.roles == "types" else (TARGET, OTHER)))
+
     def task_file(self) -> dict[str, JsonValue]:
         """What `from_task_file` reads."""
         return {"task": TASK, **asdict(self)}
