@@ -40,7 +40,7 @@ def test_a_directory_without_a_task_file_has_no_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "task must be one of ner, span_qa, relation, classify. Given: None"),
+        ({}, r"task must be one of ner, span_qa, .*\. Given: None"),
         ({"task": "sft"}, "Given: 'sft'"),
         ({"task": "classify", "labels": ["a"]}, "of a classify model must have max_tokens"),
         ({"task": "classify", "labels": ["a"], "max_tokens": "many"}, "a value of the wrong kind"),
