@@ -11,7 +11,9 @@ import pytest
 from trilithon_parallel.config import ModelError
 from trilithon_server.tasks import FORMATS, TASK_FILE, read_task, task_format
 from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
@@ -21,6 +23,8 @@ SAMPLES = [
     SpanFormat(),
     RelationFormat(("CPR:4", "false"), {"CHEMICAL": 1, "GENE": 2}, max_tokens=64),
     ClassFormat(("no", "yes"), max_tokens=99),
+    DialogueFormat(markers="tokens", roles="types", positions="restart", order="knowledge", max_knowledge=0),
+    RetrievalFormat(),
 ]
 
 
