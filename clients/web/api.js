@@ -173,15 +173,32 @@ export class Api {
     for await (const { document } of this.#documents(response)) yield document;
   }
 
-  /** The JSON documents of a stream, each with the id that it was sent under. */
+  /**
+   * POST a request of a task and yield its events as {event, document}; the last one is `finished`.
+   * Throws ApiError for a refusal, for an error event, and when the connection breaks before the last event.
+   */
+  async *task(path, body, { signal }) {
+    const response = await this.#fetch(path, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({ ...body, stream: true }),
+      signal,
+    });
+    for await (const { event, document } of this.#documents(response)) {
+      yield { event, document };
+      if (event === "finished") return;
+    }
+  }
+
+  /** The JSON documents of a stream, each with its event and the id that it was sent under. */
   async *#documents(response, silenceMs = 0) {
     const requestId = response.headers.get("x-request-id") ?? "";
     try {
-      for await (const { data, id } of readEvents(textOf(response.body, silenceMs))) {
+      for await (const { event, data, id } of readEvents(textOf(response.body, silenceMs))) {
         if (data === "[DONE]") return;
         const document = JSON.parse(data);
         if (document.error) throw errorFromBody(document, { status: response.status, requestId, retryAfter: "" });
-        yield { id, document };
+        yield { id, event, document };
       }
     } catch (error) {
       if (error instanceof ApiError || error.name === "AbortError") throw error;

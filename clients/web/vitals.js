@@ -1,6 +1,7 @@
 /** Load and readiness in the header: read from /metrics and /readyz while the page is visible, and at rest when not. */
 
 import { byId, seconds } from "./dom.js";
+import { showReadiness } from "./ready.js";
 
 const PERIOD_MS = 2000;
 const BUSY_PERIOD_MS = 700;
@@ -59,23 +60,11 @@ export class Vitals {
     if (this.#polling) return;
     this.#polling = true;
     try {
-      await Promise.all([this.#readiness(), this.#metrics()]);
+      await Promise.all([showReadiness(this.#api), this.#metrics()]);
     } finally {
       this.#polling = false;
       this.#schedule(this.#busy ? BUSY_PERIOD_MS : PERIOD_MS);
     }
-  }
-
-  async #readiness() {
-    let [state, text] = ["up", "ready"];
-    try {
-      await this.#api.json("/readyz");
-    } catch (error) {
-      [state, text] = error.status === 503 ? ["wait", error.message] : ["down", "unreachable"];
-    }
-    byId("ready").dataset.state = state;
-    // A status region speaks when its text changes, so it is only touched then.
-    if (byId("ready-text").textContent !== text) byId("ready-text").textContent = text;
   }
 
   async #metrics() {

@@ -51,17 +51,12 @@ ROUTES: tuple[Route, ...] = (
         method="GET", path="/openapi.json", access="ui", handler=operations.openapi, counted=False,
         summary="This document.",
     ),
-    Route(
-        method="GET", path="/docs", access="ui", handler=operations.docs, counted=False, media="text/html",
-        summary="This document as a page.",
-    ),
-    Route(
-        method="GET", path="/", access="ui", handler=operations.playground, counted=False, media="text/html",
-        summary="The playground.",
-    ),
-    Route(
-        method="GET", path="/jobs", access="ui", handler=operations.jobs, counted=False, media="text/html",
-        summary="The page of finetuning jobs.",
+    *(
+        Route(
+            method="GET", path=path, access="ui", handler=operations.page(file), counted=False, media="text/html",
+            summary=summary,
+        )
+        for path, file, summary in operations.PAGES
     ),
     Route(
         method="GET", path="/static/{name}", access="ui", handler=operations.static, counted=False,

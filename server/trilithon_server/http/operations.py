@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from trilithon.errors import NotFound
@@ -18,6 +19,16 @@ CSP = (
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """Pages load nothing from elsewhere and run no inline script."""
+
+PAGES = (
+    ("/docs", "docs.html", "This document as a page."),
+    ("/", "index.html", "The playground."),
+    ("/dialogue", "dialogue.html", "The page of conversations that stand on documents and actors."),
+    ("/stories", "stories.html", "The page of stories."),
+    ("/answers", "answers.html", "The page of questions and the passages that answer them."),
+    ("/jobs", "jobs.html", "The page of finetuning jobs; where none are served, it says how to turn them on."),
+)
+"""Path, file and what it is."""
 
 _MEDIA = {
     ".html": b"text/html; charset=utf-8",
@@ -68,19 +79,13 @@ async def openapi(service: Service, exchange: Exchange) -> None:
     await exchange.respond_json(document(state.routes, schemas=state.schemas))
 
 
-async def playground(service: Service, exchange: Exchange) -> None:
-    """The page at `/`."""
-    await _page(exchange, "index.html")
+def page(file: str) -> Callable[[Service, Exchange], Awaitable[None]]:
+    """The handler of one of `PAGES`."""
 
+    async def show(service: Service, exchange: Exchange) -> None:
+        await _page(exchange, file)
 
-async def docs(service: Service, exchange: Exchange) -> None:
-    """The API reference, drawn from the OpenAPI document."""
-    await _page(exchange, "docs.html")
-
-
-async def jobs(service: Service, exchange: Exchange) -> None:
-    """The page of finetuning jobs; where none are served, it says how to turn them on."""
-    await _page(exchange, "jobs.html")
+    return show
 
 
 async def static(service: Service, exchange: Exchange) -> None:
