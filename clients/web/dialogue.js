@@ -38,7 +38,8 @@ byId("ask").append(
     page.number("knowledge.top_k", "Sentences", "5")),
   h("fieldset", {}, h("legend", {}, "Who it is"),
     page.field("references", "Earlier conversations", h("textarea", { rows: 5, placeholder: "Me: I never leave the mill.\nThem: Why not?\n\nMe: Good morning." }), { hint: "Me is who answers. An empty line begins another conversation." })),
-  h("fieldset", {}, h("legend", {}, "How it writes"), page.number("temperature", "Temperature", "1"), page.number("max_tokens", "Tokens", "256"), page.number("seed", "Seed", "drawn")),
+  h("fieldset", {}, h("legend", {}, "How it writes"),
+    h("div", { class: "small" }, page.number("temperature", "Temperature", "1"), page.number("max_tokens", "Tokens", "128"), page.number("seed", "Seed", "drawn"))),
 );
 
 function body() {

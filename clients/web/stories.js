@@ -18,8 +18,8 @@ byId("ask").append(
     page.number("sentences", "Sentences to write", "4"),
     page.field("controls", "Keywords", plan, { hint: "A line for each sentence that is to be about something: its number, a colon, words with commas." })),
   h("fieldset", {}, h("legend", {}, "How it is written"),
-    page.number("knowledge_k", "Facts a sentence", "3 where there are any"), page.number("temperature", "Temperature", "0.7"),
-    page.number("max_tokens", "Tokens a sentence", "64"), page.number("seed", "Seed", "drawn")),
+    page.number("knowledge_k", "Facts a sentence", "3 where there are any"),
+    h("div", { class: "small" }, page.number("temperature", "Temperature", "0.7"), page.number("max_tokens", "Tokens", "64"), page.number("seed", "Seed", "drawn"))),
   h("div", { class: "actions" }, h("button", { type: "submit", class: "primary", id: "go" }, "Write"), h("button", { type: "button", class: "primary stop", id: "stop", hidden: true }, "Stop")),
 );
 

@@ -184,7 +184,7 @@ export function chooseModel(select, models, capability, first = null) {
 export function usageFacts(usage) {
   const facts = [];
   if (usage?.prompt_tokens) facts.push(`prompt ${usage.prompt_tokens}${usage.cached_tokens ? ` (${usage.cached_tokens} cached)` : ""}`);
-  const written = usage?.completion_tokens;
+  const written = usage?.generated_tokens;
   if (written) facts.push(`${written} token${written === 1 ? "" : "s"}`);
   return facts;
 }
