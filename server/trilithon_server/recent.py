@@ -40,13 +40,15 @@ class Recent(Generic[T]):
     def get(self, tenant: str, id: str) -> T | None:
         """What is kept under an id, or None."""
         self._forget_old()
-        found = self._of.get(tenant, {}).get(id)
+        mine = self._of.get(tenant)
+        found = None if mine is None else mine.get(id)
         return None if found is None else found[1]
 
     def delete(self, tenant: str, id: str) -> bool:
         """Forget a thing; whether there was one."""
         self._forget_old()
-        return self._of.get(tenant, {}).pop(id, None) is not None
+        mine = self._of.get(tenant)
+        return mine is not None and mine.pop(id, None) is not None
 
     def _forget_old(self) -> None:
         """Of every tenant: one that never asks again must not hold memory for ever."""

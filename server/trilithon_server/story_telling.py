@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -96,7 +96,7 @@ class Telling:
         """End it before its next step; the step that runs is in the table of running requests itself."""
         self._aborted = True
 
-    async def sentences(self) -> AsyncIterator[tuple[Sentence, bool]]:
+    async def sentences(self) -> AsyncGenerator[tuple[Sentence, bool], None]:
         """
         Each sentence with whether it was there before; first those that were, then the new ones as they are written.
 

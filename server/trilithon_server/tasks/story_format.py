@@ -15,7 +15,7 @@ model:
 
     <|story|>Tom has a dog. The dog is big.<|kw|>park<|sep|>ball<|know|>...<|sep|>...<|story|>They play ...
 
-Source: arXiv 2010.00840, with the keywords shown to the generator, and knowledge behind the story in place of before it.
+Source: arXiv 2010.00840, but the generator is shown the keywords too, and knowledge stands behind the story.
 """
 
 from __future__ import annotations
@@ -38,12 +38,24 @@ MAX_KEYWORDS = 3
 MAX_KEYWORD_WORDS = 3
 
 GUIDE = """\
-A short story, written sentence by sentence. Each next sentence is about its keywords.
+The next sentence of a story must contain all keywords.
+
+Story: Sam lost his hat.
+Keywords: dog, river
+Next sentence: A dog found the hat by the river.
+
+Story: It was late. Grandma looked at the clock.
+Keywords: soup, kitchen
+Knowledge: soup is at kitchen; soup is hot
+Next sentence: She went to the kitchen to make some hot soup.
 
 Story: Anna had a red kite. One day the wind was strong.
-Keywords: tree, stuck
-Knowledge: tree is near house
-Next sentence: The kite flew away and got stuck in a tall tree.
+Keywords: tree
+Next sentence: The kite flew into a tall tree.
+
+Story: The king was sick. No doctor could help him.
+Keywords: little girl, flower
+Next sentence: Then a little girl brought him a flower.
 
 """
 """In front of the story, for a model that was not trained on stories."""
