@@ -140,6 +140,11 @@ class ServerConfig(_Node):
         min_length=1,
         description="directory of what clients keep by name: actors and knowledge bases; unset: nothing is kept",
     )
+    concepts: str | None = Field(
+        default=None,
+        min_length=1,
+        description="facts for stories: a .tsv file, or a folder of them and of synsets (.jsonl); unset: none",
+    )
     max_hosted_models: int = Field(
         default=4, ge=1, le=64, description="finetuned models that run at once beside the engines, started on demand"
     )

@@ -85,7 +85,7 @@ async def embed(
         prepared.append(ready)
     violations.raise_if_any()
     total = sum(len(ready.ids) for ready in prepared)
-    call.record.prompt_tokens = total
+    call.record.prompt_tokens += total
     model.engine.check_admission(total, requests=len(prepared))
     limit_s = service.time_left_s(call, model, params.time_limit_ms)
     service.limiter.spend_tokens(call.principal, total)

@@ -258,7 +258,9 @@ class Generation:
         finishes = [choice.finish for part in self.parts for choice in part.choices if choice.finish is not None]
         record.finish_reason = finishes[0].value if finishes else ""
         arrived_s = self.call.arrived_s
-        if self._queue_s is not None:
+        if record.queue_s is not None and self._first_token_s is not None:  # a later step of the same call
+            record.decode_s = (record.decode_s or 0.0) + self._last_token_s - self._first_token_s
+        elif record.queue_s is None and self._queue_s is not None:
             record.queue_s = self._queue_s
             if self._first_token_s is not None:
                 record.first_token_s = self._first_token_s - arrived_s

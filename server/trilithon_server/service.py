@@ -31,12 +31,16 @@ from trilithon_server.engine.constraint_check import ConstraintError
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Generation, Part
 from trilithon_server.hosting import Hosting
+from trilithon_server.knowledge.concepts import read_concepts
+from trilithon_server.knowledge.fact_vectors import FactVectors
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, Sequenced, answer_room, bad_word_ids, prepare
+from trilithon_server.recent import Recent
 from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.served import AdapterRef, Call, Capability, ServedModel
+from trilithon_server.story_requests import MAX_STORIES, STORY_KEPT_S, Story
 from trilithon_server.tracing import make_tracer
 from trilithon_server.validation import Bounds, Violations, nearest, shown
 
@@ -57,6 +61,7 @@ class Service:
         hosting: starts finetuned models when they are asked for; None where there is no supervisor to start them.
     Raises:
         KeysError: the keys file is not usable.
+        ConceptsError: nor are the concepts.
         ValueError: traces are asked for and cannot be made.
     """
 
@@ -75,6 +80,9 @@ class Service:
         self.hosting = hosting
         self.catalog = Catalog(Path(config.server.catalog)) if config.server.catalog is not None else None
         self.store = Path(config.server.store) if config.server.store is not None else None
+        self.concepts = read_concepts(Path(config.server.concepts)) if config.server.concepts is not None else None
+        self.fact_vectors = FactVectors()
+        self.stories = Recent[Story](most=MAX_STORIES, kept_s=STORY_KEPT_S)
         self.names = Names(self.models, config.engines, catalog=self.catalog, hosting=hosting)
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())

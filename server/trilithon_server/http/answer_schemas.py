@@ -60,6 +60,13 @@ _OPENAI_CHOICE = {
 
 _EXTRAS = ("prompt_logprobs", "token_ids", "prompt_token_ids")
 
+_STORY = {
+    "story_id": _STR,
+    "seed": _INT,
+    "model": _STR,
+    "text": _STR,
+    "sentences": _list(_ref("StorySentence")),
+}
 _TOLD = {"usage": _ref("Usage"), "model": _STR, "timings": _ref("Timings")}
 _PROBS: dict[str, Any] = {"type": "object", "additionalProperties": _NUM}
 
@@ -273,6 +280,21 @@ ANSWERS: dict[str, dict[str, Any]] = {
     ),
     "ActorAnswer": _object({"actor_id": _STR, "conversations": _INT, "turns": _INT, "version": _INT}),
     "KnowledgeAnswer": _object({"documents": _INT, "sentences": _INT, "version": _INT}),
+    "StorySentence": _object(
+        {
+            "index": _INT,
+            "text": _STR,
+            "keywords": _list(_STR),
+            "facts": _list(_object({"text": _STR, "score": _NUM, "head": _STR, "relation": _STR, "tail": _STR})),
+            "logprob": _NUM,
+            "finish_reason": _FINISH,
+            "reused": _BOOL,
+            "unknown_keywords": _list(_STR),
+            "unopposed_keywords": _list(_STR),
+        }
+    ),
+    "Story": _object(_STORY),
+    "StoryAnswer": _object({**_STORY, "finish_reason": _FINISH, **_TOLD}),
     "Nothing": _object({}),
     "AbortAnswer": _object({"was_running": _BOOL}),
     "MegatronAnswer": _object(

@@ -18,6 +18,7 @@ from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.story_format import KeywordFormat, RankerFormat, SentenceFormat, StoryFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
 TASK_FILE = "task.json"
@@ -25,7 +26,7 @@ TASK_FILE = "task.json"
 HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat
 """Of encoders with a task head."""
 
-TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat
+TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat
 
 HEADS: dict[str, type[HeadFormat]] = {
     "ner": TaggingFormat,
@@ -35,7 +36,12 @@ HEADS: dict[str, type[HeadFormat]] = {
 }
 """Format by the name of a task that ends in a head."""
 
-FORMATS: dict[str, type[TaskFormat]] = {**HEADS, "dialogue": DialogueFormat, "retrieval": RetrievalFormat}
+FORMATS: dict[str, type[TaskFormat]] = {
+    **HEADS,
+    "dialogue": DialogueFormat,
+    "retrieval": RetrievalFormat,
+    **{kind.task: kind for kind in (KeywordFormat, SentenceFormat, RankerFormat)},
+}
 """Format by what a task file calls its task."""
 
 

@@ -29,6 +29,7 @@ from typing import Any, Literal, Self
 from pydantic import JsonValue
 
 from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.tasks import writing
 
 Speaker = Literal["target", "other"]
 Part = Literal["references", "knowledge", "conversation"]
@@ -228,8 +229,7 @@ class _Writer:
 
     def lead(self) -> list[int]:
         """What the model's texts begin with."""
-        ids = self._tokenizer.encode("", add_special_tokens=True)
-        return ids[:1] if ids and ids[0] == self._tokenizer.bos_id else []
+        return writing.lead(self._tokenizer)
 
     def turn(self, turn: Turn, type: int) -> _Piece:
         """One turn, with its label and its end."""
@@ -261,16 +261,13 @@ class _Writer:
 
     def _line(self, text: str) -> list[int]:
         """What stands behind a label, in one line: a line of the text's own would be somebody else's."""
-        return self._plain(f" {' '.join(text.split())}\n")
+        return self._plain(f" {writing.one_line(text)}\n")
 
     def _plain(self, text: str) -> list[int]:
-        return self._tokenizer.encode_with_literals(text, [(0, len(text))])[0]
+        return writing.literal(text, self._tokenizer)
 
     def _special(self, name: str) -> int:
-        ids = self._tokenizer.encode(name, add_special_tokens=False)
-        if len(ids) != 1 or ids[0] not in self._tokenizer.special_ids:
-            raise ValueError(f"the tokenizer has no special token {name}.")
-        return ids[0]
+        return writing.special(name, self._tokenizer)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.writing import literal
 
 TASK = "retrieval"
 
@@ -52,7 +53,7 @@ class RetrievalFormat:
 
     def query(self, text: str, tokenizer: Tokenizer) -> Encoded:
         """A question."""
-        return _framed([_ids(text, tokenizer)], tokenizer, self.max_query_tokens)
+        return _framed([literal(text, tokenizer)], tokenizer, self.max_query_tokens)
 
     def passage(self, title: str, text: str, tokenizer: Tokenizer) -> Encoded:
         """A passage; without a title it is the text alone."""
@@ -63,7 +64,7 @@ class RetrievalFormat:
             parts = [title, text]
         else:
             parts = [f"{title}{'' if title[-1] in '.!?' else '.'} {text}"]
-        return _framed([_ids(part, tokenizer) for part in parts], tokenizer, self.max_passage_tokens)
+        return _framed([literal(part, tokenizer) for part in parts], tokenizer, self.max_passage_tokens)
 
     def task_file(self) -> dict[str, JsonValue]:
         """What `from_task_file` reads."""
@@ -88,11 +89,6 @@ class RetrievalFormat:
             raise ValueError(f"title must be separator or sentence. Given: {title!r}")
         sizes = {name: int(document[name]) for name in ("max_query_tokens", "max_passage_tokens")}
         return cls(**sizes, title=title, score_scale=float(document["score_scale"]))
-
-
-def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a text in which nothing is read as a special token."""
-    return tokenizer.encode_with_literals(text, [(0, len(text))])[0]
 
 
 def _framed(parts: list[list[int]], tokenizer: Tokenizer, most: int) -> Encoded:

@@ -1,0 +1,105 @@
+"""Who tells a story: the models of its parts, each with the format that it reads, chosen before anything is done."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from trilithon.errors import FailedPrecondition
+from trilithon_parallel.config import ModelError
+from trilithon_server.served import Call, ServedModel
+from trilithon_server.service import Service
+from trilithon_server.tasks import TaskFormat, read_task
+from trilithon_server.tasks.story_format import GUIDE, KeywordFormat, RankerFormat, SentenceFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """
+    Attributes:
+        writer, writing: writes sentences.
+        predictor, predicting: writes keywords.
+        ranker, ranking: chooses facts; None where no encoder is served.
+    """
+
+    writer: ServedModel
+    writing: SentenceFormat
+    predictor: ServedModel
+    predicting: KeywordFormat
+    ranker: ServedModel | None
+    ranking: RankerFormat
+
+
+async def cast(service: Service, call: Call, writer_name: str, *, predictor_name: str, ranker_name: str) -> Cast:
+    """
+    The models of a story; those that are not named are chosen: one that was trained for the part, if it is served, else
+    the writer's base model to predict keywords, and an encoder without a head to rank.
+
+    Raises:
+        TrilithonError: there is no model of that name, it cannot do its part, or is not ready.
+    """
+    writer = await service.resolve(writer_name, call)
+    writer.require("generate")
+    base = writer.name if writer.adapter is None else writer.adapter.base
+    predictor = await service.resolve(predictor_name or _trained(service, KeywordFormat) or base, call)
+    predictor.require("generate")
+    ranker = None
+    if name := ranker_name or _trained(service, RankerFormat) or _encoder(service):
+        ranker = await service.resolve(name, call)
+        ranker.require("embed")
+    for model in (writer, predictor, ranker):
+        if model is not None:
+            model.ready()
+    writing, predicting = _format(writer), _format(predictor)
+    ranking = None if ranker is None else _format(ranker)
+    return Cast(
+        writer=writer,
+        writing=writing if isinstance(writing, SentenceFormat) else _sentences_in_words(writer),
+        predictor=predictor,
+        predicting=predicting if isinstance(predicting, KeywordFormat) else _keywords_in_words(predictor),
+        ranker=ranker,
+        ranking=ranking if isinstance(ranking, RankerFormat) else _ranking_of(ranker),
+    )
+
+
+def _trained(service: Service, kind: type[KeywordFormat | RankerFormat]) -> str:
+    """The first configured model that was trained for a part; empty for none."""
+    return next((name for name, model in service.models.items() if isinstance(model.story, kind)), "")
+
+
+def _encoder(service: Service) -> str:
+    """The first configured encoder whose vectors are what it is for; empty for none."""
+    return next((name for name, model in service.models.items() if model.encoder and model.task is None), "")
+
+
+def _sentences_in_words(model: ServedModel) -> SentenceFormat:
+    """For a model that was not trained on stories."""
+    window = model.max_context
+    return SentenceFormat(guide=GUIDE, max_story=window // 2, max_knowledge=min(256, window // 8))
+
+
+def _keywords_in_words(model: ServedModel) -> KeywordFormat:
+    """The same beginning as the sentences have: what the one has read is cached for the other."""
+    return KeywordFormat(guide=GUIDE, max_story=model.max_context // 2)
+
+
+def _ranking_of(model: ServedModel | None) -> RankerFormat:
+    window = RankerFormat().max_story if model is None else model.max_context
+    return RankerFormat(max_story=min(128, window), max_fact=min(64, window))
+
+
+def _format(model: ServedModel) -> TaskFormat | None:
+    """What a model was trained for, by its task file or its adapter's."""
+    if model.adapter is None:
+        return model.story
+    return _of_adapter(model.adapter.directory, model.adapter.digest)
+
+
+@functools.lru_cache(maxsize=256)
+def _of_adapter(directory: str, digest: str) -> TaskFormat | None:
+    """`digest`: of the adapter's version, which has one task for ever."""
+    try:
+        return read_task(Path(directory))
+    except ModelError as error:
+        raise FailedPrecondition(error.message, code=error.code, hint=error.hint) from None

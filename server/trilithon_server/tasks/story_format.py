@@ -1,0 +1,348 @@
+"""
+A story, sentence by sentence: what the keyword predictor, the generator and the ranker read. No torch.
+
+The story so far comes first and what belongs to the next sentence alone behind it, so that a server's cached prefix
+grows with the story, and the generator finds cached what the predictor has read. The same functions pack what recipes
+learn and what a server prompts with. Two realisations, named by the model's task file. `text` needs nothing of the
+model:
+
+    Story: Tom has a dog. The dog is big.
+    Keywords: park, ball                        the predictor writes this line
+    Knowledge: ball is used for play; park is near house
+    Next sentence: They play in the park.       the generator this one
+
+`tokens` needs special tokens in the vocabulary:
+
+    <|story|>Tom has a dog. The dog is big.<|kw|>park<|sep|>ball<|know|>...<|sep|>...<|story|>They play ...
+
+Source: arXiv 2010.00840, but the generator is shown the keywords too, and knowledge stands behind the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import JsonValue
+
+from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.writing import lead, literal, one_line, special
+
+Markers = Literal["text", "tokens"]
+
+STORY, KEYWORDS, KNOWLEDGE, SEPARATOR = "<|story|>", "<|kw|>", "<|know|>", "<|sep|>"
+MAX_KEYWORDS = 3
+"""That are predicted for a sentence."""
+MAX_KEYWORD_WORDS = 3
+
+GUIDE = """\
+The next sentence of a story must contain all keywords.
+
+Story: Sam lost his hat.
+Keywords: dog, river
+Next sentence: A dog found the hat by the river.
+
+Story: It was late. Grandma looked at the clock.
+Keywords: soup, kitchen
+Knowledge: soup is at kitchen; soup is hot
+Next sentence: She went to the kitchen to make some hot soup.
+
+Story: Anna had a red kite. One day the wind was strong.
+Keywords: tree
+Next sentence: The kite flew into a tall tree.
+
+Story: The king was sick. No doctor could help him.
+Keywords: little girl, flower
+Next sentence: Then a little girl brought him a flower.
+
+"""
+"""In front of the story, for a model that was not trained on stories."""
+
+
+class NoRoom(ValueError):
+    """A sequence does not fit even when all is left out that may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """
+    A sequence.
+
+    Attributes:
+        tokens: of it; the answer, where one was given, comes last.
+        answer: half-open range of tokens that the model is to write, with what ends them; empty at the end of a prompt.
+        knowledge: how many of the facts given stand in it, the first ones.
+        dropped: sentences of the story that found no room, the oldest ones; one that was cut is among them.
+    """
+
+    tokens: tuple[int, ...]
+    answer: tuple[int, int]
+    knowledge: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class _Format:
+    """
+    What both formats of decoders share.
+
+    Attributes:
+        markers: `text`: labels in words. `tokens`: special tokens.
+        guide: text in front of everything.
+        max_story: tokens of the story so far, at most: its last whole sentences.
+    """
+
+    markers: Markers = "text"
+    guide: str = ""
+    max_story: int = 256
+
+    task: ClassVar[str]
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """What ends an answer, beside the model's end token: in words it is a line."""
+        return ("\n",) if self.markers == "text" else ()
+
+    def task_file(self) -> dict[str, JsonValue]:
+        """What `from_task_file` reads."""
+        return {"task": self.task, **asdict(self)}
+
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """
+        The format of a `task.json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
+        """
+        found = cls(**{field.name: document[field.name] for field in fields(cls)})
+        if found.markers not in ("text", "tokens"):
+            raise ValueError(f"markers must be text or tokens. Given: {found.markers!r}")
+        if not isinstance(found.guide, str):
+            raise TypeError(f"guide must be a text. Given: {found.guide!r}")
+        for name, value in asdict(found).items():
+            if name.startswith("max_") and (not isinstance(value, int) or value < (name == "max_story")):
+                raise ValueError(f"{name} must be a size. Given: {value!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class KeywordFormat(_Format):
+    """How the keyword predictor reads a story; part of a model's task file."""
+
+    task: ClassVar[str] = "story_keywords"
+
+    def pack(
+        self, story: Sequence[str], tokenizer: Tokenizer, *, keywords: Sequence[str] = (), room: int | None = None
+    ) -> Packed:
+        """
+        One sequence: the story so far, then the place for keywords.
+
+        Args:
+            story: sentences, at least one.
+            keywords: of the next sentence, to learn them; none: a prompt.
+            room: tokens at most; None: as many as the story may have.
+        Raises:
+            NoRoom: the room does not hold the story's last token.
+            ValueError: the tokenizer lacks a special token.
+        """
+        writer = _Writer(self, tokenizer)
+        opening = writer.opening(KEYWORDS)
+        answer = writer.keywords(keywords, ends=True) if keywords else []
+        told, dropped = writer.story(story, room, beside=len(opening) + len(answer))
+        return _packed([*told, *opening], answer, knowledge=0, dropped=dropped)
+
+    def read(self, text: str) -> list[str]:
+        """
+        Keywords that a model wrote, the first few, each once.
+
+        >>> KeywordFormat().read(" Park, the ball, park, , a very long walk home")
+        ['park', 'the ball', 'long walk home']
+        """
+        parts = text.split("," if self.markers == "text" else SEPARATOR)
+        words = (" ".join(one_line(part).lower().strip(" .;:!?\"'").split(" ")[-MAX_KEYWORD_WORDS:]) for part in parts)
+        return list(dict.fromkeys(word for word in words if word))[:MAX_KEYWORDS]
+
+
+@dataclass(frozen=True)
+class SentenceFormat(_Format):
+    """
+    How the generator reads a story; part of a model's task file.
+
+    Attributes:
+        max_knowledge: tokens of all facts, at most; each is taken or left whole.
+        with_keywords: whether it is shown the keywords, and not only what is known of them.
+    """
+
+    task: ClassVar[str] = "story_generator"
+
+    max_knowledge: int = 128
+    with_keywords: bool = True
+
+    def pack(
+        self,
+        story: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        keywords: Sequence[str] = (),
+        knowledge: Sequence[str] = (),
+        answer: str = "",
+        room: int | None = None,
+    ) -> Packed:
+        """
+        One sequence: the story so far, keywords, knowledge, then the place for the next sentence.
+
+        Args:
+            story: sentences, at least one.
+            knowledge: facts, best first; where one finds no room, those behind it are left out too.
+            answer: the next sentence, to learn it; empty: a prompt.
+            room: tokens at most; None: as many as the parts may have. Where it is too small the knowledge gives way
+                first, then the story's oldest sentences; keywords stay.
+        Raises:
+            NoRoom: the room does not hold the story's last token.
+            ValueError: the tokenizer lacks a special token.
+        """
+        writer = _Writer(self, tokenizer)
+        shown = keywords if self.with_keywords else ()
+        words = [*writer.opening(KEYWORDS), *writer.keywords(shown)] if shown else []
+        opening = writer.opening(STORY)
+        said = writer.sentence(answer) if answer else []
+        fixed = len(words) + len(opening) + len(said)
+        told, dropped = writer.story(story, room, beside=fixed)
+        left = self.max_knowledge if room is None else min(self.max_knowledge, room - fixed - len(told))
+        facts, count = writer.knowledge(knowledge, left)
+        return _packed([*told, *words, *facts, *opening], said, knowledge=count, dropped=dropped)
+
+
+@dataclass(frozen=True)
+class RankerFormat:
+    """
+    How the ranker, an encoder of vectors, reads a story and a fact; part of a model's task file.
+
+    A fact goes with a story where the cosine of their vectors is high.
+
+    Attributes:
+        max_story: tokens of the story so far, special tokens included: its last ones.
+        max_fact: tokens of a fact, special tokens included: its first ones.
+    """
+
+    task: ClassVar[str] = "story_ranker"
+
+    max_story: int = 128
+    max_fact: int = 64
+
+    def story(self, story: Sequence[str], tokenizer: Tokenizer) -> Encoded:
+        """The story so far."""
+        first, last = tokenizer.encode("", add_special_tokens=True)
+        ids = literal(" ".join(map(one_line, story)), tokenizer)
+        return Encoded((first, *ids[-(self.max_story - 2) :], last))
+
+    def fact(self, text: str, tokenizer: Tokenizer) -> Encoded:
+        """A fact in words."""
+        first, last = tokenizer.encode("", add_special_tokens=True)
+        return Encoded((first, *literal(one_line(text), tokenizer)[: self.max_fact - 2], last))
+
+    def task_file(self) -> dict[str, JsonValue]:
+        """What `from_task_file` reads."""
+        return {"task": self.task, **asdict(self)}
+
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """
+        The format of a `task.json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
+        """
+        found = cls(**{field.name: document[field.name] for field in fields(cls)})
+        for name, size in asdict(found).items():
+            if not isinstance(size, int) or size < 3:
+                raise ValueError(f"{name} must be a size of at least 3. Given: {size!r}")
+        return found
+
+
+StoryFormat = KeywordFormat | SentenceFormat | RankerFormat
+
+
+class _Writer:
+    """The parts of a story as tokens."""
+
+    def __init__(self, format: _Format, tokenizer: Tokenizer) -> None:
+        self._format, self._tokenizer = format, tokenizer
+        self._in_words = format.markers == "text"
+
+    def opening(self, part: str) -> list[int]:
+        """Where a part begins."""
+        return self._plain(_LABELS[part]) if self._in_words else [special(part, self._tokenizer)]
+
+    def story(self, story: Sequence[str], room: int | None, *, beside: int) -> tuple[list[int], int]:
+        """The last sentences that fit beside so many tokens, behind the guide; and how many do not."""
+        head = [*lead(self._tokenizer), *self._plain(self._format.guide)]
+        head += self._plain("Story:") if self._in_words else [special(STORY, self._tokenizer)]
+        end = self._plain("\n") if self._in_words else []
+        most = self._format.max_story
+        left = most if room is None else min(most, room - beside - len(head) - len(end))
+        kept: list[list[int]] = []
+        for sentence in reversed(story):
+            tokens = self._plain(f" {one_line(sentence)}")
+            if len(tokens) > left:
+                break
+            kept.append(tokens)
+            left -= len(tokens)
+        dropped = len(story) - len(kept)
+        if not kept:
+            last = self._plain(f" {one_line(story[-1])}")
+            if left < 1:
+                raise NoRoom(f"its last sentence has {len(last)} tokens, and there is room for none of them.")
+            kept = [last[-left:]]
+        return [*head, *(token for tokens in kept[::-1] for token in tokens), *end], dropped
+
+    def keywords(self, keywords: Sequence[str], *, ends: bool = False) -> list[int]:
+        """A line of keywords, or keywords with separators, and an end where the answer has one."""
+        words = [one_line(word) for word in keywords]
+        if self._in_words:
+            return self._plain(f" {', '.join(words)}\n")
+        return [*self._separated([self._plain(word) for word in words]), *(self._end() if ends else [])]
+
+    def sentence(self, text: str) -> list[int]:
+        """The next sentence, and its end."""
+        if self._in_words:
+            return self._plain(f" {one_line(text)}\n")
+        return [*self._plain(f" {one_line(text)}"), *self._end()]
+
+    def knowledge(self, facts: Sequence[str], room: int) -> tuple[list[int], int]:
+        """The first facts that fit, and how many they are; nothing for none."""
+        opening, end = self.opening(KNOWLEDGE), self._plain("\n") if self._in_words else []
+        kept: list[list[int]] = []
+        left = room - len(opening) - len(end)
+        for fact in facts:
+            between = (";" if kept else "") if self._in_words else ""
+            tokens = self._plain(f"{between} {one_line(fact)}" if self._in_words else one_line(fact))
+            left -= len(tokens) + (not self._in_words and bool(kept))
+            if left < 0:
+                break
+            kept.append(tokens)
+        if not kept:
+            return [], 0
+        body = [token for tokens in kept for token in tokens] if self._in_words else self._separated(kept)
+        return [*opening, *body, *end], len(kept)
+
+    def _separated(self, parts: Sequence[Sequence[int]]) -> list[int]:
+        between = special(SEPARATOR, self._tokenizer)
+        return [token for i, part in enumerate(parts) for token in ([between] if i else []) + list(part)]
+
+    def _end(self) -> list[int]:
+        return [self._tokenizer.eos_ids[0]]
+
+    def _plain(self, text: str) -> list[int]:
+        return literal(text, self._tokenizer) if text else []
+
+
+_LABELS = {KEYWORDS: "Keywords:", KNOWLEDGE: "Knowledge:", STORY: "Next sentence:"}
+
+
+def _packed(prompt: list[int], answer: list[int], *, knowledge: int, dropped: int) -> Packed:
+    tokens = (*prompt, *answer)
+    return Packed(tokens, (len(prompt), len(tokens)), knowledge, dropped)
