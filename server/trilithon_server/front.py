@@ -211,6 +211,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     from trilithon_server.task_model import load_task
     from trilithon_server.tasks import read_task
     from trilithon_server.tasks.dialogue_format import DialogueFormat
+    from trilithon_server.tasks.retrieval import RetrievalFormat
     from trilithon_server.text.template import load_template
 
     directory = Path(engine.model)
@@ -232,6 +233,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         checker=checker if model.is_causal else None,
         task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
         dialogue=task if isinstance(task, DialogueFormat) else None,
+        retrieval=task if isinstance(task, RetrievalFormat) else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

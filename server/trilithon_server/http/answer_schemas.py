@@ -273,6 +273,32 @@ ANSWERS: dict[str, dict[str, Any]] = {
     ),
     "ActorAnswer": _object({"actor_id": _STR, "conversations": _INT, "turns": _INT, "version": _INT}),
     "KnowledgeAnswer": _object({"documents": _INT, "sentences": _INT, "version": _INT}),
+    "EncodeAnswer": _object(
+        {"vectors": _list(_object({"values": _list(_NUM)})), "model_digest": _STR, "usage": _ref("Usage"), "model": _STR}
+    ),
+    "Passage": _object({"id": _STR, "score": _NUM, "title": _STR, "text": _STR, "logprob": _NUM}),
+    "SearchAnswer": _object(
+        {
+            "results": _list(_object({"passages": _list(_ref("Passage"))})),
+            "index_version": _INT,
+            "usage": _ref("Usage"),
+            "model": _STR,
+        }
+    ),
+    "IndexAnswer": _object(
+        {
+            "name": _STR,
+            "version": _INT,
+            "passages": _INT,
+            "model_digest": _STR,
+            "state": {"enum": ["building", "ready", "failed"]},
+            "progress": _NUM,
+            "error": _STR,
+            "model": _STR,
+            "backend": {"enum": ["", "flat", "hnsw"]},
+        }
+    ),
+    "IndexesAnswer": _object({"indexes": _list(_ref("IndexAnswer"))}),
     "Nothing": _object({}),
     "AbortAnswer": _object({"was_running": _BOOL}),
     "MegatronAnswer": _object(
