@@ -90,8 +90,6 @@ async def create(
         read = await _file_reader(service, source.file_id, tenant)
     else:
         passages = await asyncio.to_thread(cut_documents, source.documents)
-        if not passages:
-            raise InvalidArgument("the documents must hold at least one word.", code="passages_invalid")
         read = passages.copy
     settings = Settings(backend="hnsw" if backend == "hnsw" else "flat")
     await indexes.create(tenant, name, _work(service, call.principal, model.name, read, settings))

@@ -207,7 +207,9 @@ async def _encoded(
     model = None
     if wanted.encoder or mode != "bm25":
         model = await encoder_of(service, call, index.manifest, wanted.encoder)
-    return None if model is None or mode == "bm25" else await encode_queries(service, call, model, wanted.queries, values)
+    if model is None or mode == "bm25":
+        return None
+    return await encode_queries(service, call, model, wanted.queries, values)
 
 
 async def encoder_of(service: Service, call: Call, manifest: Manifest, name: str) -> ServedModel:
@@ -307,7 +309,7 @@ def cut_documents(documents: Sequence[Document]) -> list[Passage]:
     Documents in passages of 100 words, in order; what is around a page's article is left out.
 
     Raises:
-        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats.
+        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats; `passages_invalid`, no word at all.
     """
     seen: set[str] = set()
     passages: list[Passage] = []
@@ -322,6 +324,8 @@ def cut_documents(documents: Sequence[Document]) -> list[Passage]:
         else:
             page = read_text(document.text, field=f"{field}.text")
         passages += passages_of(document.id, document.title or page.title, page.text)
+    if not passages:
+        raise InvalidArgument("the documents must hold at least one word.", code="passages_invalid")
     return passages
 
 

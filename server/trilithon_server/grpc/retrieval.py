@@ -19,13 +19,13 @@ _ROLES: dict[int, Literal["query", "passage"]] = {
     retrieval_pb2.EncodeRequest.ROLE_QUERY: "query",
     retrieval_pb2.EncodeRequest.ROLE_PASSAGE: "passage",
 }
-_MODES = {
+_MODES: dict[int, str] = {
     retrieval_pb2.SearchRequest.MODE_UNSPECIFIED: "",
     retrieval_pb2.SearchRequest.MODE_DENSE: "dense",
     retrieval_pb2.SearchRequest.MODE_BM25: "bm25",
     retrieval_pb2.SearchRequest.MODE_HYBRID: "hybrid",
 }
-_BACKENDS = {
+_BACKENDS: dict[int, str] = {
     retrieval_pb2.CreateIndexRequest.BACKEND_UNSPECIFIED: "",
     retrieval_pb2.CreateIndexRequest.BACKEND_FLAT: "flat",
     retrieval_pb2.CreateIndexRequest.BACKEND_HNSW: "hnsw",

@@ -274,7 +274,12 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "ActorAnswer": _object({"actor_id": _STR, "conversations": _INT, "turns": _INT, "version": _INT}),
     "KnowledgeAnswer": _object({"documents": _INT, "sentences": _INT, "version": _INT}),
     "EncodeAnswer": _object(
-        {"vectors": _list(_object({"values": _list(_NUM)})), "model_digest": _STR, "usage": _ref("Usage"), "model": _STR}
+        {
+            "vectors": _list(_object({"values": _list(_NUM)})),
+            "model_digest": _STR,
+            "usage": _ref("Usage"),
+            "model": _STR,
+        }
     ),
     "Passage": _object({"id": _STR, "score": _NUM, "title": _STR, "text": _STR, "logprob": _NUM}),
     "SearchAnswer": _object(
@@ -296,6 +301,30 @@ ANSWERS: dict[str, dict[str, Any]] = {
             "error": _STR,
             "model": _STR,
             "backend": {"enum": ["", "flat", "hnsw"]},
+        }
+    ),
+    "OpenAnswer": _object(
+        {
+            "answer": _STR,
+            "logprob": _NUM,
+            "no_answer": _BOOL,
+            "evidence": _list(
+                _object(
+                    {
+                        "passage": _ref("Passage"),
+                        "retrieval_logprob": _NUM,
+                        "answer_logprob": _maybe(_NUM),
+                        "start": _INT,
+                        "end": _INT,
+                        "candidate": _STR,
+                        "truncated": _BOOL,
+                    }
+                )
+            ),
+            "index_version": _INT,
+            "reader": {"enum": ["span", "causal"]},
+            "finish_reason": {"enum": ["time_limit", None]},
+            **_TOLD,
         }
     ),
     "IndexesAnswer": _object({"indexes": _list(_ref("IndexAnswer"))}),

@@ -104,6 +104,21 @@ class _Held:
     error: str = ""
     deleting: bool = False
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is known of it."""
+        return self.live is None and self.build is None and not self.error and not self.deleting
+
+    def serve(self, version: IndexVersion) -> LiveIndex:
+        """Serve a version unless a newer one is: one that was opened may have been overtaken meanwhile."""
+        if self.live is None:
+            self.live = LiveIndex(version)
+        elif self.live.version < version.version:
+            self.live.swap(version)
+        else:
+            version.close()
+        return self.live
+
 
 class Indexes:
     """
@@ -133,26 +148,19 @@ class Indexes:
             raise _not_found(name)
         try:
             async with held.opening:
-                if held.live is None:
-                    held.live = LiveIndex(await asyncio.to_thread(_opened, store, name))
-                return held.live
-        except TrilithonError as error:
-            if held.build is not None and isinstance(error, NotFound):
-                message = f"index {shown(name)} is being built, and no version of it is there yet."
-                raise FailedPrecondition(message, code="index_building", hint="Ask again when it is ready.") from None
-            if held.build is None and not held.error and self._held.get((tenant, name)) is held:
+                return held.live or held.serve(await asyncio.to_thread(_opened, store, name))
+        except NotFound:
+            if held.build is None:
+                raise
+            message = f"index {shown(name)} is being built, and no version of it is there yet."
+            raise FailedPrecondition(message, code="index_building", hint="Ask again when it is ready.") from None
+        finally:
+            if held.is_blank and self._held.get((tenant, name)) is held:
                 del self._held[tenant, name]
-            raise
 
     def serve(self, tenant: str, name: str, version: IndexVersion) -> None:
         """Serve a version from now on; searches that have begun end on the one before."""
-        held = self._held[tenant, name]
-        if held.live is None:
-            held.live = LiveIndex(version)
-        elif held.live.version < version.version:
-            held.live.swap(version)
-        else:  # somebody opened it between its publication and now
-            version.close()
+        self._held[tenant, name].serve(version)
 
     async def facts(self, tenant: str, name: str) -> Facts:
         """

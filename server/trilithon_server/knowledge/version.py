@@ -125,10 +125,10 @@ class IndexVersion:
             InvalidArgument: `search_invalid`, `vectors_invalid`.
             FailedPrecondition: `index_encoder`, the vectors are another encoder's.
         """
-        parts = self._opened()
         self._check(queries, top_k, mode)
-        scale = self.manifest.encoder.score_scale
-        return _find(queries, top_k, mode, dense=parts.dense, sparse=parts.sparse, read=parts.passages.read, scale=scale)
+        parts, scale = self._opened(), self.manifest.encoder.score_scale
+        read = parts.passages.read
+        return _find(queries, top_k, mode, dense=parts.dense, sparse=parts.sparse, read=read, scale=scale)
 
     def _opened(self) -> Parts:
         assert self._parts is not None, "the version is closed"
