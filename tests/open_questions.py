@@ -29,6 +29,7 @@ DOCUMENTS = [
     {"id": "hills", "text": "Behind the mill the hills begin, and behind the hills there is snow until May."},
 ]
 BUILD_S = 60.0
+THRESHOLD = -5.5  # so that the spans model finds an answer in some of these passages and none in others
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Open:
     retrieval: retrieval_pb2_grpc.RetrieverServiceStub
     openqa: openqa_pb2_grpc.OpenQAServiceStub
     metadata: tuple[tuple[str, str], ...]
+    folder: Path
+    """Where each model's directory is, by its name."""
 
     def post(self, path: str, **body: Any) -> Any:
         """The answer's JSON; anything but 200 is an error."""
@@ -85,7 +88,7 @@ def serving_open(folder: Path) -> Iterator[Open]:
     encoder = tiny_bert(folder / ENCODER)
     spans = tiny_task(folder / SPANS, "span_qa", hidden=48, seed=3)
     task = json.loads((spans / "task.json").read_text())
-    (spans / "task.json").write_text(json.dumps({**task, "null_threshold": 0.0}))
+    (spans / "task.json").write_text(json.dumps({**task, "null_threshold": THRESHOLD}))
     keys = folder / "keys"
     keys.write_text(f"{ALICE} tenant=alice\n{BOB} tenant=bob\n")
     keys.chmod(0o600)
@@ -106,6 +109,7 @@ def serving_open(folder: Path) -> Iterator[Open]:
             retrieval_pb2_grpc.RetrieverServiceStub(channel),
             openqa_pb2_grpc.OpenQAServiceStub(channel),
             tuple(bearer(ALICE).items()),
+            folder,
         )
 
 
