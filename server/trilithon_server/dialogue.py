@@ -266,7 +266,7 @@ async def put_knowledge(
         InvalidArgument, FailedPrecondition: refused; what was kept stays.
     """
     found = Violations()
-    _check_documents("documents", documents, found)
+    check_documents("documents", documents, found)
     if not documents:
         found.add("documents", f"must hold from 1 to {MAX_DOCUMENTS} documents", given=0)
     found.raise_if_any()
@@ -388,7 +388,7 @@ def _check(asked: Asked, service: Service, found: Violations) -> None:
     grounds = asked.grounds
     if grounds is None:
         return
-    _check_documents("knowledge.documents", grounds.documents, found)
+    check_documents("knowledge.documents", grounds.documents, found)
     if grounds.kb_id and grounds.documents:
         found.add("knowledge.documents", "and `kb_id` must not both be set")
     if not grounds.kb_id and not grounds.documents:
@@ -426,7 +426,7 @@ def _check_conversation(name: str, conversation: Conversation, service: Service,
             found.add(f"{where}.text", f"must have at most {limits.max_message_bytes} bytes", given=f"{size} bytes")
 
 
-def _check_documents(name: str, documents: Sequence[Document], found: Violations) -> None:
+def check_documents(name: str, documents: Sequence[Document], found: Violations) -> None:
     if len(documents) > MAX_DOCUMENTS:
         found.add(name, f"must hold at most {MAX_DOCUMENTS} documents", given=len(documents))
     size = sum(len(body) for document in documents for body in (document.text, document.html))

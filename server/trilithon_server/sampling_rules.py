@@ -386,6 +386,9 @@ UNSUPPORTED: Mapping[str, tuple[str, Check, Mapping[str, Any]]] = {
 NAMES: tuple[str, ...] = (*BY_NAME, *UNSUPPORTED)
 """Every parameter name, in the order in which violations are reported."""
 
+META_NAMES = tuple(rule.name for rule in RULES if rule.proto.startswith("meta."))
+"""Parameters of every call, whatever it does."""
+
 TASK_RULES = tuple(rule for rule in RULES if rule.proto.startswith(("meta.", "sampling.", "stopping.")))
 """Parameters of calls that write their prompt themselves and read the answer's text alone."""
 

@@ -22,6 +22,7 @@ from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import StoryFormat
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate, template_digest
@@ -83,6 +84,7 @@ class ServedModel:
         task: what its head was trained for; None for models without one.
         dialogue: how the model of the engine reads conversations, where it was trained on them.
         story: how it reads stories, where it was trained for a part of them.
+        retrieval: how an encoder reads questions and passages, where it was trained on them.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -99,6 +101,7 @@ class ServedModel:
     task: TaskModel | None = None
     dialogue: DialogueFormat | None = None
     story: StoryFormat | None = None
+    retrieval: RetrievalFormat | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True

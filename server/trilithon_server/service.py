@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Unpack
@@ -33,6 +33,7 @@ from trilithon_server.generation import Generation, Part
 from trilithon_server.hosting import Hosting
 from trilithon_server.knowledge.concepts import read_concepts
 from trilithon_server.knowledge.fact_vectors import FactVectors
+from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
 from trilithon_server.prompts import Prepared, Prompt, Sequenced, answer_room, bad_word_ids, prepare
@@ -83,6 +84,9 @@ class Service:
         self.concepts = read_concepts(Path(config.server.concepts)) if config.server.concepts is not None else None
         self.fact_vectors = FactVectors()
         self.stories = Recent[Story](most=MAX_STORIES, kept_s=STORY_KEPT_S)
+        self.indexes = Indexes(self.store / "indexes") if self.store is not None else None
+        self.find_file: Callable[[str, str], Awaitable[Path]] | None = None
+        """Set by an extension that keeps files: where the bytes of a file lie, by its id and its tenant."""
         self.names = Names(self.models, config.engines, catalog=self.catalog, hosting=hosting)
         file = config.server.api_keys_file
         self.keys = Keyring.load(Path(file) if file is not None else None, environment_api_keys())
@@ -101,7 +105,9 @@ class Service:
         await asyncio.gather(*(m.checker.start() for m in self.models.values() if m.checker is not None))
 
     async def stop(self) -> None:
-        """End those workers; idempotent."""
+        """End those workers and the builds of indexes; idempotent."""
+        if self.indexes is not None:
+            await self.indexes.stop()
         await asyncio.gather(*(m.checker.stop() for m in self.models.values() if m.checker is not None))
 
     # -- every call -----------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class Door:
         except FinetuneError as error:
             raise ValueError(str(error)) from None
         self._reservation = await self.run(self._reserve)
+        service.find_file = self.find_file
 
     async def close(self) -> None:
         """Release the store and its threads; idempotent."""
@@ -129,6 +130,15 @@ class Door:
             return await self.run(path.open, "rb")
         except FileNotFoundError:  # deleted in between
             raise NotFound("no such file.", code="file_not_found") from None
+
+    async def find_file(self, file_id: str, tenant: str) -> Path:
+        """
+        Where the bytes of a file lie.
+
+        Raises:
+            NotFound: the tenant has no such file.
+        """
+        return await self.run(self.jobs.file_path, file_id, tenant=tenant)
 
     # -- models ---------------------------------------------------------------------------------------------
 

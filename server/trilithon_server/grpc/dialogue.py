@@ -96,7 +96,7 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
         self, request: dialogue_pb2.PutKnowledgeRequest, context: Any
     ) -> dialogue_pb2.PutKnowledgeResponse:
         """Keep documents."""
-        documents = _documents(request.documents)
+        documents = documents_of(request.documents)
         facts = await dialogue.put_knowledge(
             self._service, current_call(), request.kb_id, documents, replace=request.replace
         )
@@ -133,7 +133,8 @@ def _turns(name: str, conversation: dialogue_pb2.Conversation, found: Violations
     return turns
 
 
-def _documents(documents: Sequence[dialogue_pb2.Document]) -> list[Document]:
+def documents_of(documents: Sequence[dialogue_pb2.Document]) -> list[Document]:
+    """Documents as the service takes them."""
     return [Document(id=d.id, text=d.text, html=d.html, title=d.title, url=d.url) for d in documents]
 
 
@@ -141,7 +142,7 @@ def _grounds(options: dialogue_pb2.KnowledgeOptions, found: Violations) -> Groun
     if options.scorer not in _SCORERS:
         found.add("knowledge.scorer", f"must be one of {', '.join(SCORERS)}", given=options.scorer)
     return Grounds(
-        documents=_documents(options.documents),
+        documents=documents_of(options.documents),
         kb_id=options.kb_id,
         scorer=_SCORERS.get(options.scorer, ""),
         top_k=options.top_k,

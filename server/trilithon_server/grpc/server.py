@@ -26,6 +26,10 @@ from trilithon.api.v1 import (
     generation_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
+    openqa_pb2,
+    openqa_pb2_grpc,
+    retrieval_pb2,
+    retrieval_pb2_grpc,
     story_pb2,
     story_pb2_grpc,
     tokenize_pb2,
@@ -36,6 +40,8 @@ from trilithon_server.extension import Extension
 from trilithon_server.grpc.dialogue import Dialogues
 from trilithon_server.grpc.extract import Extractions
 from trilithon_server.grpc.gate import Gate
+from trilithon_server.grpc.openqa import OpenAnswers
+from trilithon_server.grpc.retrieval import Retrievals
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
 from trilithon_server.grpc.stories import Stories
 from trilithon_server.listeners import ListenError
@@ -57,6 +63,8 @@ SERVICES: tuple[str, ...] = tuple(
         (extract_pb2, "ExtractService"),
         (dialogue_pb2, "DialogueService"),
         (story_pb2, "StoryService"),
+        (retrieval_pb2, "RetrieverService"),
+        (openqa_pb2, "OpenQAService"),
         (models_pb2, "ModelsService"),
         (admin_pb2, "AdminService"),
     )
@@ -137,6 +145,8 @@ async def build_server(service: Service, *, config: ServeConfig, extensions: Seq
     extract_pb2_grpc.add_ExtractServiceServicer_to_server(Extractions(service), server)
     dialogue_pb2_grpc.add_DialogueServiceServicer_to_server(Dialogues(service), server)
     story_pb2_grpc.add_StoryServiceServicer_to_server(Stories(service), server)
+    retrieval_pb2_grpc.add_RetrieverServiceServicer_to_server(Retrievals(service), server)
+    openqa_pb2_grpc.add_OpenQAServiceServicer_to_server(OpenAnswers(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
     services = [*SERVICES]

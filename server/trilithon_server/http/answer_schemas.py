@@ -295,6 +295,61 @@ ANSWERS: dict[str, dict[str, Any]] = {
     ),
     "Story": _object(_STORY),
     "StoryAnswer": _object({**_STORY, "finish_reason": _FINISH, **_TOLD}),
+    "EncodeAnswer": _object(
+        {
+            "vectors": _list(_object({"values": _list(_NUM)})),
+            "model_digest": _STR,
+            "usage": _ref("Usage"),
+            "model": _STR,
+        }
+    ),
+    "Passage": _object({"id": _STR, "score": _NUM, "title": _STR, "text": _STR, "logprob": _NUM}),
+    "SearchAnswer": _object(
+        {
+            "results": _list(_object({"passages": _list(_ref("Passage"))})),
+            "index_version": _INT,
+            "usage": _ref("Usage"),
+            "model": _STR,
+        }
+    ),
+    "IndexAnswer": _object(
+        {
+            "name": _STR,
+            "version": _INT,
+            "passages": _INT,
+            "model_digest": _STR,
+            "state": {"enum": ["building", "ready", "failed"]},
+            "progress": _NUM,
+            "error": _STR,
+            "model": _STR,
+            "backend": {"enum": ["", "flat", "hnsw"]},
+        }
+    ),
+    "OpenAnswer": _object(
+        {
+            "answer": _STR,
+            "logprob": _NUM,
+            "no_answer": _BOOL,
+            "evidence": _list(
+                _object(
+                    {
+                        "passage": _ref("Passage"),
+                        "retrieval_logprob": _NUM,
+                        "answer_logprob": _maybe(_NUM),
+                        "start": _INT,
+                        "end": _INT,
+                        "candidate": _STR,
+                        "truncated": _BOOL,
+                    }
+                )
+            ),
+            "index_version": _INT,
+            "reader": {"enum": ["span", "causal"]},
+            "finish_reason": {"enum": ["time_limit", None]},
+            **_TOLD,
+        }
+    ),
+    "IndexesAnswer": _object({"indexes": _list(_ref("IndexAnswer"))}),
     "Nothing": _object({}),
     "AbortAnswer": _object({"was_running": _BOOL}),
     "MegatronAnswer": _object(

@@ -13,7 +13,18 @@ from starlette.routing import Router
 from trilithon_server.auth import PUBLIC_PATHS
 from trilithon_server.config import ServeConfig
 from trilithon_server.extension import Extension
-from trilithon_server.http import adapters, dialogue, extract, native, openai, operations, schemas, stories
+from trilithon_server.http import (
+    adapters,
+    dialogue,
+    extract,
+    native,
+    openai,
+    openqa,
+    operations,
+    retrieval,
+    schemas,
+    stories,
+)
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
 
@@ -110,6 +121,8 @@ ROUTES: tuple[Route, ...] = (
     *extract.ROUTES,
     *dialogue.ROUTES,
     *stories.ROUTES,
+    *retrieval.ROUTES,
+    *openqa.ROUTES,
     *adapters.ROUTES,
     Route(
         method="DELETE", path="/v1/requests/{id}", handler=native.abort, answer="AbortAnswer", counted=False,

@@ -13,15 +13,14 @@ from trilithon_server.http.exchange import Exchange
 from trilithon_server.http.openai import conversation, model_header
 from trilithon_server.http.parse import parse
 from trilithon_server.prompts import Prompt
-from trilithon_server.sampling_rules import NAMES
+from trilithon_server.sampling_rules import META_NAMES, NAMES
 from trilithon_server.scoring import ScoreItem, score
 from trilithon_server.served import Call
 from trilithon_server.service import Service
 from trilithon_server.tokens import detokenize, render_chat, tokenize
 from trilithon_server.validation import Violations
 
-_META = ("priority", "time_limit_ms", "queue_timeout_ms", "cache_salt", "bypass_cache", "metadata")
-SCORE_HIDDEN = tuple(name for name in NAMES if name not in _META)
+SCORE_HIDDEN = tuple(name for name in NAMES if name not in META_NAMES)
 
 
 async def generate(service: Service, exchange: Exchange, call: Call) -> None:

@@ -53,6 +53,10 @@ class IndexStore:
         """The indexes that there are, in order."""
         return sorted(path.parent.name for path in self.root.glob(f"*/{_CURRENT}"))
 
+    def holds(self, name: str) -> bool:
+        """Whether there is an index of that name. Raises InvalidArgument: `index_invalid`, it can be no name."""
+        return (self._folder(name) / _CURRENT).exists()
+
     def current(self, name: str) -> int:
         """
         The version that is served.

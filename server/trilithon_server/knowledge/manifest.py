@@ -46,6 +46,7 @@ class Encoder(_Strict):
         passage_format: how a passage was written for the encoder, with `{title}` and `{text}`.
         score_scale: what a score is multiplied by before a softmax makes it a probability, above 0: 1 / sqrt(width) for
             vectors of the first token (arXiv 2101.00408), 1 / the training's temperature for cosines.
+        model: the name under which it was served; where it is looked for first.
     """
 
     model_digest: Annotated[str, Field(min_length=1)]
@@ -53,6 +54,7 @@ class Encoder(_Strict):
     normalize: bool
     passage_format: str
     score_scale: Annotated[float, Field(gt=0)]
+    model: str = ""
 
 
 class Manifest(_Strict):

@@ -124,10 +124,12 @@ def check_passages(passages: Iterable[Passage]) -> None:
     _raise(findings, what="an index", is_empty=not seen)
 
 
-def read_passages(path: Path) -> list[Passage]:
+def read_passages(path: Path, *, name: str = "") -> list[Passage]:
     """
     The passages of a file in order.
 
+    Args:
+        name: what messages call the file; empty: its own name.
     Raises:
         InvalidArgument: `passages_invalid`, with file, line and value of everything that is wrong.
         OSError: the file cannot be read.
@@ -136,7 +138,7 @@ def read_passages(path: Path) -> list[Passage]:
     findings: list[str] = []
     seen: dict[str, str] = {}
     for number, line in _lines(path):
-        where = f"{path.name}:{number}"
+        where = f"{name or path.name}:{number}"
         try:
             passage = parse_passage(line)
         except InvalidArgument as error:
@@ -145,7 +147,7 @@ def read_passages(path: Path) -> list[Passage]:
         wrong = _repeated(passage, where, seen)
         findings += [f"{where} {wrong}"] if wrong else []
         passages.append(passage)
-    _raise(findings, what=path.name, is_empty=not passages)
+    _raise(findings, what=name or path.name, is_empty=not passages)
     return passages
 
 

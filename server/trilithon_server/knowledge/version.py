@@ -7,7 +7,7 @@ A version never changes, so searches share it without a lock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,16 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
+from trilithon_server.knowledge.dense import DenseIndex, FlatIndex
 from trilithon_server.knowledge.fusion import fuse
 from trilithon_server.knowledge.manifest import Manifest, corrupt, read_manifest
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.knowledge.ranking import Ranking
-from trilithon_server.knowledge.stored import Parts, StoredPassages, read_parts
+from trilithon_server.knowledge.sparse import SparseIndex
+from trilithon_server.knowledge.stored import Parts, read_parts
+from trilithon_server.knowledge.words import search_words
 
 Mode = Literal["dense", "bm25", "hybrid"]
 
 HYBRID_DEPTH = 100
 """Results of each kind that are fused, at least: what is far down in both lists may still be first of the sum."""
+
+_NOTHING = Ranking(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -120,23 +125,10 @@ class IndexVersion:
             InvalidArgument: `search_invalid`, `vectors_invalid`.
             FailedPrecondition: `index_encoder`, the vectors are another encoder's.
         """
-        parts = self._opened()
         self._check(queries, top_k, mode)
-        depth = max(top_k, HYBRID_DEPTH) if mode == "hybrid" else top_k
-        by_words = parts.sparse.search(queries.texts, depth) if mode != "dense" else []
-        if mode == "bm25" or queries.vectors_NH is None:
-            return [
-                _hits(ranking, log_probabilities(ranking.scores, scale=1.0), parts.passages) for ranking in by_words
-            ]
-        scale = self.manifest.encoder.score_scale
-        rankings = parts.dense.search(queries.vectors_NH, depth)
-        if mode == "hybrid":
-            rankings = [fuse(both, top_k) for both in zip(rankings, by_words, strict=True)]
-        found = []
-        for query_H, ranking in zip(queries.vectors_NH, rankings, strict=True):
-            products = ranking.scores if mode == "dense" else parts.dense.scores(query_H, ranking.rows)
-            found.append(_hits(ranking, log_probabilities(products, scale=scale), parts.passages))
-        return found
+        parts, scale = self._opened(), self.manifest.encoder.score_scale
+        read = parts.passages.read
+        return _find(queries, top_k, mode, dense=parts.dense, sparse=parts.sparse, read=read, scale=scale)
 
     def _opened(self) -> Parts:
         assert self._parts is not None, "the version is closed"
@@ -176,6 +168,58 @@ def open_version(folder: Path, *, index: str, version: int, model_digest: str) -
     return IndexVersion(manifest, read_parts(folder, manifest, where=where))
 
 
+def search_passages(
+    passages: Sequence[Passage],
+    queries: Queries,
+    top_k: int,
+    *,
+    mode: Mode,
+    vectors_MH: NDArray[np.float32] | None = None,
+    scale: float = 1.0,
+) -> list[tuple[Hit, ...]]:
+    """
+    Search passages that lie in no index, as `IndexVersion.search` searches those that do.
+
+    Args:
+        vectors_MH: float32[M, H] of the passages, for `dense` and `hybrid`.
+        scale: the encoder's `score_scale`.
+    Raises:
+        InvalidArgument: `vectors_invalid`.
+    """
+    has_words = mode != "dense" and any(search_words(passage.searched) for passage in passages)
+    sparse = SparseIndex.build([passage.searched for passage in passages]) if has_words else None
+    dense = None if vectors_MH is None else FlatIndex(vectors_MH)
+    return _find(queries, top_k, mode, dense=dense, sparse=sparse, read=passages.__getitem__, scale=scale)
+
+
+def _find(
+    queries: Queries,
+    top_k: int,
+    mode: Mode,
+    *,
+    dense: DenseIndex | None,
+    sparse: SparseIndex | None,
+    read: Callable[[int], Passage],
+    scale: float,
+) -> list[tuple[Hit, ...]]:
+    depth = max(top_k, HYBRID_DEPTH) if mode == "hybrid" else top_k
+    by_words = [_NOTHING] * len(queries.texts)
+    if sparse is not None and mode != "dense":
+        by_words = sparse.search(queries.texts, depth)
+    if mode == "bm25":
+        return [_hits(ranking, log_probabilities(ranking.scores, scale=1.0), read) for ranking in by_words]
+    assert dense is not None
+    assert queries.vectors_NH is not None
+    rankings = dense.search(queries.vectors_NH, depth)
+    if mode == "hybrid":
+        rankings = [fuse(both, top_k) for both in zip(rankings, by_words, strict=True)]
+    found = []
+    for query_H, ranking in zip(queries.vectors_NH, rankings, strict=True):
+        products = ranking.scores if mode == "dense" else dense.scores(query_H, ranking.rows)
+        found.append(_hits(ranking, log_probabilities(products, scale=scale), read))
+    return found
+
+
 def _check_encoder(manifest: Manifest, model_digest: str) -> None:
     if model_digest != manifest.encoder.model_digest:
         raise FailedPrecondition(
@@ -186,6 +230,6 @@ def _check_encoder(manifest: Manifest, model_digest: str) -> None:
         )
 
 
-def _hits(ranking: Ranking, logprobs: Sequence[float], passages: StoredPassages) -> tuple[Hit, ...]:
+def _hits(ranking: Ranking, logprobs: Sequence[float], read: Callable[[int], Passage]) -> tuple[Hit, ...]:
     found = zip(ranking.rows.tolist(), ranking.scores.tolist(), logprobs, strict=True)
-    return tuple(Hit(passages.read(row), row, score, logprob) for row, score, logprob in found)
+    return tuple(Hit(read(row), row, score, logprob) for row, score, logprob in found)

@@ -51,6 +51,11 @@ class RetrievalFormat:
             score_scale=20.0 if normalize else hidden_size**-0.5,
         )
 
+    @property
+    def passage_format(self) -> str:
+        """How a passage is written, with `{title}` and `{text}`, as an index tells it of its encoder."""
+        return "{title}. {text}" if self.title == "sentence" else "{title} [SEP] {text}"
+
     def query(self, text: str, tokenizer: Tokenizer) -> Encoded:
         """A question."""
         return _framed([literal(text, tokenizer)], tokenizer, self.max_query_tokens)
