@@ -45,9 +45,10 @@ class EngineClient:
         name: the engine's name in the configuration.
         socket_path: where its leader listens; may appear later and again after a restart.
         limits: bounds of the queue and of unread streams.
+        restarts: whether a lost engine is started again, so that a request that it failed can be sent again.
     """
 
-    def __init__(self, *, name: str, socket_path: Path, limits: LimitsConfig) -> None:
+    def __init__(self, *, name: str, socket_path: Path, limits: LimitsConfig, restarts: bool = True) -> None:
         self.name = name
         self.state: EngineState = "loading"
         self.cause = ""
@@ -68,6 +69,7 @@ class EngineClient:
         """When the last step's result came, or the first request after a quiet time went."""
         self._path = socket_path
         self._limits = limits
+        self._restarts = restarts
         self._streams: dict[int, EngineStream] = {}
         self._next_handle = 1
         self._writer: asyncio.StreamWriter | None = None
@@ -305,7 +307,7 @@ class EngineClient:
         if self.state == "loading":
             wait_s = self._restart_estimate_s()
             return Unavailable("the model is loading.", code="loading", request_id=request_id, retry_after_s=wait_s)
-        return self._engine_lost(request_id, may_retry=self.state != "failed")
+        return self._engine_lost(request_id, may_retry=self._comes_back(self.state))
 
     def _engine_lost(self, request_id: str, *, may_retry: bool) -> Unavailable:
         return Unavailable(
@@ -341,13 +343,19 @@ class EngineClient:
         self.state = state
         self.adapters.clear()
         for wait in [wait for waits in self._adapter_waits.values() for wait in waits if not wait.done()]:
-            wait.set_exception(self._engine_lost("", may_retry=state == "lost"))
+            wait.set_exception(self._engine_lost("", may_retry=self._comes_back(state)))
         self._adapter_waits.clear()
         self.cause = cause or self.cause
         self.stats = None
         self._fail_streams(
-            lambda stream: self._engine_lost(stream.request_id, may_retry=state == "lost" and not stream.streamed)
+            lambda stream: self._engine_lost(
+                stream.request_id, may_retry=self._comes_back(state) and not stream.streamed
+            )
         )
+
+    def _comes_back(self, state: EngineState) -> bool:
+        """Whether an engine that was lost in `state` will answer again; its socket's end may come before the word."""
+        return self._restarts and state != "failed"
 
     def _fail_streams(self, make: Callable[[EngineStream], TrilithonError]) -> None:
         for stream in list(self._streams.values()):

@@ -184,7 +184,12 @@ class Front:
             await asyncio.sleep(ALIVE_INTERVAL_S)
 
     def _client(self, name: str) -> EngineClient:
-        return EngineClient(name=name, socket_path=self._run_dir / f"{name}.sock", limits=self.config.limits)
+        return EngineClient(
+            name=name,
+            socket_path=self._run_dir / f"{name}.sock",
+            limits=self.config.limits,
+            restarts=self.config.server.on_rank_loss == "restart",
+        )
 
     def _engines(self) -> list[EngineClient]:
         return [*self.clients.values(), *self.hosting.clients]

@@ -39,6 +39,9 @@ SETS = [
     ("qed", "qa/qed_nq_dev.jsonl", (1084, 271)),
     ("covidqa", "qa/covidqa_windows.jsonl", None),
     ("pubmedqa", "qa/pubmedqa_pqal.jsonl", (400, 100)),
+    ("persona_chat", "dialogue/synthetic_persona_chat_valid.jsonl", (800, 200)),
+    ("topical_chat", "dialogue/topical_chat_valid_freq.jsonl", (1282, 344)),
+    ("begin", "dialogue/begin_wow.jsonl", (629, 184)),
 ]
 
 

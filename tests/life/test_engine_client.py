@@ -61,10 +61,13 @@ class ScriptedLeader:
 
 
 @contextlib.asynccontextmanager
-async def engine(tmp_path: Path, **limits: object) -> AsyncIterator[tuple[EngineClient, ScriptedLeader]]:
+async def engine(
+    tmp_path: Path, *, restarts: bool = True, **limits: object
+) -> AsyncIterator[tuple[EngineClient, ScriptedLeader]]:
     leader = ScriptedLeader(tmp_path / "main.sock")
     await leader.listen()
-    client = EngineClient(name="main", socket_path=leader.path, limits=LimitsConfig.model_validate(limits))
+    bounds = LimitsConfig.model_validate(limits)
+    client = EngineClient(name="main", socket_path=leader.path, limits=bounds, restarts=restarts)
     await client.start()
     try:
         await until(lambda: client.state == "ready")
@@ -171,6 +174,24 @@ async def test_R1_a_lost_engine_fails_every_stream_and_is_found_again(tmp_path: 
         assert client.losses == {"connection": 1}
         await leader.listen()
         await until(lambda: client.state == "ready")
+
+
+async def test_R1_no_retry_is_advised_where_the_server_ends_with_its_engine(tmp_path: Path) -> None:
+    """
+    The socket's end may come before the supervisor's word `failed`: nobody is told to send again even then.
+
+    Inverse seen: with `restarts` left out of `_comes_back` both errors advise a retry.
+    """
+    async with engine(tmp_path, restarts=False) as (client, leader):
+        stream = client.submit(request())
+        await leader.die()
+        with pytest.raises(Unavailable) as failed:
+            await asyncio.wait_for(collect(stream), 2.0)
+        with pytest.raises(Unavailable) as refused:
+            client.submit(request())
+
+        assert [error.value.code for error in (failed, refused)] == ["engine_lost"] * 2
+        assert [error.value.retry_after_s for error in (failed, refused)] == [None, None]
 
 
 async def test_R1_the_supervisors_word_is_enough(tmp_path: Path) -> None:

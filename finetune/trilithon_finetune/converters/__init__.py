@@ -7,13 +7,16 @@ Where a set comes without a split, every fifth of its units is held out: a unit 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trilithon_finetune.converters.conll import read_conll
+from trilithon_finetune.converters.dialogues import begin_rows, persona_rows, topical_rows
 from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
 from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
+from trilithon_finetune.converters.pushshift import pushshift_rows
 from trilithon_finetune.converters.questions import json_lines, pubmedqa_row, span_row
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding
@@ -28,10 +31,15 @@ HELD_OUT = 5
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Rows to train on and rows to validate with; the second are none where a set has its own validation file."""
+    """
+    Rows to train on and rows to validate with; the second are none where a set has its own validation file.
+
+    `dropped`: how much of the file was left out, by reason.
+    """
 
     train: tuple[Row, ...]
     dev: tuple[Row, ...] = ()
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,16 @@ def _conll(document: bytes) -> Split:
 
 
 def _pubtator(document: bytes) -> Split:
-    train, dev = split_every_fifth(read_pubtator(document))
-    return Split(*(tuple(row for item in side for row in tagging_rows(item)) for side in (train, dev)))
+    sides = split_every_fifth(read_pubtator(document))
+    train, dev = (tuple(row for item in side for row in tagging_rows(item)) for side in sides)
+    return Split(train, dev)
 
 
 def _drugprot(labels: Labels) -> Callable[[bytes], Split]:
     def read(document: bytes) -> Split:
-        train, dev = split_every_fifth(read_drugprot(document))
-        return Split(*(tuple(row for item in side for row in relation_rows(item, labels)) for side in (train, dev)))
+        sides = split_every_fifth(read_drugprot(document))
+        train, dev = (tuple(row for item in side for row in relation_rows(item, labels)) for side in sides)
+        return Split(train, dev)
 
     return read
 
@@ -101,6 +111,25 @@ def _pubmedqa(document: bytes) -> Split:
     return Split(tuple(map(pubmedqa_row, train)), tuple(map(pubmedqa_row, dev)))
 
 
+def _dialogues(rows: Callable[[bytes, Counter[str]], Iterable[tuple[str, Row]]]) -> Callable[[bytes], Split]:
+    def read(document: bytes) -> Split:
+        dropped: Counter[str] = Counter()
+        train, dev = split_every_fifth(list(rows(document, dropped)), unit=lambda item: item[0])
+        return Split(tuple(row for _, row in train), tuple(row for _, row in dev), _counted(dropped))
+
+    return read
+
+
+def _pushshift(document: bytes) -> Split:
+    dropped: Counter[str] = Counter()
+    train, dev = pushshift_rows(document, dropped)
+    return Split(tuple(train), tuple(dev), _counted(dropped))
+
+
+def _counted(dropped: Counter[str]) -> dict[str, int]:
+    return {reason: count for reason, count in dropped.most_common() if count}
+
+
 def _sound(rows: Iterable[PlacedRow | Finding]) -> list[PlacedRow]:
     sound = []
     for row in rows:
@@ -118,6 +147,18 @@ CONVERTERS: Mapping[str, Converter] = {
     "squad": Converter("span_qa", "SQuAD 1.1, 2.0 and XQuAD; held out: every fifth article", _squad),
     "qed": Converter("span_qa", "QED as JSON lines; held out: every fifth question", _qed),
     "covidqa": Converter("span_qa", "COVID-QA as JSON lines; held out: every fifth document", _covidqa),
+    "persona_chat": Converter(
+        "dialogue", "Persona-Chat as JSON lines; held out: every fifth dialogue", _dialogues(persona_rows)
+    ),
+    "topical_chat": Converter(
+        "grounded_dialogue", "Topical-Chat with its reading sets; held out: every fifth", _dialogues(topical_rows)
+    ),
+    "begin": Converter(
+        "grounded_dialogue", "BEGIN, attributable replies; held out: every fifth knowledge", _dialogues(begin_rows)
+    ),
+    "pushshift": Converter(
+        "dialogue", "comments of the Pushshift schema; held out: the last fifth of the submissions", _pushshift
+    ),
     "pubmedqa": Converter("classify", "PubMedQA as JSON lines; held out: every fifth question", _pubmedqa),
 }
 """Converter by name."""

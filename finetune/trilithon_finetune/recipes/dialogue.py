@@ -7,7 +7,8 @@ what sentences of knowledge say. Rows are
      "refs": [[{"author", "text"}, ...], ...],
      "knowledge": [{"text": "..."}, ...]}
 
-The actor's turns of the conversation are learned; names of authors never reach the model, which knows `Me` and `Them`.
+The actor's turns of the conversation are learned, of a grounded one the last turn. Names of authors never reach the
+model, which knows `Me` and `Them`.
 
 Source: arXiv 2005.06114 (actors by references), 2010.10150 (local knowledge).
 """
@@ -99,10 +100,10 @@ class Dialogue(Recipe):
         """
         The conversation up to the actor's last turn, packed with what it stands on; the actor's turns are learned.
 
-        To judge, the last of them alone.
+        To judge, and where there is knowledge, which is that turn's, the last of them alone.
         """
         packed = self._packed(row, context)
-        spans = packed.spans[-1:] if context.validating else packed.spans
+        spans = packed.spans[-1:] if context.validating or self.is_grounded else packed.spans
         supervised = [False] * len(packed.tokens)
         for start, stop in spans:
             supervised[start:stop] = [True] * (stop - start)

@@ -19,10 +19,16 @@ MAX_BYTES = 1 << 30
 """Of a file, expanded: it is read whole."""
 
 
+MAX_WINDOW = 1 << 31
+"""Of zstandard: dumps of comments are packed with it."""
+
+
 def add(parser: Parser) -> None:
     """Add what the action takes."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="the form of the file; --list tells them all")
-    parser.add_argument("input", nargs="?", type=Path, metavar="IN", help="the published file; .gz is expanded")
+    parser.add_argument(
+        "input", nargs="?", type=Path, metavar="IN", help="the published file; .gz and .zst are expanded"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where train.jsonl and dev.jsonl are written")
     parser.add_argument("--list", action="store_true", help="list the forms, and the task that each is for")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to print [text]")
@@ -61,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
         _write(args.output / f"{name}.jsonl", getattr(split, name))
     task = converters.CONVERTERS[args.name].task
     if args.format == "json":
-        print_json({"task": task, "rows": counts, "directory": str(args.output)})
+        print_json({"task": task, "rows": counts, "dropped": split.dropped, "directory": str(args.output)})
         return EXIT_OK
     for name, count in counts.items():
         print(f"{args.output / name}.jsonl: {count:,} rows for the task {task}")
+    for reason, count in split.dropped.items():
+        print(f"Left out: {count:,} {reason}")
     first = args.output / f"{next(iter(counts))}.jsonl"
     print(f"Look at it with: trilithon finetune validate {first} --model MODEL --task {task}")
     return EXIT_OK
@@ -82,13 +90,25 @@ def _list(converters: ModuleType, *, as_json: bool) -> int:
 def _read(path: Path) -> bytes:
     """The file, expanded. Raises UsageError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            document = stream.read(MAX_BYTES + 1)
+        document = _begin(path)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"IN must be a readable file. Given: {path} ({error}).") from None
     if len(document) > MAX_BYTES:
         raise UsageError(f"IN must have at most {MAX_BYTES >> 20} MiB. Given: {path}.")
     return document
+
+
+def _begin(path: Path) -> bytes:
+    """A byte more than may be read, where there is so much. Raises OSError, EOFError, zlib.error."""
+    if path.suffix != ".zst":
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            return stream.read(MAX_BYTES + 1)
+    zstandard = _extra.load("zstandard", verb="data convert", extra="engine")
+    try:
+        with zstandard.open(path, dctx=zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)) as stream:
+            return bytes(stream.read(MAX_BYTES + 1))
+    except zstandard.ZstdError as error:
+        raise OSError(str(error)) from None
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,0 +1,166 @@
+"""Conversations of published sets as rows: what is kept, what is left out and counted, and that nothing leaks."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trilithon.cli import _data_convert
+from trilithon_finetune.converters import convert
+from trilithon_finetune.converters.pushshift import MAX_PATHS, MAX_REFERENCES, pushshift_rows
+
+SharedData = Callable[[str], Path]
+
+
+def comment(number: int, parent: int | None, submission: str, author: str, **changes: Any) -> dict[str, Any]:
+    """A line of a dump; `number` is its second, too."""
+    return {
+        "id": f"c{number}",
+        "parent_id": f"t3_{submission}" if parent is None else f"t1_c{parent}",
+        "link_id": f"t3_{submission}",
+        "author": author,
+        "body": f"words of number {number}",
+        "score": 5,
+        "created_utc": number,
+        **changes,
+    }
+
+
+def dump(comments: list[dict[str, Any]]) -> bytes:
+    return "\n".join(map(json.dumps, comments)).encode()
+
+
+def earlier() -> list[dict[str, Any]]:
+    """A first submission in which ann and bob have met."""
+    return [comment(0, None, "s0", "bob"), comment(1, 0, "s0", "ann"), comment(2, 1, "s0", "bob")]
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "deleted": ({"body": "[deleted]"}, "comments that were deleted"),
+    "no author": ({"author": "[deleted]"}, "comments that were deleted"),
+    "quote": ({"body": "> you said this\nand I disagree"}, "comments that quote"),
+    "escaped quote": ({"body": "&gt; you said this"}, "comments that quote"),
+    "short": ({"body": "no"}, "comments of fewer than 2 words"),
+    "long": ({"body": "word " * 129}, "comments of more than 128 words"),
+    "address": ({"body": "look at https://example.org/page now"}, "turns with an address"),
+    "brackets": ({"body": "as [1] has it"}, "turns with brackets"),
+    "capitals": ({"body": "this is GREAT news"}, "turns in capitals"),
+    "long word": ({"body": f"a word of {'x' * 31}"}, "turns with a word of more than 30 letters"),
+    "thrice": ({"body": "very very very good"}, "turns that say a word three times running"),
+    "score": ({"score": 0}, "turns scored below 1"),
+    "no number": ({"score": "many"}, "lines that are no comments"),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_acc_D03_a_planted_violation_is_counted_under_its_reason(case: str) -> None:
+    """Ann's second conversation is learned from, unless its last turn has the fault."""
+    changes, reason = PLANTED[case]
+    second = [comment(10, None, "s1", "cem"), comment(11, 10, "s1", "ann")]
+    sound: Counter[str] = Counter()
+    faulty: Counter[str] = Counter()
+    good = pushshift_rows(dump([*earlier(), *second]), sound)
+    second[-1] |= changes
+    bad = pushshift_rows(dump([*earlier(), *second]), faulty)
+
+    assert [row["target"][-1]["text"] for side in good for row in side] == ["words of number 11"]
+    assert sound[reason] == 0
+    assert [row for side in bad for row in side] == []
+    assert faulty[reason] == 1
+
+
+def test_acc_D03_broken_lines_and_packed_dumps_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line cut in half is one thing left out, whatever packs the file; the rest makes the same rows."""
+    lines = [*earlier(), comment(10, None, "s1", "cem"), comment(11, 10, "s1", "ann")]
+    whole = dump(lines)
+    broken = whole.replace(b'"author": "cem"', b'"author": "cem", \n', 1)
+    plain, packed = tmp_path / "RC.jsonl", tmp_path / "RC.zst"
+    plain.write_bytes(whole + b'\n{"id": "c99", "par')
+    buffer = io.BytesIO()
+    with zstandard.ZstdCompressor().stream_writer(buffer, closefd=False) as writer:
+        writer.write(plain.read_bytes())
+    packed.write_bytes(buffer.getvalue())
+
+    split = convert("pushshift", plain.read_bytes())
+    assert split.dropped["lines that are no comments"] == 1
+    assert split.train == convert("pushshift", whole).train != ()
+    assert convert("pushshift", broken).dropped["lines that are no comments"] == 2
+    assert _data_convert._read(packed) == plain.read_bytes()
+    packed.write_bytes(buffer.getvalue()[:-9] + b"damaged!!")
+    with pytest.raises(_data_convert.UsageError, match="IN must be a readable file"):
+        _data_convert._read(packed)
+
+
+TREES = st.lists(
+    st.tuples(st.integers(0, 5), st.integers(0, 40), st.sampled_from(["ann", "bob", "cem", "dea"])), max_size=60
+)
+
+
+@given(TREES)
+def test_acc_D02_references_are_older_and_from_elsewhere(made: list[tuple[int, int, str]]) -> None:
+    """
+    Whatever trees: a reference ends before its target begins and is of another submission; no submission stands on both
+    sides; no name of an author is in a row. Inverse seen: references chosen without a look at the time.
+    """
+    comments = []
+    members: dict[str, list[int]] = {}
+    for number, (where, parent, author) in enumerate(made):
+        submission = f"s{where}"
+        known = members.setdefault(submission, [])
+        comments.append(comment(number, known[parent % len(known)] if known and parent else None, submission, author))
+        known.append(number)
+    dropped: Counter[str] = Counter()
+    train, dev = pushshift_rows(dump(comments), dropped)
+    submission_of = {f"words of number {number}": f"s{where}" for number, (where, _, _) in enumerate(made)}
+
+    def second(turn: dict[str, str]) -> int:
+        return int(turn["text"].rsplit(" ", 1)[1])
+
+    for row in (*train, *dev):
+        target = row["target"]
+        here = {submission_of[turn["text"]] for turn in target}
+        assert len(here) == 1
+        assert target[-1]["author"] == row["actor"] == "u1"
+        assert 1 <= len(row["refs"]) <= MAX_REFERENCES
+        for conversation in row["refs"]:
+            assert any(turn["author"] == "u1" for turn in conversation)
+            assert max(map(second, conversation)) < min(map(second, target))
+            assert {submission_of[turn["text"]] for turn in conversation}.isdisjoint(here)
+        assert not {"ann", "bob", "cem", "dea"} & set(json.dumps(row).replace('"', " ").split())
+    sides = [{submission_of[row["target"][0]["text"]] for row in side} for side in (train, dev)]
+    assert sides[0].isdisjoint(sides[1])
+
+
+def test_a_busy_submission_gives_few_conversations() -> None:
+    """Of twenty answers to one comment only so many are taken, and how many were not is told."""
+    crowd = [comment(10 + i, 9, "s1", f"a{i}") for i in range(20)]
+    dropped: Counter[str] = Counter()
+    pushshift_rows(dump([comment(9, None, "s1", "ann"), *crowd]), dropped)
+
+    assert dropped[f"conversations beyond {MAX_PATHS} of a submission"] == 20 - MAX_PATHS
+
+
+def test_acc_D04_persona_chat_is_read_as_counted(shared_data: SharedData) -> None:
+    """500 dialogues with a row for each side; lines joined and left out are told, one speaker twice running is kept."""
+    split = convert("persona_chat", shared_data("dialogue/synthetic_persona_chat_valid.jsonl").read_bytes())
+    rows = [*split.train, *split.dev]
+    dialogues = [row["target"] for row in rows if row["actor"] == "u1"]
+    twice = [sum(a["author"] == b["author"] for a, b in zip(turns, turns[1:], strict=False)) for turns in dialogues]
+
+    assert (len(split.train), len(split.dev)) == (800, 200)
+    assert sum(map(len, dialogues)) == 14_116
+    assert dict(split.dropped) == {
+        "lines that go on with the turn before (joined)": 73,
+        "lines before the first turn": 8,
+    }
+    assert (sum(twice), sum(map(bool, twice))) == (32, 16)
+    assert all(turn["author"] == row["actor"] for row in rows for turn in row["refs"][0])
