@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trilithon_finetune.config import MAX_LORA_RANK, JobConfig, Tuning, seed_of
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Recipe
@@ -16,9 +18,11 @@ MICRO_BATCH_TOKENS = {
     "tokens": 4096,
     "sequence": 4096,
     "span": 4096,
+    "joint_span": 1024,
     "vectors": 4096,
 }
-"""Tokens of a micro-batch by head: logits of a vocabulary take memory that labels don't."""
+"""Tokens of a micro-batch by head: logits of a vocabulary, and what is between tokens and scores of spans, take
+memory that labels don't."""
 
 MIN_LORA_TOKENS = 8
 
@@ -119,16 +123,19 @@ def lora_spec(config: JobConfig) -> LoraSpec | None:
 
 
 def task_model(config: JobConfig, recipe: Recipe, base: ModelConfig, labels: tuple[str, ...]) -> ModelConfig:
-    """The base with the task's head in place of its own; a decoder stays as it is."""
+    """The base with the task's head in place of its own; a decoder stays as it is, or gets the task's token types."""
     match recipe.head:
-        case "tokens" | "sequence":
+        case "tokens" | "sequence" | "joint_span":
             return for_task(base, TaskHead(recipe.head, labels))
         case "span":
             return for_task(base, TaskHead("span", ("start", "end")))
         case "vectors":
             return for_vectors(base)
+        case "vocabulary" if config.task == "mlm":
+            return for_masked_lm(base)
         case _:
-            return for_masked_lm(base) if config.task == "mlm" else base
+            types = recipe.token_types(recipe.Options.model_validate(config.options))
+            return replace(base, token_types=max(base.token_types, types))
 
 
 def layout_of(config: JobConfig) -> Layout:
@@ -157,6 +164,13 @@ def check_fit(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
             f"task {config.task} ends in a head of its own, and adapters are served on decoders alone. Given: lora.",
             param="tuning.kind",
             hint="Use full: the whole encoder is trained and served.",
+        )
+    if config.tuning.kind == "lora" and recipe.token_types(recipe.Options.model_validate(config.options)):
+        raise refuse(
+            "lora_not_servable",
+            "a table of token types is trained with all of the model, and an adapter has no place for it. Given: lora.",
+            param="tuning.kind",
+            hint="Use full, or set options.roles to markers.",
         )
     ranks = {config.tuning.rank, *config.tuning.rank_pattern.values()}
     if config.tuning.kind == "lora" and max(ranks) > MAX_LORA_RANK:
