@@ -18,6 +18,7 @@ from trilithon_parallel.layout import Layout
 from trilithon_parallel.objective import (
     Batch,
     ClassBatch,
+    JointSpanBatch,
     PackedBatch,
     PreferenceBatch,
     SpanBatch,
@@ -26,7 +27,7 @@ from trilithon_parallel.objective import (
 )
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.step import TrainingModel
-from trilithon_parallel.task_head import SPAN_LABELS, for_task
+from trilithon_parallel.task_head import SPAN_LABELS, for_task, span_lengths
 
 # 6 heads and an ffn of 96: tp 2 and 3 cut them evenly.
 ENCODER = replace(BERT, num_heads=6, num_kv_heads=6, head_dim=8, ffn_size=96, num_layers=4)
@@ -34,6 +35,7 @@ HEADS = {
     "tokens": TaskHead("tokens", ("O", "B-Drug", "I-Drug", "B-Gene", "I-Gene")),
     "sequence": TaskHead("sequence", ("yes", "no", "maybe")),
     "span": TaskHead("span", SPAN_LABELS),
+    "joint_span": TaskHead("joint_span", span_lengths(5)),
 }
 MODELS: dict[str, ModelConfig] = {
     **{kind: for_task(ENCODER, head) for kind, head in HEADS.items()},
@@ -107,6 +109,12 @@ def batch_of(kind: str, rows: list[dict[str, Any]], first: int) -> PackedBatch:
             for end in ("start", "end")
         }
         return SpanBatch(**common, **places, context_T=torch.cat([row["context"] for row in rows]))
+    if kind == "joint_span":  # of the same rows; what has no answer there learns the context's first token
+        firsts = [row["start"] or 1 + len(row["tokens"]) // 4 for row in rows]
+        starts = [bound + first for bound, first in zip(bounds, firsts, strict=False)]
+        ends = [bound + max(row["end"], first) for row, bound, first in zip(rows, bounds, firsts, strict=False)]
+        context_T = torch.cat([row["context"] for row in rows])
+        return JointSpanBatch(**common, starts_B=torch.tensor(starts), ends_B=torch.tensor(ends), context_T=context_T)
     if kind == "vectors":
         chosen = slice(first % len(LENGTHS), first % len(LENGTHS) + len(rows))
         facts = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}

@@ -133,9 +133,11 @@ _ROW = {
     "classify": _class,
     "dialogue": _dialogue,
     "grounded_dialogue": _dialogue,
+    "answer_gen": _span,
+    "question_gen": _span,
     "dpr": _passages,
     "ict": _document,
 }
 
-DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe", "dialogue", "grounded_dialogue")
-ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "dpr", "ict")
+DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe", "dialogue", "grounded_dialogue", "question_gen")
+ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "answer_gen", "dpr", "ict")

@@ -37,6 +37,9 @@ KEPT = {"cpu": {"full": 1.25, "lora": 1.7}, "cuda": {"full": 1.7, "lora": 1.5}}
 LOGITS = 1.1
 """What is held of the logits at once: their gradient takes their place."""
 
+SPAN_PARTS = 3
+"""Of each span: the sum of its ends, its activation, and the gradient of one of them."""
+
 PACKED = 1.3
 """Packed copies of weights, and what is left of making them."""
 
@@ -285,7 +288,12 @@ def _capacity(config: JobConfig, work: Workload) -> int:
 
 
 def _head_bytes(model: ModelConfig, work: Workload, tokens: int, tp: int) -> float:
-    """Logits in fp32 and what is made of them, of the tokens that count: only where the vocabulary is a head."""
+    """
+    Logits in fp32 and what is made of them, of the tokens that count, where the vocabulary is a head; of joint spans
+    what is kept of each span's MLP.
+    """
+    if (head := model.task_head) is not None:
+        return 4.0 * SPAN_PARTS * tokens * len(head.labels) * model.hidden_size if head.kind == "joint_span" else 0.0
     counted = min(tokens, SUPERVISED_MARGIN * tokens * work.supervised / max(1, work.tokens))
     return 4.0 * LOGITS * counted * local_sizes(model, tp).vocab if model.has_head else 0.0
 

@@ -102,7 +102,8 @@ def _model(directory: Path) -> list[Check]:
     stage.prepare()
     ours = outputs_of_stage(stage, probes)
     checks = [Check("outputs that are not finite", float(sum(not np.isfinite(item).all() for item in ours)), 0.0)]
-    if importlib.util.find_spec("transformers"):
+    is_known = config.task_head is None or config.task_head.is_in_transformers
+    if is_known and importlib.util.find_spec("transformers"):
         theirs = _outputs_of_transformers(directory, config, probes)
         checks.append(between("transformers and this software", theirs, ours, TOLERANCE["float32"]))
     return checks

@@ -19,9 +19,11 @@ MICRO_BATCH_TOKENS = {
     "tokens": 4096,
     "sequence": 4096,
     "span": 4096,
+    "joint_span": 1024,
     "vectors": 4096,
 }
-"""Tokens of a micro-batch by head: logits of a vocabulary take memory that labels don't."""
+"""Tokens of a micro-batch by head: logits of a vocabulary, and what is between tokens and scores of spans, take
+memory that labels don't."""
 
 MIN_LORA_TOKENS = 8
 
@@ -125,14 +127,16 @@ def task_model(config: JobConfig, recipe: Recipe, base: ModelConfig, labels: tup
     """The base with the task's head in place of its own and token types enough; else a decoder stays as it is."""
     base = replace(base, token_types=max(base.token_types, recipe.needs(task_options(recipe, config)).token_types))
     match recipe.head:
-        case "tokens" | "sequence":
+        case "tokens" | "sequence" | "joint_span":
             return for_task(base, TaskHead(recipe.head, labels))
         case "span":
             return for_task(base, TaskHead("span", ("start", "end")))
         case "vectors":
             return for_vectors(base)
+        case "vocabulary" if config.task == "mlm":
+            return for_masked_lm(base)
         case _:
-            return for_masked_lm(base) if config.task == "mlm" else base
+            return base
 
 
 def layout_of(config: JobConfig) -> Layout:

@@ -147,6 +147,31 @@ def span_losses(
     return (sums_B2 - chosen_B2).mean(1)
 
 
+def joint_span_losses(
+    logits_TL: Tensor, starts_B: Tensor, ends_B: Tensor, context_T: Tensor, cu_seqlens: Sequence[int]
+) -> Tensor:
+    """
+    -log of a span's share among all spans of its sequence's context (arXiv 2002.09599, section 2.1): fp64 [B].
+
+    Args:
+        logits_TL: of the spans of 1, 2 ... L tokens that begin with each token.
+        starts_B, ends_B: int64 places in T of each span's first and last token, in the context, at most L tokens.
+        context_T: bool; a sequence's context is one run of tokens, and spans lie within it.
+    """
+    masked_TL = logits_TL.double().masked_fill(~spans_allowed(context_T, logits_TL.shape[1], cu_seqlens), -torch.inf)
+    sums_B = torch.stack([masked_TL[start:stop].flatten().logsumexp(0) for start, stop in pairwise(cu_seqlens)])
+    return sums_B - masked_TL[starts_B, ends_B - starts_B]
+
+
+def spans_allowed(context_T: Tensor, num_lengths: int, cu_seqlens: Sequence[int]) -> Tensor:
+    """Which spans of 1, 2 ... L tokens begin and end within the context of one sequence, bool [T, L]."""
+    rows = []
+    for start, stop in pairwise(cu_seqlens):
+        padded = F.pad(context_T[start:stop], (0, num_lengths - 1))
+        rows.append(context_T[start:stop].unsqueeze(1) & padded.unfold(0, num_lengths, 1))
+    return torch.cat(rows)
+
+
 def preference_margins(sums_P2: Tensor, reference_P2: Tensor) -> Tensor:
     """
     How much more than its reference a model prefers the chosen to the rejected answer, fp64 [P].

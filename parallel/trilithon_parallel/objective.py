@@ -25,6 +25,7 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import (
     Lost,
     cross_entropy,
+    joint_span_losses,
     label_is_best,
     label_losses,
     preference_losses,
@@ -289,6 +290,34 @@ class SpanBatch(_TaskBatch):
         allowed_T = self.context_T.index_fill(0, torch.tensor(self.cu_seqlens[:-1], device=hidden_TH.device), True)
         logits_T2 = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)
         losses_B = span_losses(logits_T2, self.starts_B, self.ends_B, allowed_T, self.cu_seqlens)
+        return Lost.as_a_whole(losses_B.sum() * scale)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class JointSpanBatch(_TaskBatch):
+    """
+    Spans of contexts, each told from all others of its context.
+
+    `starts_B`, `ends_B`: int64 places in T of each span's first and last token. `context_T`: bool, one run of tokens in
+    each sequence. Outputs: logits [T, L] of the spans of 1, 2 ... L tokens that begin with each token.
+    """
+
+    starts_B: Tensor
+    ends_B: Tensor
+    context_T: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        """Sequences."""
+        return len(self.starts_B)
+
+    def loss(
+        self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
+    ) -> Lost:
+        """Cross-entropy over the spans of each context."""
+        assert isinstance(stage, EncoderStage)
+        logits_TL = stage.task_logits(hidden_TH, self.cu_seqlens, dropout)
+        losses_B = joint_span_losses(logits_TL, self.starts_B, self.ends_B, self.context_T, self.cu_seqlens)
         return Lost.as_a_whole(losses_B.sum() * scale)
 
 

@@ -16,6 +16,7 @@ layout, for every family (GPT-2 and BERT are renamed to them when read):
     model.norm.{weight,bias}   [H]                     lm_head.weight [V, H]
     lm_transform.{dense.weight [H, H], dense.bias, norm.weight, norm.bias [H]}, lm_head.bias [V]    masked-LM head
     task_head.{weight [L, H], bias [L]}, pooler.dense.{weight [H, H], bias [H]}     task head of L labels, its pooler
+    task_head.{first.{weight [H, H], bias [H]}, last.weight [H, H], score.weight [1, H]}     task head of joint spans
 
 An adapter's tensors are named after their products (`lora/spec.py`).
 
@@ -106,7 +107,7 @@ MASKED_LM_RULES: tuple[Placement, ...] = (
 )
 # Small, so every rank has them whole and runs them over all tokens, those of other ranks' too (`is_whole`).
 TASK_RULES: tuple[Placement, ...] = (
-    _rule(r"task_head\.(weight|bias)", "last", is_whole=True),
+    _rule(r"task_head\.((first|last|score)\.)?(weight|bias)", "last", is_whole=True),
     _rule(r"pooler\.dense\.(weight|bias)", "last", is_whole=True),
 )
 # Of an adapter, the half that is cut follows its product's weight; every rank has the other one, and sees through it a

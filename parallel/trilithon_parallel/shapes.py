@@ -37,7 +37,11 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     if (head := config.task_head) is not None:
         if head.has_pooler:
             shapes |= {"pooler.dense.weight": (hidden, hidden), "pooler.dense.bias": (hidden,)}
-        shapes |= {"task_head.weight": (len(head.labels), hidden), "task_head.bias": (len(head.labels),)}
+        if head.kind == "joint_span":
+            shapes |= {f"task_head.{end}.weight": (hidden, hidden) for end in ("first", "last")}
+            shapes |= {"task_head.first.bias": (hidden,), "task_head.score.weight": (1, hidden)}
+        else:
+            shapes |= {"task_head.weight": (len(head.labels), hidden), "task_head.bias": (len(head.labels),)}
     if config.lora is not None:
         shapes |= owned_shapes(config, config.lora)
     return shapes

@@ -1,5 +1,6 @@
 """
-What an encoder ends in when it was made for a task: labels of tokens, of a sequence, or the ends of a span. No torch.
+What an encoder ends in when it was made for a task: labels of tokens, of a sequence, the ends of a span, or whole
+spans. No torch.
 
 `config.json` says it by the architecture's name and `id2label`; the tensors are `task_head.*` and `pooler.dense.*`.
 """
@@ -15,16 +16,27 @@ from trilithon_parallel.fields import Fields, ModelError
 if TYPE_CHECKING:
     from trilithon_parallel.config import ModelConfig
 
-Kind = Literal["tokens", "sequence", "span"]
+Kind = Literal["tokens", "sequence", "span", "joint_span"]
 
 SPAN_LABELS = ("start", "end")
 
-# Hugging Face class name -> what its head is for.
+# Name in `config.json` -> what the head is for; all but the last are classes of Hugging Face's library.
 KINDS: Mapping[str, Kind] = {
     "BertForTokenClassification": "tokens",
     "BertForSequenceClassification": "sequence",
     "BertForQuestionAnswering": "span",
+    "BertForJointSpan": "joint_span",
 }
+
+
+def span_lengths(most: int) -> tuple[str, ...]:
+    """
+    The labels of a `joint_span` head: how many tokens a span has.
+
+    >>> span_lengths(3)
+    ('1', '2', '3')
+    """
+    return tuple(str(length) for length in range(1, most + 1))
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,12 @@ class TaskHead:
     One linear layer behind an encoder, hidden -> `labels`, in the order of their ids.
 
     `tokens`: a label each token. `sequence`: a label each sequence, from its first token through BERT's pooler.
-    `span`: how much each token is the start, and the end, of an answer.
+    `span`: how much each token is the start, and the end, of an answer. `joint_span`: how much each token and those
+    behind it, 1 to as many as there are labels, are an answer; its layer is an MLP of a span's first and last token.
 
     Raises:
         ModelError: `model_invalid`, fewer than two labels, two that are equal, an empty one; a span with others than
-            `SPAN_LABELS`.
+            `SPAN_LABELS`, a joint one with others than `span_lengths`.
     """
 
     kind: Kind
@@ -46,10 +59,12 @@ class TaskHead:
     def __post_init__(self) -> None:
         if self.kind not in KINDS.values():
             raise ModelError(
-                f"task head kind is unknown. Given: {self.kind!r}.", hint="Allowed: tokens, sequence, span."
+                f"task head kind is unknown. Given: {self.kind!r}.", hint=f"Allowed: {', '.join(KINDS.values())}."
             )
         if self.kind == "span" and self.labels != SPAN_LABELS:
             raise ModelError(f"task head labels of a span must be {SPAN_LABELS}. Given: {self.labels!r}.")
+        if self.kind == "joint_span" and self.labels != span_lengths(len(self.labels)):
+            raise ModelError(f"task head labels of joint spans must be lengths, 1, 2 ... Given: {self.labels!r}.")
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
             raise ModelError(
                 f"task head labels must be at least two different names. Given: {self.labels!r}.",
@@ -58,13 +73,18 @@ class TaskHead:
 
     @property
     def architecture(self) -> str:
-        """The Hugging Face class of a BERT with this head."""
+        """What `config.json` calls a BERT with this head."""
         return next(name for name, kind in KINDS.items() if kind == self.kind)
 
     @property
     def has_pooler(self) -> bool:
         """Whether tanh(W x + b) of the first token stands before the layer."""
         return self.kind == "sequence"
+
+    @property
+    def is_in_transformers(self) -> bool:
+        """Whether Hugging Face's library has a class for it."""
+        return self.kind != "joint_span"
 
     def hub_fields(self) -> dict[str, Any]:
         """What `config.json` says of the labels; a span's are those that a silent file means."""

@@ -33,7 +33,7 @@ MAX_SHOWN = 20
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-ENCODER_TASKS = ("ner", "relation", "classify", "span_qa", "mlm")
+ENCODER_TASKS = ("ner", "relation", "classify", "span_qa", "answer_gen", "mlm")
 """Tasks whose models are encoders."""
 
 

@@ -10,21 +10,29 @@ from typing import Literal
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks import HEADS, TASK_FILE, HeadFormat, read_task
+from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import WordPieces
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
-TaskCapability = Literal["annotate", "relations", "answer", "classify"]
+TaskCapability = Literal["annotate", "relations", "answer", "classify", "propose"]
 
 CAPABILITIES: Mapping[type[HeadFormat], TaskCapability] = {
     TaggingFormat: "annotate",
     RelationFormat: "relations",
     SpanFormat: "answer",
     ClassFormat: "classify",
+    AnswerFormat: "propose",
 }
-_HEADS = {TaggingFormat: "tokens", RelationFormat: "sequence", SpanFormat: "span", ClassFormat: "sequence"}
+_HEADS = {
+    TaggingFormat: "tokens",
+    RelationFormat: "sequence",
+    SpanFormat: "span",
+    ClassFormat: "sequence",
+    AnswerFormat: "joint_span",
+}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ _VERBS: Mapping[TaskCapability, str] = {
     "relations": "find relations",
     "answer": "answer questions",
     "classify": "classify",
+    "propose": "propose answers",
 }
 
 
@@ -108,7 +109,7 @@ class TaskRun:
             self.found.raise_if_any()
         total = sum(len(one.tokens) for one in sequences)
         self.tokens += total
-        call.record.prompt_tokens = self.tokens
+        call.record.prompt_tokens += total
         model.engine.check_admission(total, requests=len(sequences))
         limit_s = service.time_left_s(call, model, self.params.time_limit_ms)
         service.limiter.spend_tokens(call.principal, total)

@@ -64,6 +64,7 @@ def context_for(
     options: dict[str, Any] | None = None,
     max_tokens: int | None = None,
     on_long: Any = "error",
+    validating: bool = False,
 ) -> Context:
     """A context with the recipe's defaults; the model's shape does not matter to encoder tasks."""
     return Context(
@@ -74,6 +75,7 @@ def context_for(
         labels,
         recipe.Options.model_validate(options or {}),
         on_long=on_long,
+        validating=validating,
     )
 
 

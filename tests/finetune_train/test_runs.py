@@ -23,6 +23,7 @@ LAYOUTS = [
     ("ner", {"pp": 2}),
     ("mlm", {"dp": 2}),
     ("dpr", {"pp": 2, "dp": 2}),
+    ("answer_gen", {"tp": 2}),
 ]
 
 

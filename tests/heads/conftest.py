@@ -29,8 +29,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for kind, head in HEADS.items():
-            model = CLASSES[kind](hub_config_of(ENCODER, head)).eval()
+        for kind, opened in CLASSES.items():
+            model = opened(hub_config_of(ENCODER, HEADS[kind])).eval()
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, 0.0, 0.1) if parameter.dim() == 1 else None
             model.save_pretrained(folder / kind)

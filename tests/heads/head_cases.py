@@ -181,6 +181,7 @@ def begins(models: Path, layout: Layout, grid: Grid) -> None:
     base = load_config(models / "base")
     wanted = {
         "sequence": (for_task(base, MODELS["sequence"].task_head), ()),  # type: ignore[arg-type]
+        "joint_span": (for_task(base, MODELS["joint_span"].task_head), ()),  # type: ignore[arg-type]
         "masked": (for_masked_lm(base), ()),
         "grown": (for_masked_lm(base, vocab_size=base.vocab_size + 5), ()),
         "other": (for_masked_lm(base, vocab_size=300), ("model.embed_tokens.weight",)),

@@ -164,7 +164,10 @@ def test_minilm_gets_a_task_head(kind: str) -> None:
     with BaseReader(MINILM, config=config, seed=1) as reader:
         new = reader.new_names
 
-    assert new == ["task_head.weight", "task_head.bias"]
+    parts = (
+        ["first.weight", "last.weight", "first.bias", "score.weight"] if kind == "joint_span" else ["weight", "bias"]
+    )
+    assert new == [f"task_head.{part}" for part in parts]
     if kind == "sequence":
         state = begun(MINILM, config)
         assert torch.equal(state["pooler.dense.weight"], files["pooler.dense.weight"])

@@ -16,7 +16,7 @@ from trilithon_server.http.parse import parse
 from trilithon_server.http.strict_json import parse_object
 from trilithon_server.validation import Violations, nearest, shown
 
-ENCODER_TASKS = ("mlm", "ner", "relation", "classify", "span_qa")
+ENCODER_TASKS = ("mlm", "ner", "relation", "classify", "span_qa", "answer_gen")
 """Tasks whose models are trained whole unless the configuration says else."""
 
 _PLACES = {"n_epochs": "epochs", "batch_size": "batch_size"}

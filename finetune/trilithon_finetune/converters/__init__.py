@@ -17,7 +17,7 @@ from trilithon_finetune.converters.dialogues import begin_rows, persona_rows, to
 from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
 from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
 from trilithon_finetune.converters.pushshift import pushshift_rows
-from trilithon_finetune.converters.questions import json_lines, pubmedqa_row, span_row
+from trilithon_finetune.converters.questions import fairytale_rows, json_lines, pubmedqa_row, span_row
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding
 from trilithon_finetune.data.placed import PlacedRow
@@ -44,11 +44,18 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """A published form of data: for which task its rows are, and how a file becomes rows."""
+    """
+    A published form of data.
+
+    Attributes:
+        task: that its rows are for. about: what it reads, in words.
+        read: from the files, `num_files` of them, to rows.
+    """
 
     task: str
     about: str
-    read: Callable[[bytes], Split]
+    read: Callable[..., Split]
+    num_files: int = 1
 
 
 def split_every_fifth(rows: Iterable[T], *, unit: Callable[[T], Hashable] | None = None) -> tuple[list[T], list[T]]:
@@ -111,6 +118,12 @@ def _pubmedqa(document: bytes) -> Split:
     return Split(tuple(map(pubmedqa_row, train)), tuple(map(pubmedqa_row, dev)))
 
 
+def _fairytaleqa(questions: bytes, stories: bytes) -> Split:
+    dropped: Counter[str] = Counter()
+    rows = tuple(fairytale_rows(questions, stories, dropped))
+    return Split(rows, dropped=_counted(dropped))
+
+
 def _dialogues(rows: Callable[[bytes, Counter[str]], Iterable[tuple[str, Row]]]) -> Callable[[bytes], Split]:
     def read(document: bytes) -> Split:
         dropped: Counter[str] = Counter()
@@ -159,23 +172,29 @@ CONVERTERS: Mapping[str, Converter] = {
     "pushshift": Converter(
         "dialogue", "comments of the Pushshift schema; held out: the last fifth of the submissions", _pushshift
     ),
+    "fairytaleqa": Converter(
+        "question_gen", "FairytaleQA: the questions, then the stories, as JSON lines", _fairytaleqa, num_files=2
+    ),
     "pubmedqa": Converter("classify", "PubMedQA as JSON lines; held out: every fifth question", _pubmedqa),
 }
 """Converter by name."""
 
 
-def convert(name: str, document: bytes) -> Split:
+def convert(name: str, *documents: bytes) -> Split:
     """
-    Rows of a published file.
+    Rows of a published data set.
 
     Args:
         name: of `CONVERTERS`.
+        documents: its files, as many as the form has.
     Raises:
-        ValueError: no such converter, or the file is not of this form.
+        ValueError: no such converter, another number of files, or a file is not of this form.
     """
     if name not in CONVERTERS:
         raise ValueError(f"a converter must be one of {', '.join(CONVERTERS)}. Given: {name!r}.")
+    if len(documents) != (wanted := CONVERTERS[name].num_files):
+        raise ValueError(f"{name} is read from {wanted} file{'s' * (wanted > 1)}. Given: {len(documents)}.")
     try:
-        return CONVERTERS[name].read(document)
+        return CONVERTERS[name].read(*documents)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the file is not {name} data: {type(error).__name__} {error}.") from None

@@ -7,29 +7,12 @@ Source: Rajpurkar et al. 2016, section 5 (normalisation, exact match, F1) and Ra
 from __future__ import annotations
 
 import itertools
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalise(text: str) -> str:
-    """
-    Lower case, without ASCII punctuation, articles and doubled spaces: how answers are compared.
-
-    >>> normalise("The  Battle of  Hastings!")
-    'battle of hastings'
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
-
-
-def exact_match(predicted: str, gold: str) -> float:
-    """1 where both say the same, else 0."""
-    return float(normalise(predicted) == normalise(gold))
+from trilithon_server.tasks.answer_match import exact_match as exact_match
+from trilithon_server.tasks.answer_match import normalise as normalise
 
 
 def token_f1(predicted: str, gold: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trilithon_finetune.recipes.answer_gen import AnswerGen
 from trilithon_finetune.recipes.answer_qa import AnswerQa
 from trilithon_finetune.recipes.base import Recipe
 from trilithon_finetune.recipes.causal_lm import CausalLm
@@ -10,6 +11,7 @@ from trilithon_finetune.recipes.classify import Classify
 from trilithon_finetune.recipes.dialogue import Dialogue, GroundedDialogue
 from trilithon_finetune.recipes.mlm import MaskedTokens
 from trilithon_finetune.recipes.preference import Preference
+from trilithon_finetune.recipes.question_gen import QuestionGen
 from trilithon_finetune.recipes.relation import Relation
 from trilithon_finetune.recipes.retriever import DensePassages, InverseCloze
 from trilithon_finetune.recipes.span_qa import SpanQa
@@ -31,5 +33,7 @@ RECIPES: dict[str, Recipe] = {
     "ict": InverseCloze(),
     "dialogue": Dialogue(),
     "grounded_dialogue": GroundedDialogue(),
+    "answer_gen": AnswerGen(),
+    "question_gen": QuestionGen(),
 }
 """Recipe by task name."""

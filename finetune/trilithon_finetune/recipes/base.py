@@ -24,7 +24,7 @@ from trilithon_server.text.template import ChatTemplate
 IGNORE = -1
 """The target of a token that does not count."""
 
-Head = Literal["vocabulary", "tokens", "sequence", "span", "preference", "vectors"]
+Head = Literal["vocabulary", "tokens", "sequence", "span", "joint_span", "preference", "vectors"]
 """
 What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare, `vectors` an
 encoder's pooled vectors, to be told apart.
@@ -39,10 +39,11 @@ class Sample:
     Attributes:
         tokens: of the sequence, specials included.
         targets: one a token: what the model should say there (the next token of a text, the label of a token), or
-            `IGNORE`. Empty where the sample is learned as a whole (`sequence`, `span`).
+            `IGNORE`. Empty where the sample is learned as a whole (`sequence`, `span`, `joint_span`).
         types: token types; empty for zeros. positions: likewise; empty for 0, 1, 2 ...
         columns: further integers, the same names in every sample of a task: `label` (sequence), `start` and `end`
-            (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open),
+            (span, positions in `tokens`; 0 and 0 for no answer), `context_start` and `context_stop` (span, half-open;
+            both kinds of span have all four),
             `supervised` (what counts, where that is not every target: masked tokens), `only_scored` (1: validation
             compares it with other parts of its row, and no loss counts it); `role`, `pair` and `key` (vectors; a pair
             is counted within its row).
@@ -137,8 +138,9 @@ class Output:
 
     Attributes:
         sample: the sample.
-        values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; vocabulary and preference: [2], the
-            summed log-probability of the supervised tokens, and how many of them are the likeliest; vectors: [H].
+        values: fp32. tokens: [T, labels] logits; sequence: [labels]; span: [T, 2]; joint_span: [T, labels]; vocabulary
+            and preference: [2], the summed log-probability of the supervised tokens, and how many of them are the
+            likeliest; vectors: [H].
     """
 
     sample: Sample

@@ -15,20 +15,14 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
-from trilithon_finetune.converters.squad import read_squad
-from trilithon_finetune.data.findings import Finding, finding, shown
-from trilithon_finetune.data.placed import PlacedRow
+from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.metrics.answer_lists import LISTED, list_scores
 from trilithon_finetune.metrics.squad import Question, best_threshold, evaluate
-from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
-from trilithon_finetune.recipes.fields import Best, RowCheck, outputs_by_row
+from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Sample
+from trilithon_finetune.recipes.fields import Best, outputs_by_row
+from trilithon_finetune.recipes.squad_rows import SquadRows, first_answer
 from trilithon_server.tasks.pieces import word_pieces
 from trilithon_server.tasks.spans import SpanFormat, merge_answers
-
-NESTED = "data/paragraphs/qas"
-ROWS = "context/question/answers"
-
-KEYS = ("context", "question", "answers", "is_impossible", "id", "title")
 
 
 class SpanOptions(Section):
@@ -49,48 +43,16 @@ class SpanOptions(Section):
     """Answers that are weighed."""
 
 
-class SpanQa(Recipe):
+class SpanQa(SquadRows):
     """The recipe of `span_qa`."""
 
     task = "span_qa"
     head: Head = "span"
-    formats: tuple[str, ...] = (ROWS, NESTED)
     defaults = Defaults(
         lr_full=5e-5, dropout=0.1, head_lr_factor=10.0, batch_size=16, max_tokens=384, weight_decay=0.01
     )
     Options: type[Section] = SpanOptions
     best_metric: Best = ("f1", "max")
-
-    def detect(self, row: Mapping[str, Any]) -> str | None:
-        """By a question and a context or answers; rows of a nested document know their place."""
-        if "question" not in row or not ("context" in row or "answers" in row):
-            return None
-        return NESTED if isinstance(row, PlacedRow) else ROWS
-
-    def rows_of(self, document: bytes, *, file: str) -> Sequence[Mapping[str, Any]] | Sequence[Finding] | None:
-        """Questions of a nested SQuAD document."""
-        return read_squad(document, file=file)
-
-    def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
-        """A context, a question, and answers that stand where they are said to."""
-        prefix = row.path if isinstance(row, PlacedRow) else ""
-        check = RowCheck(row, file=file, line=line, prefix=prefix)
-        check.keys(KEYS)
-        context = check.text("context")
-        check.text("question")
-        impossible = check.value("is_impossible", bool) if "is_impossible" in row else False
-        answers = check.value("answers", list)
-        if answers is None or impossible is None:
-            return check.findings
-        if impossible and answers:
-            rule = f"must be empty where is_impossible is true. Given: {len(answers)} answers."
-            check.add("E-DATA-008", "answers", rule)
-        if not impossible and not answers:
-            hint = "Give at least one, or set is_impossible to true if the context has none."
-            check.add("E-DATA-015", "answers", "is empty.", hint)
-        for i in range(len(answers)):
-            _check_answer(f"answers[{i}]", answers[i], context, check)
-        return check.findings
 
     def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
         """The head's two outputs."""
@@ -107,9 +69,7 @@ class SpanQa(Recipe):
         windows = format_.encode(row["question"], row["context"], word_pieces(context.tokenizer))
         targets = [(0, 0)] * len(windows)
         if not impossible:
-            start, text = row["answers"][0]["answer_start"], row["answers"][0]["text"]
-            begin = start + len(text) - len(text.lstrip())
-            targets = [format_.target(window, begin, start + len(text.rstrip())) for window in windows]
+            targets = [format_.target(window, *first_answer(row)) for window in windows]
             if not any(last for _, last in targets):
                 rule = f"no window of {context.max_tokens} tokens (data.max_tokens) holds the whole answer."
                 hint = "Raise data.max_tokens, lower options.doc_stride, or give a shorter answer."
@@ -181,30 +141,3 @@ def _format(context: Context) -> SpanFormat:
         n_best=options.n_best,
         null_threshold=options.null_threshold or 0.0 if options.no_answer else None,
     )
-
-
-def _check_answer(path: str, answer: Any, context: str | None, check: RowCheck) -> None:
-    if not isinstance(answer, dict):
-        check.add("E-DATA-008", path, f"must be an object with text and answer_start. Given: {shown(answer)}.")
-        return
-    check.keys(("text", "answer_start"), row=answer, path=path)
-    text = check.text(f"{path}.text", row=answer)
-    start = check.value(f"{path}.answer_start", int, row=answer)
-    if text is None or start is None or context is None:
-        return
-    if start < 0 or start + len(text) > len(context):
-        rule = f"must be within the context of {len(context)} characters. Given: {start}, for {len(text)} characters."
-        check.add("E-DATA-041", f"{path}.answer_start", rule, _where(text, context))
-    elif context[start : start + len(text)] != text:
-        there = shown(context[start : start + len(text)])
-        rule = f"the context has {there} at character {start}. Given: {shown(text)}."
-        check.add("E-DATA-041", f"{path}.answer_start", rule, _where(text, context))
-
-
-def _where(text: str, context: str) -> str:
-    """Says where the answer stands in truth."""
-    start = context.find(text)
-    if start < 0:
-        return "The context does not hold this text; answers must be copied out of it."
-    again = context.find(text, start + 1) >= 0
-    return f"It first stands at {start}." if again else f"It stands at {start}."

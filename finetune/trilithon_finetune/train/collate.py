@@ -17,6 +17,7 @@ from trilithon_parallel.contrast import NOTHING
 from trilithon_parallel.objective import (
     Batch,
     ClassBatch,
+    JointSpanBatch,
     PackedBatch,
     PreferenceBatch,
     SpanBatch,
@@ -78,19 +79,20 @@ def collate(
         pairs = [pair_of(sample) for sample in samples]
         facts = {"roles_B": ints(roles), "pairs_B": ints(pairs), "keys_B": ints([s.columns["key"] for s in samples])}
         return VectorBatch(**packed, **facts, score_scale=score_scale)  # type: ignore[arg-type]  # by name
-    if head == "span" and counts:
+    if head in ("span", "joint_span") and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)
         for start, sample in zip(bounds, samples, strict=False):
             context_T[start + sample.columns["context_start"] : start + sample.columns["context_stop"]] = True
         places = [
             [start + s.columns[end] for start, s in zip(bounds, samples, strict=False)] for end in ("start", "end")
         ]
-        return SpanBatch(**packed, starts_B=ints(places[0]), ends_B=ints(places[1]), context_T=context_T)  # type: ignore[arg-type]  # by name
+        kind = SpanBatch if head == "span" else JointSpanBatch
+        return kind(**packed, starts_B=ints(places[0]), ends_B=ints(places[1]), context_T=context_T)  # type: ignore[arg-type]  # by name
     targets = [sample.targets or (IGNORE,) * len(sample.tokens) for sample in samples]
     targets_T = ints(list(chain.from_iterable(targets)))
     weights_T = ((targets_T != IGNORE) & counts).float()
     rest = {**packed, "targets_T": targets_T.clamp(min=0), "weights_T": weights_T}
-    if head in ("tokens", "span"):  # of a span only what doesn't count
+    if head in ("tokens", "span", "joint_span"):  # of a span only what doesn't count
         return TagBatch(**rest)  # type: ignore[arg-type]  # by name
     if head == "preference" and counts and references is not None:
         pairs_P2 = torch.tensor(references, dtype=torch.float64, device=device).view(-1, 2)

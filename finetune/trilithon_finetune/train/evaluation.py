@@ -29,6 +29,9 @@ from trilithon_parallel.trainer import Evaluation
 
 Values = npt.NDArray[np.float32]
 
+TOKEN_HEADS: tuple[Head, ...] = ("tokens", "span", "joint_span")
+"""Of which every token has outputs, one a label."""
+
 NUM_PROBES = 8
 """Samples whose outputs are kept, to compare the export with."""
 
@@ -73,13 +76,13 @@ def outputs_of(
             values = row[at : at + size(index)]
             at += size(index)
             sample = recipe.dress(part.sample(index), seed=seed, epoch=0)
-            found[index] = (sample, values.reshape(-1, labels) if recipe.head in ("tokens", "span") else values)
+            found[index] = (sample, values.reshape(-1, labels) if recipe.head in TOKEN_HEADS else values)
     return dict(sorted(found.items()))
 
 
 def value_size(head: Head, length: int, labels: int, *, per_token: bool) -> int:
     """Numbers that the model says of one sample of so many tokens; `labels`, or the width of its vectors."""
-    if head in ("tokens", "span"):
+    if head in TOKEN_HEADS:
         return length * labels
     if head in ("sequence", "vectors"):
         return labels
@@ -109,6 +112,8 @@ def sample_loss(head: Head, sample: Sample, values: Values) -> SampleLoss:
     A preference's loss is that of pairs and is not asked for here.
     """
     match head:
+        case _ if sample.columns.get("only_scored"):
+            return SampleLoss(0.0, 0, 0 if head == "vocabulary" else None)
         case "tokens":
             targets = np.array(sample.targets)
             counts = targets != IGNORE
@@ -125,10 +130,21 @@ def sample_loss(head: Head, sample: Sample, values: Values) -> SampleLoss:
             logprobs = _log_softmax(np.where(allowed[:, None], values, -np.inf), axis=0)
             both = float(logprobs[sample.columns["start"], 0] + logprobs[sample.columns["end"], 1])
             return SampleLoss(-both / 2, 1)
-        case _ if sample.columns.get("only_scored"):
-            return SampleLoss(0.0, 0, 0)
+        case "joint_span":
+            columns = sample.columns
+            scores = spans_within(values, columns["context_start"], columns["context_stop"])
+            chosen = scores[columns["start"] - columns["context_start"], columns["end"] - columns["start"]]
+            return SampleLoss(float(np.logaddexp.reduce(scores, axis=None) - chosen), 1)
         case _:
             return SampleLoss(-float(values[0]), sample.num_supervised, round(float(values[1])))
+
+
+def spans_within(values: Values, start: int, stop: int) -> npt.NDArray[np.float64]:
+    """Scores of the spans that lie in tokens [start, stop); -inf where one would leave them."""
+    scores = values[start:stop].astype(np.float64)
+    firsts, lengths = np.indices(scores.shape)
+    scores[firsts + lengths >= len(scores)] = -np.inf
+    return scores
 
 
 def total_loss(parts: Sequence[SampleLoss]) -> tuple[float, dict[str, float]]:

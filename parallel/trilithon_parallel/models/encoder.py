@@ -22,6 +22,7 @@ from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layers import ColumnParallelLinear
 from trilithon_parallel.models.head import HeadStage
+from trilithon_parallel.models.joint_span import JointSpanHead
 from trilithon_parallel.models.stage import Trunk
 
 
@@ -73,9 +74,13 @@ class EncoderStage(HeadStage):
         if (head := config.task_head) is not None and grid.is_last_stage:
             if head.has_pooler:
                 self.pooler = Pooler(config, grid=grid, dtype=dtype)
-            self.task_head = ColumnParallelLinear(
-                config.hidden_size, len(head.labels), bias=True, dtype=dtype, device=grid.device
-            )
+            self.task_head: nn.Module
+            if head.kind == "joint_span":
+                self.task_head = JointSpanHead(config, grid=grid, backend=backend, dtype=dtype)
+            else:
+                self.task_head = ColumnParallelLinear(
+                    config.hidden_size, len(head.labels), bias=True, dtype=dtype, device=grid.device
+                )
 
     def forward(self, x: Tensor, *, positions_T: Tensor, view: AttentionView, types_T: Tensor | None = None) -> Tensor:
         """
@@ -113,7 +118,11 @@ class EncoderStage(HeadStage):
         if head.has_pooler:
             x_RH = self.pooler(x_RH[torch.tensor(cu_seqlens[:-1], device=x_RH.device)])
             x_RH = x_RH if dropout is None else dropout.pooled(x_RH, layer=behind, site="head")
-        logits_RL: Tensor = self.task_head(x_RH)
+        logits_RL: Tensor
+        if isinstance(self.task_head, JointSpanHead):
+            logits_RL = self.task_head(x_RH, cu_seqlens)
+        else:
+            logits_RL = self.task_head(x_RH)
         return logits_RL if logits_RL.dtype == torch.float64 else logits_RL.float()
 
     def pool(self, hidden_TH: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
@@ -132,5 +141,7 @@ class EncoderStage(HeadStage):
         """Pack every product for serving; the parameters are gone afterwards. A masked-LM head stays as it is."""
         self.model.prepare()
         if self.config.task_head is not None and self.grid.is_last_stage:
-            for part in (self.task_head, *([self.pooler.dense] if self.config.task_head.has_pooler else [])):
+            head = self.task_head
+            parts = head.products if isinstance(head, JointSpanHead) else [head]
+            for part in (*parts, *([self.pooler.dense] if self.config.task_head.has_pooler else [])):
                 part.product = self.backend.pack_columns([part])

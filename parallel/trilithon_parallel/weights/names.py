@@ -250,6 +250,8 @@ def _bert() -> _Family:
     rules |= _both("lm_transform.norm", "cls.predictions.transform.LayerNorm")
     rules["lm_head.bias"] = Direct("cls.predictions.bias")
     rules |= _both("pooler.dense", "pooler.dense") | _both("task_head", "classifier")
+    for part in ("first", "last", "score"):
+        rules |= _both(f"task_head.{part}", f"classifier.{part}")
     # The pooler and the pretraining heads play no part in hidden states or sentence vectors: where the model has no
     # masked-LM head they are left out. The head's matrix is the embedding, of which some files keep a copy.
     ignorable = {"embeddings.position_ids", "cls.predictions.bias"} | {

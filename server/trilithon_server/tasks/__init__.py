@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from trilithon_parallel.config import ModelError
+from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
@@ -23,16 +25,17 @@ from trilithon_server.tasks.tagging import TaggingFormat
 
 TASK_FILE = "task.json"
 
-HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat
+HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat | AnswerFormat
 """Of encoders with a task head."""
 
-TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat
+TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat | QuestionFormat
 
 HEADS: dict[str, type[HeadFormat]] = {
     "ner": TaggingFormat,
     "span_qa": SpanFormat,
     "relation": RelationFormat,
     "classify": ClassFormat,
+    "answer_gen": AnswerFormat,
 }
 """Format by the name of a task that ends in a head."""
 
@@ -41,6 +44,7 @@ FORMATS: dict[str, type[TaskFormat]] = {
     "dialogue": DialogueFormat,
     "retrieval": RetrievalFormat,
     **{kind.task: kind for kind in (KeywordFormat, SentenceFormat, RankerFormat)},
+    "question_gen": QuestionFormat,
 }
 """Format by what a task file calls its task."""
 

@@ -123,11 +123,7 @@ class SpanFormat:
 
         Which of several equal texts is meant follows from the characters alone.
         """
-        if not window.starts or start >= end or start < window.starts[0] or end > window.ends[-1]:
-            return 0, 0
-        first = next(i for i, stop in enumerate(window.ends) if stop > start)
-        last = max(i for i, begin in enumerate(window.starts) if begin < end)
-        return (window.context[0] + first, window.context[0] + last) if first <= last else (0, 0)
+        return place_of(window, start, end) or (0, 0)
 
     def decode(
         self, context: str, windows: Sequence[SpanWindow], logits: Sequence[Logits], *, index: int = 0
@@ -204,6 +200,15 @@ class SpanFormat:
             for last in lasts
             if first <= last < first + self.max_answer_tokens
         ]
+
+
+def place_of(window: SpanWindow, start: int, end: int) -> Span | None:
+    """First and last token of characters [start, end) of the context; None where the window lacks a part of them."""
+    if not window.starts or start >= end or start < window.starts[0] or end > window.ends[-1]:
+        return None
+    first = next(i for i, stop in enumerate(window.ends) if stop > start)
+    last = max(i for i, begin in enumerate(window.starts) if begin < end)
+    return (window.context[0] + first, window.context[0] + last) if first <= last else None
 
 
 def merge_answers(found: Sequence[SpanAnswers], *, n_best: int) -> tuple[list[SpanAnswer], float]:

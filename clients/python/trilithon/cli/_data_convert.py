@@ -27,7 +27,11 @@ def add(parser: Parser) -> None:
     """Add what the action takes."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="the form of the file; --list tells them all")
     parser.add_argument(
-        "input", nargs="?", type=Path, metavar="IN", help="the published file; .gz and .zst are expanded"
+        "input",
+        nargs="*",
+        type=Path,
+        metavar="IN",
+        help="the published files, most often one; .gz and .zst are expanded",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where train.jsonl and dev.jsonl are written")
     parser.add_argument("--list", action="store_true", help="list the forms, and the task that each is for")
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     converters = _extra.load("trilithon_finetune.converters", verb="data convert", extra="engine")
     if args.list:
         return _list(converters, as_json=args.format == "json")
-    missing = [name for name in ("name", "input", "output") if getattr(args, name) is None]
+    missing = [name for name in ("name", "input", "output") if not getattr(args, name)]
     if missing:
         words = {"name": "NAME", "input": "IN", "output": "-o DIR"}
         needed = ", ".join(words[name] for name in missing)
@@ -53,14 +57,15 @@ def run(args: argparse.Namespace) -> int:
         known = ", ".join(converters.CONVERTERS)
         near = nearest(args.name, converters.CONVERTERS)
         raise UsageError(f"NAME must be one of {known}. Given: {args.name!r}.{near}")
-    document = _read(args.input)
+    documents = [_read(path) for path in args.input]
+    told = ", ".join(path.name for path in args.input)
     try:
-        split = converters.convert(args.name, document)
+        split = converters.convert(args.name, *documents)
     except ValueError as error:
-        return explain(ValueError(f"{args.input.name}: {error}"), EXIT_INVALID_DATA, as_json=args.format == "json")
+        return explain(ValueError(f"{told}: {error}"), EXIT_INVALID_DATA, as_json=args.format == "json")
     counts = {name: len(rows) for name, rows in (("train", split.train), ("dev", split.dev)) if rows}
     if not counts:
-        nothing = ValueError(f"{args.input.name} holds no rows.")
+        nothing = ValueError(f"{told} holds no rows.")
         return explain(nothing, EXIT_INVALID_DATA, as_json=args.format == "json")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in counts:

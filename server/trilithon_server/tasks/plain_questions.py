@@ -1,0 +1,45 @@
+"""
+Questions of a decoder that was never trained to ask them: an instruction in words, and how its reply is read. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LABEL = re.compile(r"^\W*(?:question)\s*:\s*", re.IGNORECASE)
+_LIST = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+")
+
+
+def question_instruction(text: str, answer: str) -> str:
+    r"""
+    What the model is asked.
+
+    >>> print(question_instruction("The miller counted 12 sacks.", "12"))
+    Text: The miller counted 12 sacks.
+    <BLANKLINE>
+    Write one short question about the text. Its answer must be "12". Reply with the question alone.
+    """
+    return (
+        f"Text: {' '.join(text.split())}\n\nWrite one short question about the text. Its answer must be "
+        f'"{" ".join(answer.split())}". Reply with the question alone.'
+    )
+
+
+def question_prompt(text: str, answer: str) -> str:
+    """The same for a model without a chat template: it goes on behind the label."""
+    return f"{question_instruction(text, answer)}\n\nQuestion:"
+
+
+def read_reply(reply: str) -> str | None:
+    """
+    The first question of a reply, without labels and quotes; None where there is none.
+
+    >>> read_reply('Question: "How many sacks did he count?" The answer is 12.')
+    'How many sacks did he count?'
+    """
+    for line in reply.splitlines():
+        bare = _LIST.sub("", _LABEL.sub("", line)).strip(" \t\"'*\u201c\u201d")
+        question, mark, _ = bare.partition("?")
+        if mark and question.strip():
+            return f"{' '.join(question.split())}?"
+    return None

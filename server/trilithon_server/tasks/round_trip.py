@@ -1,0 +1,82 @@
+"""
+Round-trip consistency: a question is kept if a reader that sees it finds the answer that it was made for. No torch.
+
+Source: arXiv 2002.09599, section 2.3 (question filtration, over-generation); arXiv 1906.05416 (round trips).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trilithon_server.tasks.answer_match import exact_match
+
+Filter = Literal["pair_any", "single", "none"]
+FILTERS: tuple[Filter, ...] = ("pair_any", "single", "none")
+"""
+`pair_any`: all questions of an answer are kept where any of them leads back to it. `single`: those that do. `none`: all
+that can be read.
+"""
+
+Reason = Literal["", "unreadable", "repeated", "no_answer", "other_answer"]
+REASONS: tuple[Reason, ...] = ("unreadable", "repeated", "no_answer", "other_answer")
+"""
+Why a question is dropped: it is none; the same answer has it already; the reader finds no answer; it finds another one.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """
+    One question of an answer, and what a reader says.
+
+    Attributes:
+        question: None where what was written is none.
+        reply: the reader's answer; None where it says that there is none, or was not asked.
+        probability: of that answer, by the reader.
+    """
+
+    question: str | None
+    reply: str | None = None
+    probability: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a question is kept; if not, why."""
+
+    kept: bool
+    reason: Reason
+
+
+def judge(answer: str, asked: Sequence[Asked], mode: Filter) -> list[Verdict]:
+    """
+    What becomes of the questions of one answer.
+
+    >>> pair = [Asked("When was it?", "in 1066"), Asked("What was in 1066?", "a battle")]
+    >>> [verdict.kept for verdict in judge("In 1066", pair, "pair_any")]
+    [True, True]
+    >>> [verdict.reason for verdict in judge("In 1066", pair, "single")]
+    ['', 'other_answer']
+
+    Args:
+        asked: all questions that were written for this answer.
+    """
+    seen: set[str] = set()
+    own: list[Reason] = []
+    for item in asked:
+        if item.question is None:
+            own.append("unreadable")
+        elif item.question in seen:
+            own.append("repeated")
+        elif mode == "none":
+            own.append("")
+        elif item.reply is None:
+            own.append("no_answer")
+        else:
+            own.append("" if exact_match(item.reply, answer) else "other_answer")
+        seen |= {item.question} if item.question is not None else set()
+    if mode == "pair_any" and "" in own:
+        own = ["" if reason in ("no_answer", "other_answer") else reason for reason in own]
+    return [Verdict(not reason, reason) for reason in own]

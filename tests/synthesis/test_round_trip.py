@@ -1,0 +1,57 @@
+"""Which questions are kept: the truth table of both filters, and of none."""
+
+from __future__ import annotations
+
+import pytest
+
+from trilithon_server.tasks.answer_match import exact_match, normalise
+from trilithon_server.tasks.round_trip import Asked, Filter, judge
+
+BACK, SAME, WRONG = Asked("q1", "The 12 sacks!", 0.9), Asked("q2", "12 sacks", 0.6), Asked("q3", "a miller", 0.4)
+SILENT, BROKEN, AGAIN = Asked("q4"), Asked(None), Asked("q1", "12 sacks", 0.9)
+
+CASES: dict[str, tuple[list[Asked], dict[Filter, list[str]]]] = {
+    "both": ([BACK, SAME], {"pair_any": ["", ""], "single": ["", ""], "none": ["", ""]}),
+    "first": ([BACK, WRONG], {"pair_any": ["", ""], "single": ["", "other_answer"], "none": ["", ""]}),
+    "second": ([WRONG, SAME], {"pair_any": ["", ""], "single": ["other_answer", ""], "none": ["", ""]}),
+    "neither": (
+        [WRONG, SILENT],
+        {
+            "pair_any": ["other_answer", "no_answer"],
+            "single": ["other_answer", "no_answer"],
+            "none": ["", ""],
+        },
+    ),
+    "silent": ([SILENT, BACK], {"pair_any": ["", ""], "single": ["no_answer", ""], "none": ["", ""]}),
+    "broken": ([BROKEN, BACK], {m: ["unreadable", ""] for m in ("pair_any", "single", "none")}),
+    "broken, wrong": (
+        [WRONG, BROKEN],
+        {
+            "pair_any": ["other_answer", "unreadable"],
+            "single": ["other_answer", "unreadable"],
+            "none": ["", "unreadable"],
+        },
+    ),
+    "twice": ([BACK, AGAIN], {m: ["", "repeated"] for m in ("pair_any", "single", "none")}),
+}
+
+
+@pytest.mark.parametrize("mode", ["pair_any", "single", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_acc_E03_the_truth_table(case: str, mode: Filter) -> None:
+    """
+    A pair is kept where either question leads back, or each on its own merit; what can't be read or stands there
+    already never is. Inverse seen red: a pair kept only where both lead back.
+    """
+    asked, wanted = CASES[case]
+    verdicts = judge("12 sacks", asked, mode)
+
+    assert [verdict.reason for verdict in verdicts] == wanted[mode]
+    assert [verdict.kept for verdict in verdicts] == [reason == "" for reason in wanted[mode]]
+
+
+def test_answers_are_compared_as_squad_does() -> None:
+    """Case, articles, ASCII punctuation and spaces aside; nothing else."""
+    assert normalise(" The  12\tSacks. ") == "12 sacks"
+    assert exact_match("an Ox", "ox")
+    assert not exact_match("oxen", "ox")
