@@ -122,7 +122,7 @@ def test_acc_005_what_is_learned_is_what_a_server_prompts_with(bytes_: Tokenizer
     assert sum(target != IGNORE for target in whole.targets) == len(whole.tokens) - 1
     assert judged.targets == sample.targets
     assert bool(sample.types) == (roles == "types")
-    assert QUESTIONS.token_types(context.options) == (3 if roles == "types" else 0)
+    assert QUESTIONS.needs(context.options).token_types == (3 if roles == "types" else 0)
 
 
 def test_numbers_of_written_questions(bytes_: Tokenizer) -> None:
