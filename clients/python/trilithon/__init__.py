@@ -60,6 +60,15 @@ from trilithon._parameters import (
     ToolCall,
 )
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._stories import (
+    AsyncStories,
+    AsyncStoryStream,
+    RewriteOptions,
+    SentenceControl,
+    Stories,
+    StoryStream,
+)
+from trilithon._story_types import Story, StoryFact, StorySentence, StoryStarted
 from trilithon._streams import AsyncStream, Stream
 from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
@@ -121,6 +130,8 @@ __all__ = [
     "AsyncJobs",
     "AsyncModels",
     "AsyncReplyStream",
+    "AsyncStories",
+    "AsyncStoryStream",
     "AsyncStream",
     "AsyncTaskStream",
     "BodyTooLarge",
@@ -189,11 +200,19 @@ __all__ = [
     "Reply",
     "ReplyDelta",
     "ReplyStream",
+    "RewriteOptions",
     "ScoreItem",
     "Scores",
+    "SentenceControl",
     "SpanAnswer",
     "SpanAnswers",
     "Started",
+    "Stories",
+    "Story",
+    "StoryFact",
+    "StorySentence",
+    "StoryStarted",
+    "StoryStream",
     "Stream",
     "TaskOptions",
     "TaskStream",

@@ -17,6 +17,7 @@ from trilithon._models import AsyncModels
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
+from trilithon._stories import AsyncStories
 from trilithon._streams import AsyncStream
 from trilithon._task_streams import AsyncTaskStream
 from trilithon._transport import (
@@ -86,6 +87,7 @@ class AsyncClient:
         self.files = AsyncFiles(self)
         self.extract = AsyncExtract(self)
         self.dialogue = AsyncDialogue(self)
+        self.stories = AsyncStories(self)
 
     @overload
     async def generate(

@@ -17,6 +17,7 @@ from trilithon._models import Models
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._retry import Retries, new_request_id
+from trilithon._stories import Stories
 from trilithon._streams import Stream
 from trilithon._task_streams import TaskStream
 from trilithon._transport import (
@@ -98,6 +99,7 @@ class Client:
         self.files = Files(self)
         self.extract = Extract(self)
         self.dialogue = Dialogue(self)
+        self.stories = Stories(self)
 
     @overload
     def generate(

@@ -19,6 +19,7 @@ from trilithon.api.v1 import (
     extract_pb2,
     generation_pb2,
     models_pb2,
+    story_pb2,
     tokenize_pb2,
 )
 from trilithon.errors import InvalidArgument, Violation
@@ -37,6 +38,9 @@ _SCORERS = {
     "dense": dialogue_pb2.KnowledgeOptions.SCORER_DENSE,
     "bm25": dialogue_pb2.KnowledgeOptions.SCORER_BM25,
     "hybrid": dialogue_pb2.KnowledgeOptions.SCORER_HYBRID,
+}
+_MODES = {
+    name: story_pb2.SentenceControl.Mode.Value(f"MODE_{name.upper()}") for name in ("replace", "append", "antonym")
 }
 _CHAT = ("tools", "add_generation_prompt", "continue_final_message")
 
@@ -186,6 +190,24 @@ def _put_actor(fields: Fields) -> dialogue_pb2.PutActorRequest:
     )
 
 
+def story_request(fields: Fields) -> story_pb2.StoryRequest:
+    """What a story takes beside how to draw."""
+    own = {name: value for name, value in fields.items() if name in story_pb2.StoryRequest.DESCRIPTOR.fields_by_name}
+    own["controls"] = [_control(control) for control in fields.get("controls", ())]
+    return task_request(story_pb2.StoryRequest, fields, **own)
+
+
+def rewrite_request(fields: Fields) -> story_pb2.RewriteRequest:
+    """A story and one sentence's control."""
+    control = _control(fields["control"])
+    return task_request(story_pb2.RewriteRequest, fields, story_id=fields["story_id"], control=control)
+
+
+def _control(given: Mapping[str, Any]) -> story_pb2.SentenceControl:
+    rest = {name: value for name, value in given.items() if name != "mode" and value is not None}
+    return story_pb2.SentenceControl(mode=_choice("mode", given.get("mode"), _MODES), **rest)
+
+
 def _with_meta(kind: Callable[..., Message]) -> Callable[[Fields], Message]:
     """A message whose fields are the request's own, but for those of the call."""
 
@@ -215,6 +237,10 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "put_knowledge": lambda fields: dialogue_pb2.PutKnowledgeRequest(**fields),
     "get_knowledge": lambda fields: dialogue_pb2.GetKnowledgeRequest(**fields),
     "delete_knowledge": lambda fields: dialogue_pb2.DeleteKnowledgeRequest(**fields),
+    "tell_story": story_request,
+    "rewrite_story": rewrite_request,
+    "get_story": lambda fields: story_pb2.GetStoryRequest(**fields),
+    "delete_story": lambda fields: story_pb2.DeleteStoryRequest(**fields),
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -244,6 +270,10 @@ RESPONSES: Mapping[str, type[Message]] = {
     "put_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "get_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "delete_knowledge": dialogue_pb2.DeleteKnowledgeResponse,
+    "tell_story": story_pb2.Story,
+    "rewrite_story": story_pb2.Story,
+    "get_story": story_pb2.Story,
+    "delete_story": story_pb2.DeleteStoryResponse,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,
@@ -257,6 +287,8 @@ RESPONSES: Mapping[str, type[Message]] = {
 EVENTS: Mapping[str, type[Message]] = {
     "generate": generation_pb2.GenerateEvent,
     "respond": dialogue_pb2.RespondEvent,
+    "tell_story": story_pb2.StoryEvent,
+    "rewrite_story": story_pb2.StoryEvent,
 }
 """Operation name -> the message of its stream's events, where that is not its answer's."""
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from trilithon._dialogue_types import Actor, KnowledgeBase, Nothing, Reply
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
+from trilithon._story_types import Story
 from trilithon._types import (
     Aborted,
     Completions,
@@ -87,6 +88,13 @@ GET_KNOWLEDGE = Operation("get_knowledge", "GET /v1/knowledge/{kb_id}", f"{_DIAL
 DELETE_KNOWLEDGE = Operation(
     "delete_knowledge", "DELETE /v1/knowledge/{kb_id}", f"{_DIALOGUE}/DeleteKnowledge", Nothing
 )
+_STORY = f"{_V1}StoryService"
+TELL_STORY = Operation("tell_story", "POST /v1/stories", f"{_STORY}/Generate", Story, takes_time_limit=True)
+REWRITE_STORY = Operation(
+    "rewrite_story", "POST /v1/stories/{story_id}/rewrite", f"{_STORY}/Rewrite", Story, takes_time_limit=True
+)
+GET_STORY = Operation("get_story", "GET /v1/stories/{story_id}", f"{_STORY}/GetStory", Story)
+DELETE_STORY = Operation("delete_story", "DELETE /v1/stories/{story_id}", f"{_STORY}/DeleteStory", Nothing)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
@@ -102,8 +110,8 @@ DELETE_ALIAS = Operation("delete_alias", "DELETE /v1/aliases/{alias}", f"{_V1}Mo
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, RESPOND,
-    PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, LIST_MODELS, GET_MODEL,
-    LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
+    PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, TELL_STORY, REWRITE_STORY,
+    GET_STORY, DELETE_STORY, LIST_MODELS, GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 
 
