@@ -50,7 +50,7 @@ function sentenceRow({ index, text, keywords, facts, logprob, reused, unknown_ke
   if (unopposed?.length) notes.push(`no opposite of ${unopposed.join(", ")}`);
   return h(
     "li",
-    { class: "sentence", "data-index": index, "data-reused": Boolean(reused) },
+    { class: "sentence", "data-index": index, "data-reused": reused === true },
     h("p", { class: "said" }, text),
     given ? null : editor(index, keywords),
     facts.length ? h("details", { class: "grounds", open: true }, h("summary", {}, `Knowledge: ${facts.length}`), h("ol", {}, ...facts.map(factRow))) : null,

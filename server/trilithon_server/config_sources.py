@@ -102,7 +102,7 @@ def load(
         except ConfigError as error:
             violations += error.violations
     settings = [*_from_environment(os.environ if environ is None else environ), *_from_sets(sets, violations)]
-    for setting in [*settings, *flags]:
+    for setting in sorted([*settings, *flags], key=_entries):  # entry 0 may come from a later source than entry 1
         try:
             _put(tree, setting, origins)
         except ConfigError as error:
@@ -245,6 +245,11 @@ def _merge(
             into[str(key)] = value
             for path, _ in _leaves(value, ".".join(here)):
                 origins[path] = origin
+
+
+def _entries(setting: Setting) -> list[int]:
+    """Which entries of lists a setting is of. Sorting by it leaves settings of one path in their order."""
+    return [int(part) for part in setting.path.split(".") if part.isdigit()]
 
 
 def _put(tree: dict[str, Any], setting: Setting, origins: dict[str, str]) -> None:

@@ -56,7 +56,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("browser") / "tiny-llama", context=4096)
 
 
-def _free_ports() -> tuple[int, int]:
+def free_ports() -> tuple[int, int]:
+    """Two ports that nobody listens on."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(2)]
         for probe in probes:
@@ -72,7 +73,7 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     if running:
         yield Server(running.rstrip("/"))
         return
-    with serve(model_dir, _free_ports(), tmp_path_factory.mktemp("log") / "server.log") as started:
+    with serve(model_dir, free_ports(), tmp_path_factory.mktemp("log") / "server.log") as started:
         yield started
 
 
@@ -84,7 +85,7 @@ def keyed_server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     keys.touch(mode=0o600)
     keys.write_text(f"{API_KEY} tenant=test scopes=user+admin\n")
     flags = ("--api-keys-file", str(keys), "--public-ui")
-    with serve(model_dir, _free_ports(), folder / "server.log", *flags, key=API_KEY) as started:
+    with serve(model_dir, free_ports(), folder / "server.log", *flags, key=API_KEY) as started:
         yield started
 
 
@@ -135,7 +136,7 @@ def served_site(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     keys.touch(mode=0o600)
     keys.write_text(JOBS_KEYS)
     flags = ("--api-keys-file", str(keys), "--public-ui", "--jobs", str(folder / "store"), "--set", "jobs.slots=0")
-    with serve(model_dir, _free_ports(), folder / "server.log", *flags, key=JOBS_KEY) as server:
+    with serve(model_dir, free_ports(), folder / "server.log", *flags, key=JOBS_KEY) as server:
         jobs = Jobs(None, StorePaths(folder / "store"))
         yield Site(server, jobs, model_dir)
         jobs.close()

@@ -186,6 +186,16 @@ def test_a_flag_of_one_engine_is_refused_when_there_are_several(tmp_path: Path) 
     assert [engine.tp for engine in load_from_args(args).config.engines] == [1, 2]
 
 
+def test_a_second_engine_is_set_beside_the_model_of_the_command(tmp_path: Path) -> None:
+    """The model that is named first is entry 0, whichever source comes first; a gap is still refused."""
+    args = _parse("models/a", "--set", "engines.1.model=models/b", "--set", "engines.1.name=b")
+    engines = load_from_args(args).config.engines
+
+    assert [engine.model for engine in engines] == ["models/a", "models/b"]
+    with pytest.raises(ConfigError, match=r"engines\.2\.model must name one of 1 entries, or the next one\. Given: 2"):
+        load_from_args(_parse("models/a", "--set", "engines.2.model=models/b"))
+
+
 def test_the_tree_survives_its_way_to_the_front(tmp_path: Path) -> None:
     """What the supervisor writes is what the front reads, and only the owner may read the file."""
     config: ServeConfig = load(sets=[MODEL, "server.allow_origin=a,b", "limits.max_body_bytes=1MiB"], environ={}).config
