@@ -92,7 +92,7 @@ def serving_open(folder: Path) -> Iterator[Open]:
     keys = folder / "keys"
     keys.write_text(f"{ALICE} tenant=alice\n{BOB} tenant=bob\n")
     keys.chmod(0o600)
-    flags = ["--dtype", "float32", "--api-keys-file", str(keys)]
+    flags = ["--dtype", "float32", "--api-keys-file", str(keys), "--public-ui"]
     for i, directory in enumerate((encoder, spans), 1):
         for name, value in {"name": f"e{i}", "model": directory, "num_threads": 1, "dtype": "float32"}.items():
             flags += ["--set", f"engines.{i}.{name}={value}"]

@@ -24,7 +24,7 @@ byId("ask").append(
 );
 
 async function show(models) {
-  const names = models.filter(({ capabilities }) => capabilities?.some((one) => one === "generate" || one === "span_qa")).map(({ id }) => id);
+  const names = models.filter(({ capabilities }) => capabilities?.some((one) => one === "generate" || one === "answer")).map(({ id }) => id);
   const options = [["", "the first that can"], ...names.map((name) => [name, name])];
   fill(model, options);
   const { indexes } = await page.api.json("/v1/retrieval/indexes").catch((error) => {

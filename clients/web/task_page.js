@@ -100,12 +100,15 @@ export class TaskPage {
     }
   }
 
-  /** Show broken rules beside their fields, "knowledge.documents[0].text" beside the longest name that it begins with. */
+  /**
+   * Show broken rules beside their fields, "knowledge.documents[0].text" beside the longest name that it begins with,
+   * "max_tokens" also beside "sampling.max_tokens".
+   */
   #place(details) {
     const rest = [];
     for (const violation of details) {
       const path = violation.field ?? "";
-      const names = [...this.#fields.keys()].filter((name) => path === name || path.startsWith(`${name}.`) || path.startsWith(`${name}[`));
+      const names = [...this.#fields.keys()].filter((name) => path === name || path.startsWith(`${name}.`) || path.startsWith(`${name}[`) || name.endsWith(`.${path}`));
       const found = this.#fields.get(names.sort((a, b) => b.length - a.length)[0]);
       if (!found) {
         rest.push(violation);
