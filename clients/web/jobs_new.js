@@ -18,6 +18,12 @@ const TASKS = {
   classify: "sort texts into classes",
   span_qa: "find answers in a context",
   mlm: "fill masked words",
+  dialogue: "speak as an actor of earlier conversations",
+  grounded_dialogue: "speak of what sentences of knowledge say",
+  dpr: "find the passages of a question",
+  ict: "find the passage of a sentence",
+  answer_gen: "propose answers of a passage",
+  question_gen: "ask for an answer",
 };
 
 /** Settings with a field of their own; everything else goes through the JSON box. Names are those of the API. */
