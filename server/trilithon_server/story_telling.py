@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from trilithon.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument
+from trilithon.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from trilithon_server.assembly import FinishReason, TokenInfo
 from trilithon_server.generation import Generation, Timings, Usage
 from trilithon_server.knowledge.fact_vectors import ScoredFact
@@ -304,7 +304,7 @@ def _room(model: ServedModel, wanted: int) -> int:
 
 
 async def _packed(model: ServedModel, pack: Callable[[], Packed]) -> Packed:
-    """A prompt, made beside the loop; what cannot be packed is told as the client's or the model's fault."""
+    """A prompt, made beside the loop."""
     try:
         return await asyncio.to_thread(pack)
     except NoRoom as error:
@@ -313,6 +313,5 @@ async def _packed(model: ServedModel, pack: Callable[[], Packed]) -> Packed:
             code="prompt_too_long",
             hint="Shorten the first sentence, give fewer keywords, or lower max_tokens.",
         ) from None
-    except ValueError as error:
-        message = f"model `{model.name}` cannot read stories as its task file says: {error}"
-        raise FailedPrecondition(message, code="task_invalid") from None
+    except ValueError as error:  # characters that the tokenizer needs for itself
+        raise InvalidArgument(f"the story {error}.", code="invalid_value", hint="Take it out.") from None

@@ -11,7 +11,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from served import Server, serving
+from served import START_S, Server, serving
 
 from trilithon.api.v1 import common_pb2, story_pb2, story_pb2_grpc
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
@@ -300,22 +300,24 @@ def test_S8_stories_are_a_tenants_own_and_knowledge_must_be_there(decoder: Path,
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
     keys.chmod(0o600)
-    with serving(decoder, "--dtype", "float32", "--api-keys-file", str(keys)) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as http:
-            alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
-            story = http.post("/v1/stories", json=ASKED, headers=alice).json()
-            path = f"/v1/stories/{story['story_id']}"
-            control = {"control": {"index": 2, "keywords": ["boat"]}}
-            asked = [
-                http.get(path, headers=bob),
-                http.delete(path, headers=bob),
-                http.post(f"{path}/rewrite", json=control, headers=bob),
-            ]
-            nobody = http.get(path)
-            own = http.get(path, headers=alice)
-            knowledge = http.post("/v1/stories", json={**ASKED, "knowledge_k": 3}, headers=alice).json()["error"]
-            opposite = {"controls": [{"index": 2, "mode": "antonym"}]}
-            antonym = http.post("/v1/stories", json={**ASKED, **opposite}, headers=alice).json()["error"]
+    with (
+        serving(decoder, "--dtype", "float32", "--api-keys-file", str(keys)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
+        story = http.post("/v1/stories", json=ASKED, headers=alice).json()
+        path = f"/v1/stories/{story['story_id']}"
+        control = {"control": {"index": 2, "keywords": ["boat"]}}
+        asked = [
+            http.get(path, headers=bob),
+            http.delete(path, headers=bob),
+            http.post(f"{path}/rewrite", json=control, headers=bob),
+        ]
+        nobody = http.get(path)
+        own = http.get(path, headers=alice)
+        knowledge = http.post("/v1/stories", json={**ASKED, "knowledge_k": 3}, headers=alice).json()["error"]
+        opposite = {"controls": [{"index": 2, "mode": "antonym"}]}
+        antonym = http.post("/v1/stories", json={**ASKED, **opposite}, headers=alice).json()["error"]
 
     assert [one["facts"] for one in story["sentences"]] == [[]] * 5
     assert [response.status_code for response in asked] == [404] * 3
@@ -323,3 +325,12 @@ def test_S8_stories_are_a_tenants_own_and_knowledge_must_be_there(decoder: Path,
     assert own.json()["text"] == story["text"]
     assert (knowledge["code"], "server.concepts" in knowledge["message"]) == ("concepts_missing", True)
     assert antonym["param"] == "controls[0].mode"
+
+
+def test_concepts_that_cannot_be_read_stop_the_start(decoder: Path, tmp_path: Path) -> None:
+    """The server says which file, and what must be there."""
+    with serving(decoder, "--set", f"server.concepts={tmp_path}", wait=False) as server:
+        code = server.process.wait(START_S)
+
+        assert code != 0
+        assert f"{tmp_path} must be a file of facts" in server.output()
