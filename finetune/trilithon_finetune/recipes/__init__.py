@@ -13,6 +13,8 @@ from trilithon_finetune.recipes.preference import Preference
 from trilithon_finetune.recipes.relation import Relation
 from trilithon_finetune.recipes.retriever import DensePassages, InverseCloze
 from trilithon_finetune.recipes.span_qa import SpanQa
+from trilithon_finetune.recipes.story import StoryGenerator, StoryKeywords
+from trilithon_finetune.recipes.story_ranker import StoryRanker
 from trilithon_finetune.recipes.token_tagging import TokenTagging
 from trilithon_finetune.recipes.yes_no_maybe import YesNoMaybe
 
@@ -31,5 +33,8 @@ RECIPES: dict[str, Recipe] = {
     "ict": InverseCloze(),
     "dialogue": Dialogue(),
     "grounded_dialogue": GroundedDialogue(),
+    "story_keywords": StoryKeywords(),
+    "story_generator": StoryGenerator(),
+    "story_ranker": StoryRanker(),
 }
 """Recipe by task name."""
