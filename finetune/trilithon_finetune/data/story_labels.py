@@ -13,11 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trilithon_finetune.data.findings import Finding, line_form
+from trilithon_finetune.data.reading import Row as Placed
+from trilithon_finetune.data.reading import read_rows
+from trilithon_finetune.recipes.story_rows import check_story
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.concepts import Concepts
 from trilithon_server.knowledge.fact_vectors import by_cosine
@@ -54,6 +59,24 @@ class LabelOptions:
     facts: int = 10
     others: int = 20
     per_keyword: int = PER_KEYWORD
+
+
+def read_stories(path: Path) -> list[Row]:
+    """
+    The rows of a file of stories.
+
+    Raises:
+        ValueError: a row is none; the message has the first finding.
+        OSError: the file cannot be read.
+    """
+    rows: list[Row] = []
+    for item in read_rows(path):
+        findings = [item] if isinstance(item, Finding) else check_story(item.value, file=path.name, line=item.line)
+        if findings:
+            raise ValueError(line_form(findings[0]))
+        assert isinstance(item, Placed)
+        rows.append(dict(item.value))
+    return rows
 
 
 class StoryLabeller:

@@ -11,7 +11,7 @@ from trilithon_finetune.recipes.fields import RowCheck
 from trilithon_server.knowledge.keywords import keywords
 
 SENTENCES = "sentences"
-KEYS = ("sentences", "title", "steps", "labelled_by", "id")
+KEYS = ("sentences", "title", "steps", "labelled_by", "id", "source")
 LISTS = ("keywords", "facts", "ranked", "others")
 """Of a step."""
 LABEL_FIRST = "Label the rows with `trilithon data stories`."
