@@ -45,8 +45,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says; a mistake in the data is exit code 3."""
-    if args.action in ("convert", "stories"):
-        return {"convert": _convert, "stories": _stories}[args.action].run(args)
+    if args.action == "convert":
+        return _convert.run(args)
+    if args.action == "stories":
+        return _stories.run(args)
     actions = {"prepare": _prepare, "tokenizer": _tokenizer, "fragmentation": _fragmentation, "info": _info}
     errors = _load("errors")
     config = _extra.load("trilithon_parallel.config", verb="data", extra="engine")
