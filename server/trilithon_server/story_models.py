@@ -51,6 +51,7 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
     for model in (writer, predictor, ranker):
         if model is not None:
             model.ready()
+            model.engine.check_admission(1)  # a full queue is told before a stream begins
     known_writing, known_predicting = _format(writer), _format(predictor)
     ranking = None if ranker is None else _format(ranker)
     writing = known_writing if isinstance(known_writing, SentenceFormat) else _sentences_in_words(writer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,34 @@ def test_concepts_that_cannot_be_read_stop_the_start(decoder: Path, tmp_path: Pa
 
         assert code != 0
         assert f"{tmp_path} must be a file of facts" in server.output()
+
+
+def test_acc_005_a_model_that_was_trained_reads_what_it_was_trained_on(decoder: Path, tmp_path: Path) -> None:
+    """
+    The task file says how: here no guide, and no keywords in the prompt. One whose marks the vocabulary lacks is
+    refused with what is missing.
+    """
+    format_ = SentenceFormat(max_story=64, with_keywords=False)
+    trained, broken = tmp_path / "trained", tmp_path / "broken"
+    for path, known in ((trained, format_), (broken, SentenceFormat("tokens"))):
+        shutil.copytree(decoder, path)
+        (path / "task.json").write_text(json.dumps(known.task_file()))
+    second = [
+        "--set",
+        "engines.1.name=broken",
+        "--set",
+        f"engines.1.model={broken}",
+        "--set",
+        "engines.1.num_threads=1",
+    ]
+    with serving(trained, "--dtype", "float32", "--kv-cache-bytes", "32MiB", *second) as server:
+        body = {"model": "trained", "sentences": 1, "controls": [{"index": 2, "keywords": ["boat"]}], "temperature": 0}
+        told = tell(server, **body)["sentences"][1]
+        prompt = format_.pack([FIRST], load_tokenizer(decoder), keywords=["boat"])
+        plain = {"model": "trained", "prompt": list(prompt.tokens), "max_tokens": 12, "stop": ["\n"], "temperature": 0}
+        text = httpx.post(f"{server.url}/v1/generate", json=plain, timeout=60).json()["choices"][0]["text"]
+        refused = httpx.post(f"{server.url}/v1/stories", json={**ASKED, "model": "broken"}, timeout=60).json()["error"]
+
+    assert told["keywords"] == ["boat"]
+    assert told["text"] == " ".join(text[: first_end(text)].split())
+    assert (refused["code"], "<|story|>" in refused["message"]) == ("task_invalid", True)
