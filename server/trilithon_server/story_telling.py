@@ -225,8 +225,8 @@ class Telling:
                     if choice is None:
                         continue
                     more, infos, _ = choice.take()
-                    seen, text, tokens = len(text), text + more, tokens + infos
-                    end = None if whole else first_end(text, seen)
+                    text, tokens = text + more, tokens + infos
+                    end = None if whole else first_end(text)
                     if end is None:
                         continue
                     text = text[:end]
@@ -268,21 +268,15 @@ class Telling:
         return replace(first, decode_ms=max(0.0, total_ms - first.first_token_ms), total_ms=total_ms)
 
 
-def first_end(text: str, seen: int = 0) -> int | None:
+def first_end(text: str) -> int | None:
     """
-    Where the first sentence of a growing text ends, as soon as another begins behind it: in whatever pieces it came.
+    Where the first sentence of a growing text ends, as soon as another begins: what comes then changes nothing.
 
     >>> first_end("Tom ran. The dog"), first_end("Tom ran. ")
     (8, None)
-
-    Args:
-        seen: characters that were looked at before, without finding an end.
     """
-    for size in range(seen + 1, len(text) + 1):
-        found = split_sentences(text[:size])
-        if len(found) > 1:
-            return found[0][1]
-    return None
+    found = split_sentences(text)
+    return found[0][1] if len(found) > 1 else None
 
 
 def seed_of(seed: int, index: int) -> int:
