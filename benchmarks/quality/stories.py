@@ -268,17 +268,15 @@ class Teller:
 
     def _written(self, told: Sequence[Sequence[str]], said: Sequence[Sequence[str]], index: int) -> list[str]:
         format_ = SentenceFormat(max_story=160, max_knowledge=64)
-        texts = []
-        for number, (story, words) in enumerate(zip(told, said, strict=True)):
+        prompts = []
+        for story, words in zip(told, said, strict=True):
             facts = [fact.text for fact in self.concepts.graph.facts(words).facts]
             known = by_vectors(self.encoder, Step(index, story, "", ()), facts)[:FACTS] if facts else []
-            prompt = format_.pack(story, self.llm.tokenizer, keywords=words, knowledge=known).tokens
-            params = SamplingParams(
-                temperature=0.7, top_k=40, max_tokens=64, stop=("\n",), seed=seed_of(self.seed + number, index)
-            )
-            text = self.llm.generate([list(prompt)], params, adapter="sentences")[0].choices[0].text
-            texts.append(" ".join(text[: first_end(text)].split()))
-        return texts
+            prompts.append(list(format_.pack(story, self.llm.tokenizer, keywords=words, knowledge=known).tokens))
+        seed = seed_of(self.seed, index)
+        params = SamplingParams(temperature=0.7, top_k=40, max_tokens=64, stop=format_.stops, seed=seed)
+        texts = [out.choices[0].text for out in self.llm.generate(prompts, params, adapter="sentences")]
+        return [" ".join(text[: first_end(text)].split()) for text in texts]
 
 
 def control(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
