@@ -120,6 +120,18 @@ def _dialogue(i: int) -> dict[str, Any]:
     }
 
 
+def _story(i: int) -> dict[str, Any]:
+    word, thing = _pair(i)
+    other, _ = _pair(i + 3)
+    step = {
+        "keywords": [thing],
+        "facts": [f"{thing} is {word}"],
+        "ranked": [f"{thing} is {other}"],
+        "others": [f"{thing} is {other}", f"{thing} is at {other} {i}"],
+    }
+    return {"sentences": [f"There is a {thing} {i}.", f"It is {word}."], "steps": [step]}
+
+
 _ROW = {
     "lm": _text,
     "sft": _chat,
@@ -136,8 +148,14 @@ _ROW = {
     "answer_gen": _span,
     "question_gen": _span,
     "dpr": _passages,
+    "story_keywords": _story,
+    "story_generator": _story,
+    "story_ranker": _story,
     "ict": _document,
 }
 
-DECODER_TASKS = ("lm", "sft", "dpo", "answer_qa", "yes_no_maybe", "dialogue", "grounded_dialogue", "question_gen")
-ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "answer_gen", "dpr", "ict")
+DECODER_TASKS = (
+    "lm", "sft", "dpo", "answer_qa", "yes_no_maybe", "dialogue", "grounded_dialogue", "question_gen", "story_keywords",
+    "story_generator",
+)  # fmt: skip
+ENCODER_TASKS = ("mlm", "span_qa", "ner", "relation", "classify", "answer_gen", "dpr", "ict", "story_ranker")

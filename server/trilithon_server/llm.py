@@ -157,11 +157,14 @@ class LLM:
         self._run(submits, pending)
         return [self._output(item, checked) for item in pending.values()]
 
-    def embed(self, texts: str | Sequence[str], *, kind: str = "MEAN", normalize: bool = True) -> list[list[float]]:
+    def embed(
+        self, texts: str | Sequence[str | Sequence[int]], *, kind: str = "MEAN", normalize: bool = True
+    ) -> list[list[float]]:
         """
         One vector a text, from an encoder.
 
         Args:
+            texts: or token ids, which are used as they are.
             kind: how a text's vectors become one: MEAN, FIRST or LAST.
             normalize: to length 1.
         Raises:
@@ -169,8 +172,9 @@ class LLM:
         """
         submits, pending = [], {}
         for text in [texts] if isinstance(texts, str) else texts:
-            prepared = Prepared(ids=self.tokenizer.encode(text, add_special_tokens=True))
-            submit = self._submit(Sequenced(ids=prepared.ids), SamplingParams())
+            ids = self.tokenizer.encode(text, add_special_tokens=True) if isinstance(text, str) else text
+            prepared = Prepared(ids=ids)
+            submit = self._submit(Sequenced(ids=ids), SamplingParams())
             submit.pooling.CopyFrom(Pooling(kind=Pooling.Kind.Value(kind), normalize=normalize))
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, [])

@@ -51,13 +51,18 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
     for model in (writer, predictor, ranker):
         if model is not None:
             model.ready()
-    writing, predicting = _format(writer), _format(predictor)
+            model.engine.check_admission(1)  # a full queue is told before a stream begins
+    known_writing, known_predicting = _format(writer), _format(predictor)
     ranking = None if ranker is None else _format(ranker)
+    writing = known_writing if isinstance(known_writing, SentenceFormat) else _sentences_in_words(writer)
+    predicting = known_predicting if isinstance(known_predicting, KeywordFormat) else _keywords_in_words(predictor)
+    _check(writer, writing)
+    _check(predictor, predicting)
     return Cast(
         writer=writer,
-        writing=writing if isinstance(writing, SentenceFormat) else _sentences_in_words(writer),
+        writing=writing,
         predictor=predictor,
-        predicting=predicting if isinstance(predicting, KeywordFormat) else _keywords_in_words(predictor),
+        predicting=predicting,
         ranker=ranker,
         ranking=ranking if isinstance(ranking, RankerFormat) else _ranking_of(ranker),
     )
@@ -87,6 +92,14 @@ def _keywords_in_words(model: ServedModel) -> KeywordFormat:
 def _ranking_of(model: ServedModel | None) -> RankerFormat:
     window = RankerFormat().max_story if model is None else model.max_context
     return RankerFormat(max_story=min(128, window), max_fact=min(64, window))
+
+
+def _check(model: ServedModel, format: SentenceFormat | KeywordFormat) -> None:
+    try:
+        format.check(model.tokenizer)
+    except ValueError as error:
+        message = f"model `{model.name}` cannot read stories as its task file says: {error}"
+        raise FailedPrecondition(message, code="task_invalid") from None
 
 
 def _format(model: ServedModel) -> TaskFormat | None:

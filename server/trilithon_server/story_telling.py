@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from trilithon.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument
+from trilithon.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from trilithon_server.assembly import FinishReason, TokenInfo
 from trilithon_server.generation import Generation, Timings, Usage
 from trilithon_server.knowledge.fact_vectors import ScoredFact
@@ -225,8 +225,8 @@ class Telling:
                     if choice is None:
                         continue
                     more, infos, _ = choice.take()
-                    seen, text, tokens = len(text), text + more, tokens + infos
-                    end = None if whole else first_end(text, seen)
+                    text, tokens = text + more, tokens + infos
+                    end = None if whole else first_end(text)
                     if end is None:
                         continue
                     text = text[:end]
@@ -268,21 +268,15 @@ class Telling:
         return replace(first, decode_ms=max(0.0, total_ms - first.first_token_ms), total_ms=total_ms)
 
 
-def first_end(text: str, seen: int = 0) -> int | None:
+def first_end(text: str) -> int | None:
     """
-    Where the first sentence of a growing text ends, as soon as another begins behind it: in whatever pieces it came.
+    Where the first sentence of a growing text ends, as soon as another begins: what comes then changes nothing.
 
     >>> first_end("Tom ran. The dog"), first_end("Tom ran. ")
     (8, None)
-
-    Args:
-        seen: characters that were looked at before, without finding an end.
     """
-    for size in range(seen + 1, len(text) + 1):
-        found = split_sentences(text[:size])
-        if len(found) > 1:
-            return found[0][1]
-    return None
+    found = split_sentences(text)
+    return found[0][1] if len(found) > 1 else None
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -304,7 +298,7 @@ def _room(model: ServedModel, wanted: int) -> int:
 
 
 async def _packed(model: ServedModel, pack: Callable[[], Packed]) -> Packed:
-    """A prompt, made beside the loop; what cannot be packed is told as the client's or the model's fault."""
+    """A prompt, made beside the loop."""
     try:
         return await asyncio.to_thread(pack)
     except NoRoom as error:
@@ -313,6 +307,5 @@ async def _packed(model: ServedModel, pack: Callable[[], Packed]) -> Packed:
             code="prompt_too_long",
             hint="Shorten the first sentence, give fewer keywords, or lower max_tokens.",
         ) from None
-    except ValueError as error:
-        message = f"model `{model.name}` cannot read stories as its task file says: {error}"
-        raise FailedPrecondition(message, code="task_invalid") from None
+    except ValueError as error:  # characters that the tokenizer needs for itself
+        raise InvalidArgument(f"the story {error}.", code="invalid_value", hint="Take it out.") from None

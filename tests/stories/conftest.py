@@ -1,4 +1,4 @@
-"""A server that tells stories: a tiny decoder and a tiny encoder of random weights, and a few facts in our own words."""
+"""A server that tells stories: a tiny decoder and a tiny encoder of random weights, and facts in our own words."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from served import Server, serving
+from served import START_S, Server, serving
 
 from trilithon.api.v1 import common_pb2, story_pb2, story_pb2_grpc
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
@@ -300,22 +301,24 @@ def test_S8_stories_are_a_tenants_own_and_knowledge_must_be_there(decoder: Path,
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
     keys.chmod(0o600)
-    with serving(decoder, "--dtype", "float32", "--api-keys-file", str(keys)) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as http:
-            alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
-            story = http.post("/v1/stories", json=ASKED, headers=alice).json()
-            path = f"/v1/stories/{story['story_id']}"
-            control = {"control": {"index": 2, "keywords": ["boat"]}}
-            asked = [
-                http.get(path, headers=bob),
-                http.delete(path, headers=bob),
-                http.post(f"{path}/rewrite", json=control, headers=bob),
-            ]
-            nobody = http.get(path)
-            own = http.get(path, headers=alice)
-            knowledge = http.post("/v1/stories", json={**ASKED, "knowledge_k": 3}, headers=alice).json()["error"]
-            opposite = {"controls": [{"index": 2, "mode": "antonym"}]}
-            antonym = http.post("/v1/stories", json={**ASKED, **opposite}, headers=alice).json()["error"]
+    with (
+        serving(decoder, "--dtype", "float32", "--api-keys-file", str(keys)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+    ):
+        alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
+        story = http.post("/v1/stories", json=ASKED, headers=alice).json()
+        path = f"/v1/stories/{story['story_id']}"
+        control = {"control": {"index": 2, "keywords": ["boat"]}}
+        asked = [
+            http.get(path, headers=bob),
+            http.delete(path, headers=bob),
+            http.post(f"{path}/rewrite", json=control, headers=bob),
+        ]
+        nobody = http.get(path)
+        own = http.get(path, headers=alice)
+        knowledge = http.post("/v1/stories", json={**ASKED, "knowledge_k": 3}, headers=alice).json()["error"]
+        opposite = {"controls": [{"index": 2, "mode": "antonym"}]}
+        antonym = http.post("/v1/stories", json={**ASKED, **opposite}, headers=alice).json()["error"]
 
     assert [one["facts"] for one in story["sentences"]] == [[]] * 5
     assert [response.status_code for response in asked] == [404] * 3
@@ -323,3 +326,43 @@ def test_S8_stories_are_a_tenants_own_and_knowledge_must_be_there(decoder: Path,
     assert own.json()["text"] == story["text"]
     assert (knowledge["code"], "server.concepts" in knowledge["message"]) == ("concepts_missing", True)
     assert antonym["param"] == "controls[0].mode"
+
+
+def test_concepts_that_cannot_be_read_stop_the_start(decoder: Path, tmp_path: Path) -> None:
+    """The server says which file, and what must be there."""
+    with serving(decoder, "--set", f"server.concepts={tmp_path}", wait=False) as server:
+        code = server.process.wait(START_S)
+
+        assert code != 0
+        assert f"{tmp_path} must be a file of facts" in server.output()
+
+
+def test_acc_005_a_model_that_was_trained_reads_what_it_was_trained_on(decoder: Path, tmp_path: Path) -> None:
+    """
+    The task file says how: here no guide, and no keywords in the prompt. One whose marks the vocabulary lacks is
+    refused with what is missing.
+    """
+    format_ = SentenceFormat(max_story=64, with_keywords=False)
+    trained, broken = tmp_path / "trained", tmp_path / "broken"
+    for path, known in ((trained, format_), (broken, SentenceFormat("tokens"))):
+        shutil.copytree(decoder, path)
+        (path / "task.json").write_text(json.dumps(known.task_file()))
+    second = [
+        "--set",
+        "engines.1.name=broken",
+        "--set",
+        f"engines.1.model={broken}",
+        "--set",
+        "engines.1.num_threads=1",
+    ]
+    with serving(trained, "--dtype", "float32", "--kv-cache-bytes", "32MiB", *second) as server:
+        body = {"model": "trained", "sentences": 1, "controls": [{"index": 2, "keywords": ["boat"]}], "temperature": 0}
+        told = tell(server, **body)["sentences"][1]
+        prompt = format_.pack([FIRST], load_tokenizer(decoder), keywords=["boat"])
+        plain = {"model": "trained", "prompt": list(prompt.tokens), "max_tokens": 12, "stop": ["\n"], "temperature": 0}
+        text = httpx.post(f"{server.url}/v1/generate", json=plain, timeout=60).json()["choices"][0]["text"]
+        refused = httpx.post(f"{server.url}/v1/stories", json={**ASKED, "model": "broken"}, timeout=60).json()["error"]
+
+    assert told["keywords"] == ["boat"]
+    assert told["text"] == " ".join(text[: first_end(text)].split())
+    assert (refused["code"], "<|story|>" in refused["message"]) == ("task_invalid", True)

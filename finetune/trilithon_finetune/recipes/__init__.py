@@ -15,6 +15,8 @@ from trilithon_finetune.recipes.question_gen import QuestionGen
 from trilithon_finetune.recipes.relation import Relation
 from trilithon_finetune.recipes.retriever import DensePassages, InverseCloze
 from trilithon_finetune.recipes.span_qa import SpanQa
+from trilithon_finetune.recipes.story import StoryGenerator, StoryKeywords
+from trilithon_finetune.recipes.story_ranker import StoryRanker
 from trilithon_finetune.recipes.token_tagging import TokenTagging
 from trilithon_finetune.recipes.yes_no_maybe import YesNoMaybe
 
@@ -35,5 +37,8 @@ RECIPES: dict[str, Recipe] = {
     "grounded_dialogue": GroundedDialogue(),
     "answer_gen": AnswerGen(),
     "question_gen": QuestionGen(),
+    "story_keywords": StoryKeywords(),
+    "story_generator": StoryGenerator(),
+    "story_ranker": StoryRanker(),
 }
 """Recipe by task name."""

@@ -105,6 +105,11 @@ class _Format:
         """What ends an answer, beside the model's end token: in words it is a line."""
         return ("\n",) if self.markers == "text" else ()
 
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises: ValueError: the tokenizer lacks a special token."""
+        for name in (STORY, KEYWORDS, KNOWLEDGE, SEPARATOR) if self.markers == "tokens" else ():
+            special(name, tokenizer)
+
     def task_file(self) -> dict[str, JsonValue]:
         """What `from_task_file` reads."""
         return {"task": self.task, **asdict(self)}
@@ -125,6 +130,8 @@ class _Format:
         for name, value in asdict(found).items():
             if name.startswith("max_") and (not isinstance(value, int) or value < (name == "max_story")):
                 raise ValueError(f"{name} must be a size. Given: {value!r}")
+            if name.startswith("with_") and not isinstance(value, bool):
+                raise TypeError(f"{name} must be true or false. Given: {value!r}")
         return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trilithon import _store
 from trilithon.cli import _data_convert as _convert
+from trilithon.cli import _data_stories as _stories
 from trilithon.cli import _extra
 from trilithon.cli._output import (
     EXIT_CHECK_FAILED,
@@ -39,12 +40,15 @@ def add_arguments(parser: Parser) -> None:
     _add_fragmentation(actions.add_parser("fragmentation", help="say how finely vocabularies cut texts, side by side"))
     _add_info(actions.add_parser("info", help="say what a token file holds"))
     _convert.add(actions.add_parser("convert", help="turn a published data set into rows to finetune on"))
+    _stories.add(actions.add_parser("stories", help="label stories with keywords and facts, to finetune on"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says; a mistake in the data is exit code 3."""
     if args.action == "convert":
         return _convert.run(args)
+    if args.action == "stories":
+        return _stories.run(args)
     actions = {"prepare": _prepare, "tokenizer": _tokenizer, "fragmentation": _fragmentation, "info": _info}
     errors = _load("errors")
     config = _extra.load("trilithon_parallel.config", verb="data", extra="engine")

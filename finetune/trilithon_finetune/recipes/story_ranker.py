@@ -1,0 +1,143 @@
+"""
+Task `story_ranker`: an encoder whose vectors bring a story and the facts that its next sentence needs together. Rows
+are stories labelled by `trilithon data stories`, see `story.py`.
+
+A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
+the global batch, by cross-entropy. The story's side never sees the sentence. One encoder reads both.
+
+Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders and a margin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, JsonValue
+
+from trilithon_finetune.config import Section
+from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
+from trilithon_finetune.recipes.fields import Best
+from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, ranks_of
+from trilithon_finetune.recipes.story_rows import SENTENCES, Step, check_story, steps_of
+from trilithon_finetune.recipes.texts import nothing_learned
+from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.retrieval import RetrievalFormat
+from trilithon_server.tasks.story_format import RankerFormat
+
+
+class RankerOptions(Section):
+    """Options of the task `story_ranker`."""
+
+    story_tokens: Annotated[int, Field(ge=8)] = 128
+    """Of the story so far, at most: its last ones."""
+    fact_tokens: Annotated[int, Field(ge=8)] = 64
+    """Of a fact, at most: its first ones."""
+    positives: Annotated[int, Field(ge=1, le=10)] = 1
+    """Facts of a sentence that are learned, at most, the best ones."""
+    negatives: Annotated[int, Field(ge=0, le=7)] = 3
+    """Candidates of the sentence that each is told from, beside the facts of the other stories."""
+    score_scale: Annotated[float, Field(gt=0)] | None = None
+    """Of inner products before the softmax. None: 20 where vectors have length 1, else 1 / sqrt(hidden size)."""
+
+
+class StoryRanker(Recipe):
+    """The recipe of `story_ranker`."""
+
+    task = "story_ranker"
+    head: Head = "vectors"
+    formats: tuple[str, ...] = (SENTENCES,)
+    defaults = Defaults(lr_full=2e-5, batch_size=32, max_tokens=128, weight_decay=0.01, dropout=0.1)
+    Options: type[Section] = RankerOptions
+    best_metric: Best = ("valid_loss", "min")
+
+    def detect(self, row: Mapping[str, Any]) -> str | None:
+        """By its sentences."""
+        return SENTENCES if "sentences" in row else None
+
+    def rows_of(self, document: bytes, *, file: str) -> None:
+        """JSON lines only."""
+
+    def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
+        """Sentences and their steps."""
+        return check_story(row, file=file, line=line, labelled=True)
+
+    def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
+        """None: the head is a vector."""
+        return ()
+
+    def unit(self, options: Section) -> int:
+        """A story, a fact, and the candidates that it is told from."""
+        assert isinstance(options, RankerOptions)
+        return 2 + options.negatives
+
+    def score_scale(self, context: Context) -> float:
+        """Of inner products."""
+        options, model = _options(context), context.model
+        known = RetrievalFormat.for_encoder(
+            normalize=model.normalize, hidden_size=model.hidden_size, max_context=context.max_tokens
+        )
+        return options.score_scale or known.score_scale
+
+    def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
+        """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""
+        samples: list[Sample] = []
+        for step in steps_of(row):
+            for fact in step.facts[: _options(context).positives] if step.others else ():
+                samples += self._group(step, fact, context, line=line, first=len(samples))
+        return samples or [nothing_learned(context, file=file, line=line, path="steps")]
+
+    def _group(self, step: Step, fact: str, context: Context, *, line: int, first: int) -> list[Sample]:
+        options, format_, tokenizer = _options(context), _format(context), context.tokenizer
+        size = self.unit(options)
+        # All facts that fit the sentence count as one text: none of them is told from another.
+        fitting = _key("\n".join(step.facts))
+        parts: list[tuple[int, Encoded, int]] = [
+            (QUERY, format_.story(step.told, tokenizer), 0),
+            (ANSWER, format_.fact(fact, tokenizer), fitting),
+            *((OTHER, format_.fact(other, tokenizer), _key(other)) for other in step.others[: options.negatives]),
+        ]
+        parts += [(NOTHING, format_.fact("", tokenizer), 0)] * (size - len(parts))
+        return [
+            Sample(
+                encoded.tokens,
+                columns={"role": role, "pair": first // size, "key": key, "supervised": int(role == QUERY)},
+                row=line,
+                part=first + at,
+            )
+            for at, (role, encoded, key) in enumerate(parts)
+        ]
+
+    def metrics(
+        self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
+    ) -> Mapping[str, float]:
+        """`top_1`, `top_5`, `top_20`: the fact is among so many of all validation facts; `mean_rank`, from 1."""
+        ranks = np.array(ranks_of(outputs), dtype=np.float64)
+        if not len(ranks):
+            return {}
+        return {**{f"top_{k}": float((ranks <= k).mean()) for k in TOP}, "mean_rank": float(ranks.mean())}
+
+    def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
+        """What `RankerFormat` reads."""
+        return _format(context).task_file()
+
+
+def _options(context: Context) -> RankerOptions:
+    options = context.options
+    assert isinstance(options, RankerOptions)
+    return options
+
+
+def _format(context: Context) -> RankerFormat:
+    options = _options(context)
+    return RankerFormat(
+        max_story=min(options.story_tokens, context.max_tokens), max_fact=min(options.fact_tokens, context.max_tokens)
+    )
+
+
+def _key(text: str) -> int:
+    """31 bits of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1

@@ -1,0 +1,99 @@
+"""`client.stories` against a real server: both protocols, threads and event loops, whole and as it comes."""
+
+from __future__ import annotations
+
+import pytest
+from served import Server
+
+from trilithon import (
+    AsyncClient,
+    Client,
+    InvalidArgument,
+    NotFound,
+    SentenceControl,
+    Story,
+    StorySentence,
+    StoryStarted,
+    TaskOptions,
+)
+
+FIRST = "The old miller had a dog."
+CONTROLS: list[SentenceControl] = [{"index": 3, "keywords": ["boat"]}]
+DRAWN: TaskOptions = {"model": "writer", "seed": 5, "max_tokens": 12}
+
+
+@pytest.fixture(params=["http", "grpc"])
+def url(request: pytest.FixtureRequest, server: Server) -> str:
+    """The server by either protocol."""
+    return server.url if request.param == "http" else server.grpc_target
+
+
+def told(story: Story) -> tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]:
+    """What a story's sentences say, are about, and know."""
+    return tuple((one.text, one.keywords, tuple(fact.text for fact in one.facts)) for one in story.sentences)
+
+
+async def test_E3_stories_are_one_by_every_way(url: str) -> None:
+    """Whole, as it comes, from a thread and from a loop: the same sentences about the same keywords."""
+    with Client(url) as client:
+        whole = client.stories.generate(FIRST, controls=CONTROLS, knowledge_k=2, **DRAWN)
+        with client.stories.generate(FIRST, controls=CONTROLS, knowledge_k=2, stream=True, **DRAWN) as stream:
+            events = list(stream)
+    async with AsyncClient(url) as twin:
+        other = await twin.stories.generate(FIRST, controls=CONTROLS, knowledge_k=2, **DRAWN)
+        stream_of_loop = await twin.stories.generate(FIRST, controls=CONTROLS, knowledge_k=2, stream=True, **DRAWN)
+        events_of_loop = [event async for event in stream_of_loop]
+
+    assert told(whole) == told(other)
+    assert isinstance(events[0], StoryStarted)
+    assert events[0].seed == whole.seed == 5
+    sentences = tuple(event for event in events if isinstance(event, StorySentence))
+    assert sentences == tuple(event for event in events_of_loop if isinstance(event, StorySentence)) == whole.sentences
+    assert stream.result is not None
+    assert stream_of_loop.result is not None
+    assert told(stream.result) == told(stream_of_loop.result) == told(whole)
+    assert whole.sentences[2].keywords == ("boat",)
+    assert len(whole.sentences[2].facts) == 2
+    assert whole.text.startswith(f"{FIRST} ")
+    assert whole.usage.cached_tokens > 0
+    assert whole.finish_reason == whole.sentences[-1].finish_reason != ""
+
+
+async def test_a_story_is_rewritten_read_and_forgotten(url: str) -> None:
+    """Only what comes behind the changed sentence is new; the server keeps the last telling until it is deleted."""
+    with Client(url) as client:
+        story = client.stories.generate(FIRST, sentences=2, **DRAWN)
+        again = client.stories.rewrite(story.story_id, {"index": 3, "keywords": ["lamp"]}, time_limit_ms=60_000)
+        with client.stories.rewrite(story.story_id, {"index": 3, "keywords": ["lamp"]}, stream=True) as stream:
+            events = list(stream)
+        kept = client.stories.get(story.story_id)
+    async with AsyncClient(url) as twin:
+        same = await twin.stories.rewrite(story.story_id, {"index": 3, "keywords": ["lamp"]})
+        assert told(await twin.stories.get(story.story_id)) == told(same)
+        await twin.stories.delete(story.story_id)
+        with pytest.raises(NotFound) as gone:
+            await twin.stories.rewrite(story.story_id, {"index": 2, "keywords": ["dog"]}, stream=True)
+
+    assert [one.reused for one in again.sentences] == [True, True, False]
+    assert told(again)[:2] == told(story)[:2]
+    assert told(again) == told(kept) == told(same)
+    assert again.sentences[2].keywords == ("lamp",)
+    assert tuple(event for event in events if isinstance(event, StorySentence)) == again.sentences
+    assert gone.value.code == "story_not_found"
+
+
+async def test_refusals_come_before_the_first_event(url: str) -> None:
+    """Of a stream as of a whole story; a name that no story takes is no request at all."""
+    with Client(url) as client:
+        for stream in (False, True):
+            with pytest.raises(InvalidArgument, match="first_sentence"):
+                client.stories.generate(" ", stream=stream, **DRAWN)  # type: ignore[call-overload]  # either of the two
+        with pytest.raises(TypeError, match="max_tokens"):
+            client.stories.generate(FIRST, max_token=3)  # type: ignore[call-overload]  # misspelt on purpose
+        with pytest.raises(TypeError, match="seed"):
+            client.stories.rewrite("x", CONTROLS[0], seed=3)  # type: ignore[call-overload]  # a story keeps its own
+        with pytest.raises(InvalidArgument, match="mode"):
+            client.stories.generate(FIRST, controls=[{"index": 2, "mode": "swap"}], **DRAWN)  # type: ignore[typeddict-item]  # not one
+    async with AsyncClient(url) as twin:
+        with pytest.raises(InvalidArgument, match="first_sentence"):
+            await twin.stories.generate(" ", stream=True, **DRAWN)
