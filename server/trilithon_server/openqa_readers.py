@@ -127,7 +127,7 @@ async def write_answers(
         call,
         model.name,
         [Sequenced(ids=ids) for ids in prompts],
-        {"temperature": 0.0, **values, "stop": _stops(values)},
+        as_written(values),
         default_max_tokens=DEFAULT_TOKENS,
         field="top_k",
     )
@@ -243,9 +243,15 @@ def added(a: Usage, b: Usage) -> Usage:
     )
 
 
-def _stops(values: Mapping[str, Any]) -> object:
-    """The caller's stop strings and the end of the line; what is neither a text nor a list is for the validator."""
-    given = values.get("stop")
-    if given is None or isinstance(given, str):
-        return [*([given] if given else []), STOP]
-    return [*given, STOP] if isinstance(given, list) else given
+def as_written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Parameters of an answer that is written: greedy unless they say otherwise, and its line ends it.
+
+    >>> as_written({"stop": "."})
+    {'temperature': 0.0, 'stop': ['.', '\\n']}
+    """
+    stop = values.get("stop")
+    if stop is None or isinstance(stop, str):
+        stop = [stop] if stop else []
+    # What is no list is for the validator.
+    return {"temperature": 0.0, **values, "stop": [*stop, STOP] if isinstance(stop, list) else stop}

@@ -50,6 +50,7 @@ from trilithon._job_types import (
 )
 from trilithon._jobs import Files, Jobs
 from trilithon._models import AsyncModels, Models
+from trilithon._openqa import AsyncOpenQA, OpenQA, Sampling
 from trilithon._parameters import (
     CallOptions,
     ChatOptions,
@@ -60,6 +61,8 @@ from trilithon._parameters import (
     ToolCall,
 )
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._retrieval import AsyncRetrieval, Retrieval
+from trilithon._retrieval_types import Evidence, Hits, Index, OpenAnswer, Passage, SearchResults, Vector, Vectors
 from trilithon._streams import AsyncStream, Stream
 from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
@@ -120,7 +123,9 @@ __all__ = [
     "AsyncFiles",
     "AsyncJobs",
     "AsyncModels",
+    "AsyncOpenQA",
     "AsyncReplyStream",
+    "AsyncRetrieval",
     "AsyncStream",
     "AsyncTaskStream",
     "BodyTooLarge",
@@ -153,6 +158,7 @@ __all__ = [
     "EntityInput",
     "EntityPair",
     "Estimate",
+    "Evidence",
     "Extract",
     "FailedPrecondition",
     "File",
@@ -161,6 +167,8 @@ __all__ = [
     "Finished",
     "GenerationOptions",
     "Health",
+    "Hits",
+    "Index",
     "Internal",
     "InvalidArgument",
     "ItemScore",
@@ -178,7 +186,10 @@ __all__ = [
     "Model",
     "Models",
     "NotFound",
+    "OpenAnswer",
+    "OpenQA",
     "Overloaded",
+    "Passage",
     "PermissionDenied",
     "PromptInput",
     "ProtocolError",
@@ -189,8 +200,11 @@ __all__ = [
     "Reply",
     "ReplyDelta",
     "ReplyStream",
+    "Retrieval",
+    "Sampling",
     "ScoreItem",
     "Scores",
+    "SearchResults",
     "SpanAnswer",
     "SpanAnswers",
     "Started",
@@ -209,6 +223,8 @@ __all__ = [
     "Unimplemented",
     "Unloaded",
     "Usage",
+    "Vector",
+    "Vectors",
     "Violation",
     "__version__",
 ]

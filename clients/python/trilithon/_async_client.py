@@ -14,8 +14,10 @@ from trilithon._decode import decode
 from trilithon._dialogue import AsyncDialogue
 from trilithon._extract import AsyncExtract
 from trilithon._models import AsyncModels
+from trilithon._openqa import AsyncOpenQA
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._retrieval import AsyncRetrieval
 from trilithon._retry import Retries, new_request_id
 from trilithon._streams import AsyncStream
 from trilithon._task_streams import AsyncTaskStream
@@ -86,6 +88,8 @@ class AsyncClient:
         self.files = AsyncFiles(self)
         self.extract = AsyncExtract(self)
         self.dialogue = AsyncDialogue(self)
+        self.retrieval = AsyncRetrieval(self)
+        self.openqa = AsyncOpenQA(self)
 
     @overload
     async def generate(

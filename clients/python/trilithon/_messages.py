@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from trilithon import _job_messages
+from trilithon import _job_messages, _retrieval_messages
 from trilithon._parameters import PROTO_FIELDS
 from trilithon._transport import Fields
 from trilithon.api.v1 import (
@@ -19,6 +19,8 @@ from trilithon.api.v1 import (
     extract_pb2,
     generation_pb2,
     models_pb2,
+    openqa_pb2,
+    retrieval_pb2,
     tokenize_pb2,
 )
 from trilithon.errors import InvalidArgument, Violation
@@ -151,6 +153,15 @@ def respond_request(fields: Fields) -> dialogue_pb2.RespondRequest:
     )
 
 
+def open_request(fields: Fields) -> Message:
+    """A question, and where its answer may stand; `sampling` has the flat names of its parameters."""
+    plain = {name: value for name, value in fields.items() if name != "sampling"}
+    request = _with_meta(openqa_pb2.AnswerRequest)(_retrieval_messages.numbered(plain))
+    for name, value in (fields.get("sampling") or {}).items():
+        _checked(name, value, partial(_set, request, name))
+    return request
+
+
 def task_request(kind: Callable[..., TaskMessage], fields: Fields, **own: Any) -> TaskMessage:
     """
     The message of a task: `own` are its fields as they are, beside `meta`, `sampling` and `stopping` from flat names.
@@ -215,6 +226,10 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "put_knowledge": lambda fields: dialogue_pb2.PutKnowledgeRequest(**fields),
     "get_knowledge": lambda fields: dialogue_pb2.GetKnowledgeRequest(**fields),
     "delete_knowledge": lambda fields: dialogue_pb2.DeleteKnowledgeRequest(**fields),
+    "encode": lambda fields: _with_meta(retrieval_pb2.EncodeRequest)(_retrieval_messages.numbered(fields)),
+    "search": lambda fields: _with_meta(retrieval_pb2.SearchRequest)(_retrieval_messages.numbered(fields)),
+    "answer_open": open_request,
+    **_retrieval_messages.REQUESTS,
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -244,6 +259,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "put_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "get_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "delete_knowledge": dialogue_pb2.DeleteKnowledgeResponse,
+    **_retrieval_messages.RESPONSES,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,
