@@ -42,8 +42,8 @@ async def test_E3_clients_of_threads_and_of_loops_are_one(url: str, served: Open
         assert built(client, "client").version == 2
     async with AsyncClient(url, api_key=ALICE) as twin:
         assert (await twin.retrieval.refresh_index("client", model=ENCODER)).version == 2
-        while (again := await twin.retrieval.get_index("client")).state == "building":
-            time.sleep(0.02)
+        with Client(url, api_key=ALICE) as client:
+            again = built(client, "client")
         assert (await twin.retrieval.encode(["a mill"], role="passage", titles=["Mills"], model=ENCODER)) == vectors
         assert (await twin.retrieval.search("client", [QUESTION], mode="hybrid", top_k=2)).results == found.results
         other = await twin.openqa.answer(QUESTION, index="client", model=SPANS, return_evidence=True)
