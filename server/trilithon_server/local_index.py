@@ -28,7 +28,7 @@ from trilithon_server.tasks import read_task
 from trilithon_server.tasks.retrieval import RetrievalFormat
 
 BATCH = 32
-"""Passages that are encoded at once."""
+"""Texts that are encoded at once."""
 
 Vectors = NDArray[np.float32]
 Told = Callable[[int, int], None]
@@ -93,8 +93,11 @@ class LocalEncoder:
         self.close()
 
     def _vectors(self, sequences: Sequence[Sequence[int]]) -> Vectors:
-        kind = {"first": "FIRST", "mean": "MEAN", "last": "LAST"}[self.facts.pooling]
-        return np.array(self._llm.embed(sequences, kind=kind, normalize=self.facts.normalize), np.float32)
+        kind, unit = {"first": "FIRST", "mean": "MEAN", "last": "LAST"}[self.facts.pooling], self.facts.normalize
+        rows: list[list[float]] = []
+        for first in range(0, len(sequences), BATCH):  # the engine's queue has an end
+            rows += self._llm.embed(sequences[first : first + BATCH], kind=kind, normalize=unit)
+        return np.array(rows, np.float32)
 
 
 def build(
