@@ -35,6 +35,7 @@ from runs import data_dir, model_dir, run_job, write_rows
 from trilithon import Client, Document, OpenAnswer, TrilithonError
 from trilithon_finetune.converters import convert
 from trilithon_finetune.metrics.retrieval import open_exact_match
+from trilithon_parallel.lora.merge import merge_adapter
 from trilithon_server.knowledge.passages import Passage, write_passages
 from trilithon_server.tasks.answer_format import ANSWER_END, answer_prompt, read_answer
 from trilithon_server.tasks.reading import passage_context
@@ -54,8 +55,7 @@ def readers(folder: Path, seed: int, limit: int | None) -> dict[str, Any]:
     corpus = xquad().cut(100)
     questions = [question for question in corpus.questions if question.held_out][:limit]
     few, drawn = questions[:CAUSAL_QUESTIONS], random.Random(seed)
-    with serving(folder, {"writer": model_dir(SMOLLM), "encoder": model_dir(MINILM), "spans": spans}) as client:
-        writer = client.models.load_adapter("causal-reader", str(causal)).id
+    with serving(folder, {"writer": causal, "encoder": model_dir(MINILM), "spans": spans}) as client:
         build(client, "xquad", corpus.passages, folder)
         first = [client.retrieval.search("xquad", [question.text], top_k=1)[0][0] for question in few]
         one = [[Passage(hit.id, hit.title, hit.text)] for hit in first]
@@ -65,9 +65,9 @@ def readers(folder: Path, seed: int, limit: int | None) -> dict[str, Any]:
             "span": exact([ask(client, q, "spans", index="xquad", top_k=READ) for q in questions], questions),
             "span_drawn_passages": exact(given(client, "spans", questions, others), questions),
             "causal_questions": len(few),
-            "causal": exact([ask(client, q, writer, index="xquad", top_k=READ - 1) for q in few], few),
-            "causal_first_passage": exact(given(client, writer, few, one), few),
-            "causal_closed_book": closed_book(client, few, writer),
+            "causal": exact([ask(client, q, "writer", index="xquad", top_k=READ - 1) for q in few], few),
+            "causal_first_passage": exact(given(client, "writer", few, one), few),
+            "causal_closed_book": closed_book(client, few, "writer"),
         }
 
 
@@ -83,7 +83,7 @@ def span_reader(folder: Path, seed: int, limit: int | None) -> Path:
 
 
 def causal_reader(folder: Path, seed: int, limit: int | None) -> Path:
-    """An adapter of a few training questions of QED, each with its own paragraph."""
+    """A model that learned a few training questions of QED with an adapter, each with its own paragraph."""
     corpus = qed()
     rows = [answer_row(q, corpus) for q in corpus.questions if not q.held_out][: min(CAUSAL_ROWS, limit or CAUSAL_ROWS)]
     config = {
@@ -93,7 +93,10 @@ def causal_reader(folder: Path, seed: int, limit: int | None) -> Path:
         "training": {"epochs": 1, "batch_size": 8},
         "data": {"max_tokens": 256, "on_long": "truncate"},
     }
-    return run_job(folder, model_dir(SMOLLM), write_rows(folder / "causal.jsonl", rows), None, config).export
+    train, merged = write_rows(folder / "causal.jsonl", rows), folder / "causal"
+    adapter = run_job(folder, model_dir(SMOLLM), train, None, config).export
+    merge_adapter(model_dir(SMOLLM), adapter, merged)
+    return merged
 
 
 def answer_row(question: Question, corpus: Corpus) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def refresh(folder: Path, seed: int, limit: int | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serving(folder: Path, models: dict[str, Path]) -> Iterator[Client]:
-    """`trilithon serve` of models under their names, with room for an adapter on the first that writes."""
+    """`trilithon serve` of models under their names."""
     with socket.socket() as http, socket.socket() as rpc:
         http.bind(("127.0.0.1", 0))
         rpc.bind(("127.0.0.1", 0))
@@ -149,7 +152,6 @@ def serving(folder: Path, models: dict[str, Path]) -> Iterator[Client]:
     for i, (name, model) in enumerate(models.items()):
         settings |= {f"engines.{i}.served_name": name, f"engines.{i}.name": name}
         settings |= {f"engines.{i}.model": model} if i else {}
-        settings |= {f"engines.{i}.max_adapters": 1} if name == "writer" else {}
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     command = [*COMMAND, "serve", str(next(iter(models.values()))), *flags]
     command += ["--http-port", str(ports[0]), "--grpc-port", str(ports[1])]
