@@ -138,7 +138,7 @@ class ServerConfig(_Node):
     store: str | None = Field(
         default=None,
         min_length=1,
-        description="directory of what clients keep by name: actors, knowledge bases and indexes; unset: nothing is kept",
+        description="directory of what clients keep: actors, knowledge bases, indexes; unset: nothing is kept",
     )
     max_hosted_models: int = Field(
         default=4, ge=1, le=64, description="finetuned models that run at once beside the engines, started on demand"
