@@ -138,7 +138,7 @@ class ServerConfig(_Node):
     store: str | None = Field(
         default=None,
         min_length=1,
-        description="directory of what clients keep by name: actors and knowledge bases; unset: nothing is kept",
+        description="directory of what clients keep: actors, knowledge bases, indexes; unset: nothing is kept",
     )
     concepts: str | None = Field(
         default=None,

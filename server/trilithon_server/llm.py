@@ -27,7 +27,7 @@ from trilithon_server.engine.inprocess import InProcessEngine
 from trilithon_server.engine.local import LocalEngine
 from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.spec import EngineSpec
-from trilithon_server.engine.wire_pb2 import Abort, Adapter, Pooling, SequenceDelta, Submit, ToEngine
+from trilithon_server.engine.wire_pb2 import Abort, Adapter, Hello, Pooling, SequenceDelta, Submit, ToEngine
 from trilithon_server.generation import best
 from trilithon_server.prompts import Prepared, Sequenced, answer_room
 from trilithon_server.sampling import SamplingParams, to_wire, validate
@@ -157,24 +157,28 @@ class LLM:
         self._run(submits, pending)
         return [self._output(item, checked) for item in pending.values()]
 
+    @property
+    def hello(self) -> Hello:
+        """What the engine says of itself: digest, sizes, layout."""
+        return self._engine.hello
+
     def embed(
-        self, texts: str | Sequence[str | Sequence[int]], *, kind: str = "MEAN", normalize: bool = True
+        self, prompts: Prompt | Sequence[Prompt], *, kind: str = "MEAN", normalize: bool = True
     ) -> list[list[float]]:
         """
-        One vector a text, from an encoder.
+        One vector a prompt, from an encoder.
 
         Args:
-            texts: or token ids, which are used as they are.
+            prompts: a text, token ids, or a list of either.
             kind: how a text's vectors become one: MEAN, FIRST or LAST.
             normalize: to length 1.
         Raises:
-            InvalidArgument: a text is empty or too long, or the model is no encoder.
+            InvalidArgument: a prompt is empty or too long, or the model is no encoder.
         """
         submits, pending = [], {}
-        for text in [texts] if isinstance(texts, str) else texts:
-            ids = self.tokenizer.encode(text, add_special_tokens=True) if isinstance(text, str) else text
-            prepared = Prepared(ids=ids)
-            submit = self._submit(Sequenced(ids=ids), SamplingParams())
+        for prompt in _as_list(prompts):
+            prepared = self._prepare(prompt, SamplingParams())
+            submit = self._submit(Sequenced(ids=prepared.ids), SamplingParams())
             submit.pooling.CopyFrom(Pooling(kind=Pooling.Kind.Value(kind), normalize=normalize))
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, [])

@@ -22,7 +22,7 @@ from trilithon_server.dialogue import check_documents
 from trilithon_server.generation import Timings, Usage
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.version import Hit, Queries, search_passages
-from trilithon_server.openqa_readers import Evidence, Reading, added, read_spans, write_answers
+from trilithon_server.openqa_readers import Evidence, Reading, added, as_written, read_spans, write_answers
 from trilithon_server.retrieval import (
     MAX_QUERY_CHARS,
     NO_TOKENS,
@@ -37,6 +37,7 @@ from trilithon_server.retrieval import (
     look_up,
     mode_of,
 )
+from trilithon_server.sampling import validate
 from trilithon_server.sampling_rules import META_NAMES
 from trilithon_server.served import Call, Capability, ServedModel
 from trilithon_server.service import Service
@@ -160,12 +161,13 @@ async def _reader(
         can = f"It can: {', '.join(model.capabilities)}."
         rule = f"cannot read as {wanted}" if wanted else "cannot read passages"
         raise InvalidArgument(f"model `{model.name}` {rule}. {can} Name another model.", code="unsupported_model")
-    written = [given for given in values if given not in META_NAMES]
-    if reader == "span" and written:
-        violations = Violations()
-        for given in written:
+    # Before the search: its result decides whether a reader is asked at all, not whether a request is right.
+    violations = Violations()
+    for given in () if reader == "causal" else values:
+        if given not in META_NAMES:
             violations.add(given, "is for readers that write: a span is found, not drawn", given=values[given])
-        violations.raise_if_any()
+    validate(as_written(values), model.bounds(call.principal, model.ready()), violations)
+    violations.raise_if_any()
     return model, reader
 
 

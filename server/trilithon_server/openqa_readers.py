@@ -26,7 +26,8 @@ from trilithon_server.scoring import ScoreItem, score
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_run import TaskRun, off_loop
-from trilithon_server.tasks.reading import STOP, answer_tokens, log_sum, marginal, one_line, pack
+from trilithon_server.tasks.answer_format import ANSWER_END, read_answer
+from trilithon_server.tasks.reading import answer_ends, answer_tokens, log_sum, marginal, pack
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.validation import invalid
 
@@ -127,14 +128,14 @@ async def write_answers(
         call,
         model.name,
         [Sequenced(ids=ids) for ids in prompts],
-        {"temperature": 0.0, **values, "stop": _stops(values)},
+        as_written(values),
         default_max_tokens=DEFAULT_TOKENS,
         field="top_k",
     )
     async with generation:
         await generation.joined()
     written = [
-        ["" if choice.finish is FinishReason.TIME_LIMIT else one_line(choice.take()[0]) for choice in part.choices]
+        ["" if choice.finish is FinishReason.TIME_LIMIT else read_answer(choice.take()[0]) for choice in part.choices]
         for part in generation.parts
     ]
     late = FinishReason.TIME_LIMIT in generation.finish_reasons
@@ -176,9 +177,10 @@ async def _prompts(
     wanted = values.get("max_tokens")
     # An answer that is read back may have some tokens more than it was written with.
     longest = 2 * (wanted if isinstance(wanted, int) and wanted > 0 else DEFAULT_TOKENS)
+    end = max(map(len, answer_ends(model.tokenizer)))
 
     def work() -> list[tuple[list[int], bool]]:
-        tokenizer, room = model.tokenizer, window - longest
+        tokenizer, room = model.tokenizer, window - longest - end
         packed = (pack(question, hit.passage.title, hit.passage.text, tokenizer, room=room) for hit in hits)
         return [(list(one.tokens), one.truncated) for one in packed]
 
@@ -209,28 +211,31 @@ async def _score(
     values: Mapping[str, Any],
 ) -> _Scored:
     """
-    Each candidate behind each prompt, as many at once as a request may have.
+    Each candidate behind each prompt with each of its ends, as many at once as a request may have.
 
     Raises:
         DeadlineExceeded: before the first of them was scored.
     """
     meta = {name: value for name, value in values.items() if name in META_NAMES}
-    texts, usage = list(candidates), NO_TOKENS
-    found: dict[str, Sequence[float]] = {}
-    at_once = max(1, service.limits.max_prompts // len(prompts))
-    for first in range(0, len(texts), at_once):
-        part = texts[first : first + at_once]
-        items = [ScoreItem(context=p, continuation_tokens=[candidates[text] for text in part]) for p in prompts]
+    ends, usage = answer_ends(model.tokenizer), NO_TOKENS
+    asked = [(text, i, end) for text in candidates for i in range(len(prompts)) for end in ends]
+    sums: dict[tuple[str, int], list[float]] = {}
+    done = 0
+    most = service.limits.max_prompts
+    for part in (asked[first : first + most] for first in range(0, len(asked), most)):
+        items = [ScoreItem(context=prompts[i], continuation_tokens=[[*candidates[t], *end]]) for t, i, end in part]
         try:
             scores = await score(service, call, model.name, items, meta)
         except DeadlineExceeded:
-            if not found:
+            if done < len(prompts) * len(ends):
                 raise
             break
+        done += len(part)
         usage = added(usage, scores.usage)
-        for i, text in enumerate(part):
-            found[text] = [item[i].sum_logprob for item in scores.items]
-    return _Scored(found, usage)
+        for (text, i, _), (one,) in zip(part, scores.items, strict=True):
+            sums.setdefault((text, i), []).append(one.sum_logprob)
+    whole = list(candidates)[: done // (len(prompts) * len(ends))]
+    return _Scored({text: [log_sum(sums[text, i]) for i in range(len(prompts))] for text in whole}, usage)
 
 
 def added(a: Usage, b: Usage) -> Usage:
@@ -243,9 +248,15 @@ def added(a: Usage, b: Usage) -> Usage:
     )
 
 
-def _stops(values: Mapping[str, Any]) -> object:
-    """The caller's stop strings and the end of the line; what is neither a text nor a list is for the validator."""
-    given = values.get("stop")
-    if given is None or isinstance(given, str):
-        return [*([given] if given else []), STOP]
-    return [*given, STOP] if isinstance(given, list) else given
+def as_written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Parameters of an answer that is written: greedy unless they say otherwise, and its line ends it.
+
+    >>> as_written({"stop": "."})
+    {'temperature': 0.0, 'stop': ['.', '\\n']}
+    """
+    stop = values.get("stop")
+    if stop is None or isinstance(stop, str):
+        stop = [stop] if stop else []
+    # What is no list is for the validator.
+    return {"temperature": 0.0, **values, "stop": [*stop, ANSWER_END] if isinstance(stop, list) else stop}

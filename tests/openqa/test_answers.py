@@ -16,7 +16,8 @@ from tiny import tiny_llama
 
 from trilithon.api.v1 import common_pb2, dialogue_pb2, openqa_pb2
 from trilithon_parallel.tokenizer import load_tokenizer
-from trilithon_server.tasks.reading import answer_tokens, one_line, pack
+from trilithon_server.tasks.answer_format import read_answer
+from trilithon_server.tasks.reading import answer_tokens, log_sum, pack
 
 ASK, SEARCH = "/v1/openqa", "/v1/retrieval/search"
 SHORT = {"max_tokens": 6}
@@ -70,17 +71,20 @@ def test_acc_A12_a_written_answer_is_weighed_over_all_passages(served: Open, ind
     p(z|q) p(a|q, z) by the scoring route's log-probabilities. Inverse seen: the likeliest passage in place of the sum.
     """
     tokenizer = load_tokenizer(served.folder / WRITER)
+    newline = tokenizer.encode("\n", add_special_tokens=False)
     told = served.post(ASK, model=WRITER, index=index, question=QUESTION, top_k=3, sampling=SHORT, return_evidence=True)
     hits = search(served, index)
     prompts = [list(pack(QUESTION, hit["title"], hit["text"], tokenizer, room=1000).tokens) for hit in hits]
     written = []
     for prompt in prompts:
         body = {"model": WRITER, "prompt": prompt, "stop": ["\n"], "temperature": 0, **SHORT}
-        written.append(one_line(served.post("/v1/generate", **body)["choices"][0]["text"]))
+        written.append(read_answer(served.post("/v1/generate", **body)["choices"][0]["text"]))
     sums: dict[str, float] = {}
     for text in dict.fromkeys(filter(None, written)):
-        items = [{"context": p, "continuation_tokens": [answer_tokens(text, tokenizer)]} for p in prompts]
-        scores = [item["sum_logprob"][0] for item in served.post("/v1/score", model=WRITER, items=items)["items"]]
+        ends = [[*answer_tokens(text, tokenizer), end] for end in (*tokenizer.eos_ids, *newline)]
+        items = [{"context": prompt, "continuation_tokens": ends} for prompt in prompts]
+        told_scores = served.post("/v1/score", model=WRITER, items=items)["items"]
+        scores = [log_sum(item["sum_logprob"]) for item in told_scores]
         sums[text] = sum(math.exp(hit["logprob"] + score) for hit, score in zip(hits, scores, strict=True))
         if text == told["answer"]:
             assert [place["answer_logprob"] for place in told["evidence"]] == pytest.approx(scores, abs=FLOAT32)
@@ -88,7 +92,7 @@ def test_acc_A12_a_written_answer_is_weighed_over_all_passages(served: Open, ind
     assert [place["candidate"] for place in told["evidence"]] == written
     assert len(sums) > 1
     assert told["answer"] == max(sums, key=sums.__getitem__)
-    assert math.exp(told["logprob"]) == pytest.approx(max(sums.values()), rel=1e-4)
+    assert told["logprob"] == pytest.approx(math.log(max(sums.values())), abs=1e-4)
     assert told["reader"] == "causal"
     assert told["usage"]["generated_tokens"] > 0
 

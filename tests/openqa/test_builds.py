@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from open_questions import DOCUMENTS, ENCODER, INDEXES, Open
+from served import serving
+from tiny import tiny_bert
 
 from trilithon.api.v1 import dialogue_pb2, retrieval_pb2
 
@@ -142,3 +146,32 @@ def test_what_is_not_there_is_not_found(served: Open) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         served.retrieval.RefreshIndex(retrieval_pb2.RefreshIndexRequest(name="nothing"), metadata=served.metadata)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_R5_a_server_that_ends_forgets_what_it_was_building(tmp_path: Path) -> None:
+    """
+    SIGTERM in the middle of a build and of a refresh: the server ends as without them; the next one serves the version
+    that was whole, and the name of the other index is free.
+    """
+    model, store = tiny_bert(tmp_path / ENCODER), tmp_path / "store"
+    flags = ("--dtype", "float32", "--set", f"server.store={store}")
+    long = [{"id": f"d{i}", "text": "a stone lies on another stone " * 500} for i in range(60)]
+    with serving(model, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        served = Open(server, http, None, None, (), tmp_path)  # type: ignore[arg-type]  # HTTP alone
+        before = served.create("whole", documents=long[:1])
+        served.post(INDEXES, name="half", documents=long)
+        served.post(f"{INDEXES}/whole/refresh")
+        states = [served.http.get(f"{INDEXES}/{name}").json()["state"] for name in ("half", "whole")]
+        code, output = server.stop(), server.output()
+    with serving(model, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        served = Open(server, http, None, None, (), tmp_path)  # type: ignore[arg-type]  # HTTP alone
+        listed = served.http.get(INDEXES).json()["indexes"]
+        found = served.post(SEARCH, index="whole", queries=["stone"], top_k=1)
+        again = served.create("half", documents=long[:1])
+
+    assert states == ["building", "building"]
+    assert code == 0
+    assert "Traceback" not in output
+    assert listed == [before]
+    assert (found["index_version"], len(found["results"][0]["passages"])) == (1, 1)
+    assert (again["state"], again["version"]) == ("ready", 1)

@@ -88,7 +88,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def test_acc_A04_a_search_is_brute_force_over_either_protocol(served: Open, index: str, mode: str) -> None:
     """
     Every way of searching finds what numpy, BM25 and their fusion find among the same passages, with the same scores,
-    over HTTP and gRPC; log-probabilities of a question sum to one. Inverse seen: the title left out of the vectors.
+    over HTTP and gRPC; log-probabilities of a question sum to one. Inverse seen: an index built without the titles.
     """
     told = served.post(SEARCH, index=index, queries=QUERIES, mode=mode, top_k=4)
     request = retrieval_pb2.SearchRequest(index=index, queries=QUERIES, mode=MODES[mode], top_k=4)

@@ -50,6 +50,7 @@ from trilithon._job_types import (
 )
 from trilithon._jobs import Files, Jobs
 from trilithon._models import AsyncModels, Models
+from trilithon._openqa import AsyncOpenQA, OpenQA, Sampling
 from trilithon._parameters import (
     CallOptions,
     ChatOptions,
@@ -69,6 +70,8 @@ from trilithon._stories import (
     StoryStream,
 )
 from trilithon._story_types import Story, StoryFact, StorySentence, StoryStarted
+from trilithon._retrieval import AsyncRetrieval, Retrieval
+from trilithon._retrieval_types import Evidence, Hits, Index, OpenAnswer, Passage, SearchResults, Vector, Vectors
 from trilithon._streams import AsyncStream, Stream
 from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
@@ -129,9 +132,11 @@ __all__ = [
     "AsyncFiles",
     "AsyncJobs",
     "AsyncModels",
+    "AsyncOpenQA",
     "AsyncReplyStream",
     "AsyncStories",
     "AsyncStoryStream",
+    "AsyncRetrieval",
     "AsyncStream",
     "AsyncTaskStream",
     "BodyTooLarge",
@@ -164,6 +169,7 @@ __all__ = [
     "EntityInput",
     "EntityPair",
     "Estimate",
+    "Evidence",
     "Extract",
     "FailedPrecondition",
     "File",
@@ -172,6 +178,8 @@ __all__ = [
     "Finished",
     "GenerationOptions",
     "Health",
+    "Hits",
+    "Index",
     "Internal",
     "InvalidArgument",
     "ItemScore",
@@ -189,7 +197,10 @@ __all__ = [
     "Model",
     "Models",
     "NotFound",
+    "OpenAnswer",
+    "OpenQA",
     "Overloaded",
+    "Passage",
     "PermissionDenied",
     "PromptInput",
     "ProtocolError",
@@ -204,6 +215,9 @@ __all__ = [
     "ScoreItem",
     "Scores",
     "SentenceControl",
+    "Retrieval",
+    "Sampling",
+    "SearchResults",
     "SpanAnswer",
     "SpanAnswers",
     "Started",
@@ -228,6 +242,8 @@ __all__ = [
     "Unimplemented",
     "Unloaded",
     "Usage",
+    "Vector",
+    "Vectors",
     "Violation",
     "__version__",
 ]

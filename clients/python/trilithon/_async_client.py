@@ -14,8 +14,10 @@ from trilithon._decode import decode
 from trilithon._dialogue import AsyncDialogue
 from trilithon._extract import AsyncExtract
 from trilithon._models import AsyncModels
+from trilithon._openqa import AsyncOpenQA
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._retrieval import AsyncRetrieval
 from trilithon._retry import Retries, new_request_id
 from trilithon._stories import AsyncStories
 from trilithon._streams import AsyncStream
@@ -88,6 +90,8 @@ class AsyncClient:
         self.extract = AsyncExtract(self)
         self.dialogue = AsyncDialogue(self)
         self.stories = AsyncStories(self)
+        self.retrieval = AsyncRetrieval(self)
+        self.openqa = AsyncOpenQA(self)
 
     @overload
     async def generate(

@@ -14,8 +14,10 @@ from trilithon._dialogue import Dialogue
 from trilithon._extract import Extract
 from trilithon._jobs import Files, Jobs
 from trilithon._models import Models
+from trilithon._openqa import OpenQA
 from trilithon._parameters import CallOptions, ChatOptions, GenerationOptions, Message
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._retrieval import Retrieval
 from trilithon._retry import Retries, new_request_id
 from trilithon._stories import Stories
 from trilithon._streams import Stream
@@ -100,6 +102,8 @@ class Client:
         self.extract = Extract(self)
         self.dialogue = Dialogue(self)
         self.stories = Stories(self)
+        self.retrieval = Retrieval(self)
+        self.openqa = OpenQA(self)
 
     @overload
     def generate(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from trilithon import _job_messages
+from trilithon import _job_messages, _retrieval_messages
 from trilithon._parameters import PROTO_FIELDS
 from trilithon._transport import Fields
 from trilithon.api.v1 import (
@@ -20,6 +20,8 @@ from trilithon.api.v1 import (
     generation_pb2,
     models_pb2,
     story_pb2,
+    openqa_pb2,
+    retrieval_pb2,
     tokenize_pb2,
 )
 from trilithon.errors import InvalidArgument, Violation
@@ -155,6 +157,15 @@ def respond_request(fields: Fields) -> dialogue_pb2.RespondRequest:
     )
 
 
+def open_request(fields: Fields) -> Message:
+    """A question, and where its answer may stand; `sampling` has the flat names of its parameters."""
+    plain = {name: value for name, value in fields.items() if name != "sampling"}
+    request = _with_meta(openqa_pb2.AnswerRequest)(_retrieval_messages.numbered(plain))
+    for name, value in (fields.get("sampling") or {}).items():
+        _checked(name, value, partial(_set, request, name))
+    return request
+
+
 def task_request(kind: Callable[..., TaskMessage], fields: Fields, **own: Any) -> TaskMessage:
     """
     The message of a task: `own` are its fields as they are, beside `meta`, `sampling` and `stopping` from flat names.
@@ -241,6 +252,10 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "rewrite_story": rewrite_request,
     "get_story": lambda fields: story_pb2.GetStoryRequest(**fields),
     "delete_story": lambda fields: story_pb2.DeleteStoryRequest(**fields),
+    "encode": lambda fields: _with_meta(retrieval_pb2.EncodeRequest)(_retrieval_messages.numbered(fields)),
+    "search": lambda fields: _with_meta(retrieval_pb2.SearchRequest)(_retrieval_messages.numbered(fields)),
+    "answer_open": open_request,
+    **_retrieval_messages.REQUESTS,
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -274,6 +289,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "rewrite_story": story_pb2.Story,
     "get_story": story_pb2.Story,
     "delete_story": story_pb2.DeleteStoryResponse,
+    **_retrieval_messages.RESPONSES,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,

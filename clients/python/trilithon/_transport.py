@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from trilithon._dialogue_types import Actor, KnowledgeBase, Nothing, Reply
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
 from trilithon._story_types import Story
+from trilithon._retrieval_types import Index, Indexes, OpenAnswer, SearchResults, Vectors
 from trilithon._types import (
     Aborted,
     Completions,
@@ -95,6 +96,17 @@ REWRITE_STORY = Operation(
 )
 GET_STORY = Operation("get_story", "GET /v1/stories/{story_id}", f"{_STORY}/GetStory", Story)
 DELETE_STORY = Operation("delete_story", "DELETE /v1/stories/{story_id}", f"{_STORY}/DeleteStory", Nothing)
+_RETRIEVER, _INDEXES = f"{_V1}RetrieverService", "/v1/retrieval/indexes"
+ENCODE = Operation("encode", "POST /v1/retrieval/encode", f"{_RETRIEVER}/Encode", Vectors, takes_time_limit=True)
+SEARCH = Operation("search", "POST /v1/retrieval/search", f"{_RETRIEVER}/Search", SearchResults, takes_time_limit=True)
+CREATE_INDEX = Operation("create_index", f"POST {_INDEXES}", f"{_RETRIEVER}/CreateIndex", Index)
+GET_INDEX = Operation("get_index", f"GET {_INDEXES}/{{name}}", f"{_RETRIEVER}/GetIndex", Index)
+LIST_INDEXES = Operation("list_indexes", f"GET {_INDEXES}", f"{_RETRIEVER}/ListIndexes", Indexes)
+REFRESH_INDEX = Operation("refresh_index", f"POST {_INDEXES}/{{name}}/refresh", f"{_RETRIEVER}/RefreshIndex", Index)
+DELETE_INDEX = Operation("delete_index", f"DELETE {_INDEXES}/{{name}}", f"{_RETRIEVER}/DeleteIndex", Nothing)
+ANSWER_OPEN = Operation(
+    "answer_open", "POST /v1/openqa", f"{_V1}OpenQAService/Answer", OpenAnswer, takes_time_limit=True
+)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
@@ -111,7 +123,8 @@ HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Healt
 OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, RESPOND,
     PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, TELL_STORY, REWRITE_STORY,
-    GET_STORY, DELETE_STORY, LIST_MODELS, GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
+    GET_STORY, DELETE_STORY, ENCODE, SEARCH, CREATE_INDEX, GET_INDEX, LIST_INDEXES, REFRESH_INDEX, DELETE_INDEX,
+    ANSWER_OPEN, LIST_MODELS, GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 
 

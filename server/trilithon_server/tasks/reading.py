@@ -1,26 +1,21 @@
 """
-Questions and passages as a model that writes text reads them, and what several passages say together. No torch.
+Passages as a model that writes answers reads them, and what the answers to several passages say together. No torch.
 
-    Passage: Stonehenge. It was built in stages.
-    Question: How was it built?
-    Answer: in stages
-
-An answer is a line: the end of the line is part of it, else "New" would always be likelier than "New York". A recipe
-trains with these functions (`completion` is what is learned), the server asks and scores with them.
+The prompt is that of `answer_format`, with the passage as its context: what the recipe `answer_qa` has trained reads
+passages, too. The title is the context's first sentence.
 
 Source: arXiv 2101.00408, readers of the individual top k: p(a|q) = sum over the passages of p(z|q) p(a|q, z).
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trilithon_parallel.tokenizer import Tokenizer
-
-STOP = "\n"
-"""Where an answer ends."""
+from trilithon_server.tasks.answer_format import ANSWER_END, answer_prompt, answer_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,60 +26,63 @@ class ReaderPrompt:
     truncated: bool
 
 
-def prompt(question: str, title: str, text: str) -> str:
+def passage_context(title: str, text: str) -> str:
     """
-    What a model goes on from.
+    A passage as the context of a question.
 
-    >>> prompt("How?", "Stonehenge", "In stages.")
-    'Passage: Stonehenge. In stages.\\nQuestion: How?\\nAnswer:'
+    >>> passage_context("Stonehenge", "It was built in stages.")
+    'Stonehenge. It was built in stages.'
     """
-    return _passage(title, text) + _question(question)
-
-
-def completion(answer: str) -> str:
-    """
-    What a model writes behind the prompt.
-
-    >>> completion(" in\\nstages ")
-    ' in stages\\n'
-    """
-    return f" {one_line(answer)}{STOP}"
-
-
-def one_line(text: str) -> str:
-    """A text in one line, with single spaces."""
-    return " ".join(text.split())
+    title, text = title.strip(), text.strip()
+    return f"{title}{'' if title[-1] in '.!?' else '.'} {text}" if title else text
 
 
 def pack(question: str, title: str, text: str, tokenizer: Tokenizer, *, room: int) -> ReaderPrompt:
     """
-    The tokens of `prompt`, in which nothing that was given is read as a special token.
+    The tokens of a question about a passage, in which nothing that was given is read as a special token.
 
     Args:
-        room: tokens at most; the passage is cut at its end to fit.
+        room: tokens at most; the passage loses words at its end to fit.
     Raises:
-        ValueError: there is no room for the question and a token of the passage.
+        ValueError: there is no room for the question and a word of the passage.
     """
     begin = tokenizer.encode("", add_special_tokens=True)
     begin = begin[:1] if begin and begin[0] == tokenizer.bos_id else []
-    passage, asked = _plain(_passage(title, text), tokenizer), _plain(_question(question), tokenizer)
-    left = room - len(begin) - len(asked)
-    if left < 1:
-        raise ValueError(f"the question must have at most {room - len(begin) - 1} tokens. Given: {len(asked)}")
-    return ReaderPrompt((*begin, *passage[:left], *asked), len(passage) > left)
+    words = passage_context(title, text).split(" ")
+
+    def tokens(kept: int) -> list[int]:
+        return [*begin, *_plain(answer_prompt(question, " ".join(words[:kept])), tokenizer)]
+
+    whole = tokens(len(words))
+    if len(whole) <= room:
+        return ReaderPrompt(tuple(whole), truncated=False)
+    kept = bisect.bisect_right(range(1, len(words)), room, key=lambda count: len(tokens(count)))
+    if not kept:
+        raise ValueError(f"the question must leave room for a word of the passage in {room} tokens")
+    return ReaderPrompt(tuple(tokens(kept)), truncated=True)
 
 
 def answer_tokens(answer: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of `completion`."""
-    return _plain(completion(answer), tokenizer)
+    """The tokens of an answer behind the prompt, without what ends it."""
+    return _plain(answer_text(answer), tokenizer)
+
+
+def answer_ends(tokenizer: Tokenizer) -> list[list[int]]:
+    """
+    What may end an answer: an end token of the model, or the line's end.
+
+    An answer's probability is that of its tokens and of an end: without it "New" would always be likelier than "New
+    York". A model that was trained to answer ends it by its token, others by going on with another question.
+    """
+    return [*([token] for token in sorted(tokenizer.eos_ids)), _plain(ANSWER_END, tokenizer)]
 
 
 def log_sum(values: Iterable[float]) -> float:
     """
     The logarithm of the sum of exponentials; minus infinity of nothing.
 
-    >>> round(log_sum([math.log(0.25), math.log(0.5)]), 6) == round(math.log(0.75), 6)
-    True
+    >>> round(math.exp(log_sum([math.log(0.25), math.log(0.5)])), 6)
+    0.75
     """
     held = [value for value in values if value != -math.inf]
     if not held:
@@ -101,16 +99,6 @@ def marginal(passages_K: Sequence[float], answer_K: Sequence[float]) -> float:
     0.4
     """
     return log_sum(z + a for z, a in zip(passages_K, answer_K, strict=True))
-
-
-def _passage(title: str, text: str) -> str:
-    title, text = one_line(title), one_line(text)
-    dot = "" if not title or title[-1] in ".!?" else "."
-    return f"Passage: {title}{dot} {text}" if title else f"Passage: {text}"
-
-
-def _question(question: str) -> str:
-    return f"\nQuestion: {one_line(question)}\nAnswer:"
 
 
 def _plain(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -18,6 +18,7 @@ VERBS: Mapping[str, str] = {
     "chat": "talk with a model",
     "score": "how likely are these continuations?",
     "embed": "vectors for texts",
+    "index": "build and search indexes of passages",
     "tokenize": "token ids of texts, and back",
     "bench": "measure a server",
     "data": "turn texts into token files, train a vocabulary",

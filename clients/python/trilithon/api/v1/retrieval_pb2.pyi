@@ -57,7 +57,7 @@ class EncodeRequest(google.protobuf.message.Message):
     """What the texts are. Range: must be set."""
     @property
     def meta(self) -> trilithon.api.v1.common_pb2.RequestMeta:
-        """Unset: all of its defaults; `model` is then the only encoder that is served."""
+        """Unset: all of its defaults; `model` is then the first encoder that is served."""
 
     @property
     def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -319,7 +319,7 @@ class CreateIndexRequest(google.protobuf.message.Message):
     file_id: builtins.str
     """An uploaded file of purpose evidence: JSON lines of {"id", "title", "text"}. Zero: same as unset."""
     model: builtins.str
-    """The encoder. Unset: the only one that is served. Zero: same as unset."""
+    """The encoder. Unset: the first that is served. Zero: same as unset."""
     backend: Global___CreateIndexRequest.Backend.ValueType
     """How vectors are searched."""
     @property

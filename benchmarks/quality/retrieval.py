@@ -1,0 +1,243 @@
+"""
+What retrieval finds on real questions.
+
+    python benchmarks/quality/retrieval.py zero_shot
+    python benchmarks/quality/retrieval.py ict --seed 1
+    python benchmarks/quality/retrieval.py dpr --seed 1
+
+zero_shot  all-MiniLM-L6-v2 as it is, BM25, and both together: XQuAD in passages of 100 words, QED in whole paragraphs;
+           and the same encoder by its first token alone, which it was not trained for.
+ict        a small encoder from new weights, by inverse cloze on XQuAD's training paragraphs and encyclopedia articles.
+dpr        all-MiniLM-L6-v2 on QED's training questions with BM25's negatives, judged on its held-out ones; and the same
+           from new weights.
+
+A passage counts as right where it holds an answer, word by word. Numbers are written to `results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from vocabulary import random_start, word_pieces
+
+from trilithon_finetune.converters.questions import json_lines
+from trilithon_finetune.metrics.retrieval import has_answer, top_k_accuracy
+from trilithon_server.knowledge.passages import Passage
+from trilithon_server.knowledge.sparse import SparseIndex
+from trilithon_server.knowledge.version import Hit, Mode, Queries, search_passages
+from trilithon_server.knowledge.words import chunks
+from trilithon_server.local_index import LocalEncoder
+
+MINILM = "all-minilm-l6-v2"
+TOP = (1, 5, 20)
+MODES: tuple[Mode, ...] = ("dense", "bm25", "hybrid")
+HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answers, and the row of its own passage; `held_out`: not to be trained on."""
+
+    text: str
+    answers: list[str]
+    passage: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Passages, and questions about them."""
+
+    passages: list[Passage]
+    questions: list[Question]
+
+    def cut(self, words: int) -> Corpus:
+        """In passages of so many words; questions then have no passage of their own."""
+        pieces = [(p.title, piece.text) for p in self.passages for piece in chunks(p.text, words)]
+        cut = [Passage(str(i), title, text) for i, (title, text) in enumerate(pieces)]
+        return Corpus(cut, [replace(question, passage=-1) for question in self.questions])
+
+    def first(self, limit: int | None) -> Corpus:
+        """So many passages and questions, to try a script; a question's own passage is never after as many others."""
+        return Corpus(self.passages[:limit], self.questions[:limit])
+
+
+def xquad() -> Corpus:
+    """Every fifth article is held out; titles are names of pages, which write spaces as `_`."""
+    passages: list[Passage] = []
+    questions: list[Question] = []
+    articles = json.loads((data_dir() / "qa/xquad_en.json").read_bytes())["data"]
+    for number, article in enumerate(articles):
+        for paragraph in article["paragraphs"]:
+            for item in paragraph["qas"]:
+                answers = [answer["text"] for answer in item["answers"]]
+                questions.append(Question(item["question"], answers, len(passages), number % HELD_OUT == 0))
+            title = article["title"].replace("_", " ")
+            passages.append(Passage(str(len(passages)), title, paragraph["context"]))
+    return Corpus(passages, questions)
+
+
+def qed() -> Corpus:
+    """Every fifth question is held out; several share a paragraph."""
+    rows: dict[tuple[str, str], int] = {}
+    questions = []
+    for number, item in enumerate(json_lines((data_dir() / "qa/qed_nq_dev.jsonl").read_bytes())):
+        row = rows.setdefault((item["title"], item["context"]), len(rows))
+        answers = [answer["text"] for answer in item["answers"]]
+        questions.append(Question(item["question"], answers, row, number % HELD_OUT == 0))
+    passages = [Passage(str(row), title, text) for (title, text), row in rows.items()]
+    return Corpus(passages, questions)
+
+
+def search(
+    corpus: Corpus, questions: Sequence[Question], model: Path, *, pooling: str = "", modes: Sequence[Mode] = MODES
+) -> dict[Mode, list[tuple[Hit, ...]]]:
+    """The first passages of each question, by each way of searching."""
+    texts = [question.text for question in questions]
+    with LocalEncoder(model, name=model.name) as encoder:
+        if pooling:
+            encoder.facts = encoder.facts.model_copy(update={"pooling": pooling})
+        known_MH, asked_NH = encoder.passages(corpus.passages), encoder.queries(texts)
+        scale = encoder.facts.score_scale
+    queries = Queries(texts=texts, vectors_NH=asked_NH)
+    return {
+        mode: search_passages(corpus.passages, queries, max(TOP), mode=mode, vectors_MH=known_MH, scale=scale)
+        for mode in modes
+    }
+
+
+def accuracy(hits: Sequence[Sequence[Hit]], questions: Sequence[Question]) -> dict[str, float]:
+    """Top-1, top-5 and top-20, in percent."""
+    texts = [[hit.passage.text for hit in found] for found in hits]
+    reached = top_k_accuracy(texts, [question.answers for question in questions], TOP)
+    return {f"top_{k}": 100 * reached[k] for k in TOP}
+
+
+def accuracies(corpus: Corpus, questions: Sequence[Question], model: Path, **how: Any) -> dict[str, Any]:
+    """By each way of searching."""
+    return {mode: accuracy(hits, questions) for mode, hits in search(corpus, questions, model, **how).items()}
+
+
+def zero_shot(limit: int | None) -> dict[str, Any]:
+    """The encoder as it is."""
+    found: dict[str, Any] = {}
+    for name, whole in (("xquad_100_words", xquad().cut(100)), ("qed_paragraphs", qed())):
+        corpus, model = whole.first(limit), model_dir(MINILM)
+        questions = corpus.questions
+        found[name] = {"passages": len(corpus.passages), "questions": len(questions)}
+        found[name] |= accuracies(corpus, questions, model)
+        found[name]["dense_by_first_token"] = accuracies(
+            corpus, questions, model, pooling="first", modes=("dense",)
+        )["dense"]  # fmt: skip
+    return found
+
+
+def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
+    """From new weights, without a question."""
+    whole = xquad()
+    trained = {question.passage for question in whole.questions if not question.held_out}
+    rows = [{"title": whole.passages[i].title, "text": whole.passages[i].text} for i in sorted(trained)]
+    articles = list(json_lines((data_dir() / "pretrain/wikipedia_en_articles.jsonl").read_bytes()))[:limit]
+    rows += [{"title": row.get("title", ""), "text": row["text"]} for row in articles]
+    tokenizer = word_pieces(folder, "ict", (row["text"] for row in rows), 8000)
+    shape = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+    start = random_start(folder, tokenizer=tokenizer, seed=seed, **shape)
+    train = write_rows(folder / "ict.jsonl", rows)
+    config = {
+        "task": "ict", "seed": seed, "data": {"max_tokens": 128},
+        "training": {"epochs": epochs, "batch_size": 64}, "optimizer": {"lr": 5e-4},
+    }  # fmt: skip
+    result = run_job(folder, start, train, None, config)
+    corpus = whole.cut(100).first(limit)
+    return {
+        "seconds": result.seconds,
+        "before": accuracies(corpus, corpus.questions, start, modes=("dense",)),
+        "after": accuracies(corpus, corpus.questions, result.export, modes=("dense",)),
+    }
+
+
+def dpr(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
+    """From the trained encoder, and from new weights of its shape."""
+    corpus = qed().first(limit)
+    train = write_rows(folder / "dpr.jsonl", dpr_rows(corpus, held_out=False))
+    dev = write_rows(folder / "dpr-dev.jsonl", dpr_rows(corpus, held_out=True))
+    questions = [question for question in corpus.questions if question.held_out]
+    starts = {"minilm": model_dir(MINILM), "random": random_start(folder, tokenizer=model_dir(MINILM), seed=seed)}
+    found: dict[str, Any] = {"train_rows": sum(1 for _ in train.open()), "questions": len(questions)}
+    for name, start in starts.items():
+        config = {"task": "dpr", "seed": seed, "training": {"epochs": epochs, "batch_size": 32}}
+        config |= {"data": {"max_tokens": 192, "on_long": "truncate"}, "eval": {"every_steps": 5}}
+        result = run_job(folder, start, train, dev, config)
+        found[name] = {
+            "seconds": result.seconds,
+            "valid_loss_first": first_loss(result),
+            "valid_loss_best": result.metrics["valid_loss"],
+            "before": accuracies(corpus, questions, start),
+            "after": accuracies(corpus, questions, result.export),
+        }
+    return found
+
+
+def dpr_rows(corpus: Corpus, *, held_out: bool) -> list[dict[str, Any]]:
+    """Questions with their own passage and the first one of BM25's that holds no answer."""
+    index = SparseIndex.build([passage.searched for passage in corpus.passages])
+    rows = []
+    for question in corpus.questions:
+        if question.held_out != held_out:
+            continue
+        found = [corpus.passages[row] for row in index.search([question.text], 50)[0].rows]
+        wrong = (passage for passage in found if not has_answer(passage.searched, question.answers))
+        own = corpus.passages[question.passage]
+        rows.append(
+            {
+                "question": question.text,
+                "answers": question.answers,
+                "positive_ctxs": [{"title": own.title, "text": own.text}],
+                "hard_negative_ctxs": [{"title": p.title, "text": p.text} for p in itertools.islice(wrong, 1)],
+            }
+        )
+    return rows
+
+
+def first_loss(result: Result) -> float:
+    """Of the first evaluation, a few steps into the warm-up."""
+    events = (result.export.parent / "attempts" / "1" / "events.jsonl").read_text("utf-8").splitlines()
+    return float(next(e["data"]["valid_loss"] for e in map(json.loads, events) if e["kind"] == "eval"))
+
+
+def main() -> None:
+    """Run one case."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("case", choices=("zero_shot", "ict", "dpr"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--limit", type=int, help="questions or rows, to try the script [all]")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as name:
+        if args.case == "zero_shot":
+            numbers: Mapping[str, Any] = zero_shot(args.limit)
+        else:
+            numbers = {"ict": ict, "dpr": dpr}[args.case](Path(name), args.seed, args.epochs, args.limit)
+    tell(f"retrieval_{args.case}", {"seed": args.seed, "limit": args.limit, **numbers})
+
+
+def tell(name: str, numbers: Mapping[str, Any]) -> None:
+    """Write numbers of all the data down; print those of a try."""
+    if numbers["limit"] is None:
+        record(name, numbers)
+    else:
+        print(json.dumps(numbers, indent=1))
+
+
+if __name__ == "__main__":
+    main()
