@@ -216,6 +216,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     from trilithon_server.task_model import load_task
     from trilithon_server.tasks import read_task
     from trilithon_server.tasks.dialogue_format import DialogueFormat
+    from trilithon_server.tasks.question_format import QuestionFormat
     from trilithon_server.text.template import load_template
 
     directory = Path(engine.model)
@@ -237,6 +238,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         checker=checker if model.is_causal else None,
         task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
         dialogue=task if isinstance(task, DialogueFormat) else None,
+        questions=task if isinstance(task, QuestionFormat) else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

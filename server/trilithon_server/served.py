@@ -22,6 +22,7 @@ from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.text.template import ChatTemplate, template_digest
 from trilithon_server.validation import Bounds
@@ -81,6 +82,7 @@ class ServedModel:
         checker: compiles constraints before they are admitted; None for encoders.
         task: what its head was trained for; None for models without one.
         dialogue: how the model of the engine reads conversations, where it was trained on them.
+        questions: how it is asked for questions, where it was trained to write them.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -96,6 +98,7 @@ class ServedModel:
     checker: ConstraintChecker | None = None
     task: TaskModel | None = None
     dialogue: DialogueFormat | None = None
+    questions: QuestionFormat | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True

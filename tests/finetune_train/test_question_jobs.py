@@ -56,7 +56,7 @@ def test_acc_E04_questions_are_learned_by_heart(tmp_path: Path, small_decoder: P
         tmp_path,
         small_decoder,
         write_rows(tmp_path / "train.jsonl", rows),
-        write_rows(tmp_path / "valid.jsonl", rows),
+        write_rows(tmp_path / "valid.jsonl", [{**row, "title": "again"} for row in rows]),
         task="question_gen",
         training={"epochs": 60, "batch_size": 8},
         tuning={"kind": "full"},

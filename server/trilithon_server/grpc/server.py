@@ -26,6 +26,8 @@ from trilithon.api.v1 import (
     generation_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
+    synth_qa_pb2,
+    synth_qa_pb2_grpc,
     tokenize_pb2,
     tokenize_pb2_grpc,
 )
@@ -35,6 +37,7 @@ from trilithon_server.grpc.dialogue import Dialogues
 from trilithon_server.grpc.extract import Extractions
 from trilithon_server.grpc.gate import Gate
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
+from trilithon_server.grpc.synthesis import SyntheticQuestions
 from trilithon_server.listeners import ListenError
 from trilithon_server.service import Service
 
@@ -53,6 +56,7 @@ SERVICES: tuple[str, ...] = tuple(
         (embed_pb2, "EmbedService"),
         (extract_pb2, "ExtractService"),
         (dialogue_pb2, "DialogueService"),
+        (synth_qa_pb2, "SynthQAService"),
         (models_pb2, "ModelsService"),
         (admin_pb2, "AdminService"),
     )
@@ -132,6 +136,7 @@ async def build_server(service: Service, *, config: ServeConfig, extensions: Seq
     embed_pb2_grpc.add_EmbedServiceServicer_to_server(Embeddings(service), server)
     extract_pb2_grpc.add_ExtractServiceServicer_to_server(Extractions(service), server)
     dialogue_pb2_grpc.add_DialogueServiceServicer_to_server(Dialogues(service), server)
+    synth_qa_pb2_grpc.add_SynthQAServiceServicer_to_server(SyntheticQuestions(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
     services = [*SERVICES]

@@ -13,7 +13,7 @@ from starlette.routing import Router
 from trilithon_server.auth import PUBLIC_PATHS
 from trilithon_server.config import ServeConfig
 from trilithon_server.extension import Extension
-from trilithon_server.http import adapters, dialogue, extract, native, openai, operations, schemas
+from trilithon_server.http import adapters, dialogue, extract, native, openai, operations, schemas, synthesis
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
 
@@ -114,6 +114,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     *extract.ROUTES,
     *dialogue.ROUTES,
+    *synthesis.ROUTES,
     *adapters.ROUTES,
     Route(
         method="DELETE", path="/v1/requests/{id}", handler=native.abort, answer="AbortAnswer", counted=False,

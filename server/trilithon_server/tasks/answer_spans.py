@@ -46,11 +46,16 @@ class Candidates:
 
     Attributes:
         spans: characters of the text.
-        logprobs: fp64, one a span; their exponentials add up to 1.
+        logprobs: fp64, one a span; of all spans their exponentials add up to 1.
     """
 
     spans: Sequence[Span]
     logprobs: npt.NDArray[np.float64]
+
+    def worded(self, text: str) -> Candidates:
+        """Those that hold a letter or a digit; probabilities stay as they are."""
+        kept = [i for i, (start, end) in enumerate(self.spans) if any(map(str.isalnum, text[start:end]))]
+        return Candidates([self.spans[i] for i in kept], self.logprobs[kept])
 
     def sample(self, count: int, *, seed: int, temperature: float = 1.0, top_p: float = TOP_P) -> list[Proposal]:
         """
