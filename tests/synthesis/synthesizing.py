@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from trilithon_parallel.task_head import for_task
 from trilithon_parallel.weights.export import export_model
 from trilithon_parallel.weights.loader import load_state
 from trilithon_server.tasks.answer_spans import AnswerFormat
-from trilithon_server.tasks.question_format import QuestionFormat
+from trilithon_server.tasks.question_format import NUM_TYPES, QuestionFormat
 
 PASSAGES = [
     {"id": "mill", "text": "The miller counted 12 sacks, then 144. Nobody came. The river froze in the winter of 1728."},
     {"id": "name", "text": "Ada."},
+    {"id": "sure", "text": "7"},  # whoever answers answers this
     {"id": "dark", "text": "nobody wrote anything here"},
     {"id": "long", "text": " ".join(f"Stone {n} of the wall was laid by Noor in {1700 + n}." for n in range(24))},
 ]
@@ -56,8 +57,15 @@ def tiny_proposer(path: Path) -> Path:
 
 def tiny_asker(path: Path, **options: Any) -> Path:
     """A decoder of random weights that is asked in the format of questions."""
-    config = {"type_vocab_size": 3} if options.get("roles") == "types" else {}
-    tiny_llama(path, context=1024, config=config)
+    if options.get("roles") == "types":
+        base = tiny_llama(path.with_name(f"{path.name}-base"), context=1024)
+        config = load_config(base)
+        into = replace(config, token_types=NUM_TYPES)
+        state = extend_state(load_state(base, config=config), config, into=into, seed=3, sigma=0.3)
+        state["model.embed_types.weight"].normal_(0.0, 1.0, generator=torch.Generator().manual_seed(3))
+        export_model(state, into, path, side_files_from=base, dtype=torch.float32)
+    else:
+        tiny_llama(path, context=1024)
     (path / "task.json").write_text(json.dumps(QuestionFormat(**options).task_file()), encoding="utf-8")
     return path
 
@@ -104,15 +112,13 @@ def rounded(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def serving_parts(first: Path, *others: Path, tp: int = 1, pp: int = 1, extra: Mapping[str, Any] | None = None) -> Iterator[Asked]:
+def serving_parts(first: Path, *others: Path, tp: int = 1, pp: int = 1) -> Iterator[Asked]:
     """Models behind one front, each by its directory's name."""
     flags = ["--tp", str(tp), "--pp", str(pp)]
     for i, directory in enumerate(others, 1):
         flags += ["--set", f"engines.{i}.name=e{i}", "--set", f"engines.{i}.model={directory}"]
         flags += ["--set", f"engines.{i}.num_threads=1", "--set", f"engines.{i}.dtype=float32"]
         flags += ["--set", f"engines.{i}.tp={tp}", "--set", f"engines.{i}.pp={pp}"]
-    for name, value in (extra or {}).items():
-        flags += ["--set", f"{name}={value}"]
     with (
         serving(first, "--dtype", "float32", *flags) as server,
         httpx.Client(base_url=server.url, timeout=120) as http,
@@ -123,5 +129,10 @@ def serving_parts(first: Path, *others: Path, tp: int = 1, pp: int = 1, extra: M
 
 def parts(folder: Path) -> tuple[Path, Path, Path]:
     """A decoder that was never trained to ask, a proposer, a reader."""
-    words = tiny_llama(folder / "words", context=1024, scale=0.3)
+    words = tiny_llama(folder / "words", vocab=150, context=2048, scale=0.3)
+    # This model likes the token of `*`; with the two swapped most of its replies ask something.
+    document = json.loads((words / "tokenizer.json").read_text("utf-8"))
+    vocabulary = document["model"]["vocab"]
+    vocabulary["*"], vocabulary["?"] = vocabulary["?"], vocabulary["*"]
+    (words / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
     return words, tiny_proposer(folder / "proposer"), tiny_task(folder / "reader", "span_qa", scale=9.0)

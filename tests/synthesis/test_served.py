@@ -39,10 +39,10 @@ def served(models: tuple[Path, Path, Path]) -> Iterator[Asked]:
 
 def test_acc_E03_every_triple_stands_in_its_passage(served: Asked) -> None:
     """
-    Passages in their order, answers where they are said to be and none twice, two questions each; what is kept led back
+    Passages in their order, answers where they are said to be and none twice, eight questions each; what is kept led back
     to its answer, itself or its pair, and each dropped one has its reason. Inverse seen red: offsets by one.
     """
-    events = served.ask()
+    events = served.ask(questions_per_answer=8)
     found, names = triples(events), [name for name, _ in events]
     ends = [data for name, data in events if name == "passage"]
     last = events[-1][1]
@@ -55,21 +55,21 @@ def test_acc_E03_every_triple_stands_in_its_passage(served: Asked) -> None:
         "request_id": "", "seed": 7, "question_model": "words", "reader_model": "reader", "proposed_by": "proposer",
     }  # fmt: skip
     assert [end["passage_id"] for end in ends] == list(TEXTS)
-    assert [end["answers"] for end in ends] == [5, 3 if len(TEXTS["name"]) > 4 else ends[1]["answers"], 5, 5]
+    assert [end["answers"] for end in ends] == [5, 2, 1, 4, 5]  # all that there are in the short ones
     for triple in found:
         start = triple["answer_start"]
         assert TEXTS[triple["passage_id"]][start : start + len(triple["answer"])] == triple["answer"] != ""
         assert 0 < triple["p_answer"] <= 1
         assert triple["kept"] == (triple["reason"] == "")
     for (_, _, answer), items in pairs.items():
-        assert len(items) == 2
+        assert len(items) == 8
         led_back = any(item["qa_answer"] and exact_match(item["qa_answer"], answer) for item in items)
         for item in items:
             if item["reason"] in ("no_answer", "other_answer"):
                 assert not led_back
             elif item["kept"]:
                 assert led_back
-    assert any(item["kept"] for item in found)
+    assert {item["passage_id"] for item in found if item["kept"]} >= {"sure"}
     assert {"other_answer", "unreadable"} <= {item["reason"] for item in found}
     assert last["passages"] == len(PASSAGES)
     assert last["triples"] == len(found)
@@ -107,7 +107,7 @@ def test_acc_E09_triples_repeat_in_any_batch_and_after_any_passage(served: Asked
     whole = triples(served.ask())
     again = triples(served.ask())
     alone = [triple for passage in PASSAGES for triple in triples(served.ask(passages=[passage]))]
-    rest = triples(served.ask(passages=PASSAGES[2:]))
+    rest = triples(served.ask(passages=PASSAGES[3:]))
     turned = triples(served.ask(passages=PASSAGES[::-1]))
 
     assert whole == again

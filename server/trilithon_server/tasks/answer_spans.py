@@ -53,8 +53,14 @@ class Candidates:
     logprobs: npt.NDArray[np.float64]
 
     def worded(self, text: str) -> Candidates:
-        """Those that hold a letter or a digit; probabilities stay as they are."""
-        kept = [i for i, (start, end) in enumerate(self.spans) if any(map(str.isalnum, text[start:end]))]
+        """Those that are whole words and hold a letter or a digit; probabilities stay as they are."""
+        words = split_words(text)
+        starts, ends = {start for start, _ in words}, {end for _, end in words}
+        kept = [
+            i
+            for i, (start, end) in enumerate(self.spans)
+            if start in starts and end in ends and any(map(str.isalnum, text[start:end]))
+        ]
         return Candidates([self.spans[i] for i in kept], self.logprobs[kept])
 
     def sample(self, count: int, *, seed: int, temperature: float = 1.0, top_p: float = TOP_P) -> list[Proposal]:
