@@ -26,7 +26,10 @@ from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.question_format import NUM_TYPES, QuestionFormat
 
 PASSAGES = [
-    {"id": "mill", "text": "The miller counted 12 sacks, then 144. Nobody came. The river froze in the winter of 1728."},
+    {
+        "id": "mill",
+        "text": "The miller counted 12 sacks, then 144. Nobody came. The river froze in the winter of 1728.",
+    },
     {"id": "name", "text": "Ada."},
     {"id": "sure", "text": "7"},  # whoever answers answers this
     {"id": "dark", "text": "nobody wrote anything here"},

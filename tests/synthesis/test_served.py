@@ -39,8 +39,8 @@ def served(models: tuple[Path, Path, Path]) -> Iterator[Asked]:
 
 def test_acc_E03_every_triple_stands_in_its_passage(served: Asked) -> None:
     """
-    Passages in their order, answers where they are said to be and none twice, eight questions each; what is kept led back
-    to its answer, itself or its pair, and each dropped one has its reason. Inverse seen red: offsets by one.
+    Passages in their order, answers where they are said to be and none twice, eight questions each; what is kept led
+    back to its answer, itself or its pair, and each dropped one has its reason. Inverse seen red: offsets by one.
     """
     events = served.ask(questions_per_answer=8)
     found, names = triples(events), [name for name, _ in events]

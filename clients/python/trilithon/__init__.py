@@ -61,6 +61,8 @@ from trilithon._parameters import (
 )
 from trilithon._requests import PromptInput, ScoreItem
 from trilithon._streams import AsyncStream, Stream
+from trilithon._synth_qa import AsyncSynthQAStream, SynthQAOptions, SynthQAPassage, SynthQAStream
+from trilithon._synth_qa_types import SynthQAPassageDone, SynthQAStarted, SynthQASummary, SynthQATriple
 from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
     Choice,
@@ -122,6 +124,7 @@ __all__ = [
     "AsyncModels",
     "AsyncReplyStream",
     "AsyncStream",
+    "AsyncSynthQAStream",
     "AsyncTaskStream",
     "BodyTooLarge",
     "CallOptions",
@@ -195,6 +198,13 @@ __all__ = [
     "SpanAnswers",
     "Started",
     "Stream",
+    "SynthQAOptions",
+    "SynthQAPassage",
+    "SynthQAPassageDone",
+    "SynthQAStarted",
+    "SynthQAStream",
+    "SynthQASummary",
+    "SynthQATriple",
     "TaskOptions",
     "TaskStream",
     "Texts",

@@ -19,6 +19,7 @@ from trilithon.api.v1 import (
     extract_pb2,
     generation_pb2,
     models_pb2,
+    synth_qa_pb2,
     tokenize_pb2,
 )
 from trilithon.errors import InvalidArgument, Violation
@@ -32,6 +33,11 @@ _EARLY = {
 }
 _POOLING = {"mean": embed_pb2.POOLING_MEAN, "last": embed_pb2.POOLING_LAST, "first": embed_pb2.POOLING_FIRST}
 _SPEAKERS = {"target": dialogue_pb2.Turn.SPEAKER_TARGET, "other": dialogue_pb2.Turn.SPEAKER_OTHER}
+_FILTERS = {
+    "pair_any": synth_qa_pb2.SynthQARequest.FILTER_PAIR_ANY,
+    "single": synth_qa_pb2.SynthQARequest.FILTER_SINGLE,
+    "none": synth_qa_pb2.SynthQARequest.FILTER_NONE,
+}
 _SCORERS = {
     "tfidf": dialogue_pb2.KnowledgeOptions.SCORER_TFIDF,
     "dense": dialogue_pb2.KnowledgeOptions.SCORER_DENSE,
@@ -186,6 +192,17 @@ def _put_actor(fields: Fields) -> dialogue_pb2.PutActorRequest:
     )
 
 
+def _synth_qa(fields: Fields) -> synth_qa_pb2.SynthQARequest:
+    names = ("answers_per_passage", "questions_per_answer", "answer_model", "reader_model")
+    return task_request(
+        synth_qa_pb2.SynthQARequest,
+        fields,
+        passages=[synth_qa_pb2.SynthQAPassage(**passage) for passage in fields["passages"]],
+        filter=_choice("filter", fields.get("filter"), _FILTERS),
+        **{name: fields[name] for name in names if name in fields},
+    )
+
+
 def _with_meta(kind: Callable[..., Message]) -> Callable[[Fields], Message]:
     """A message whose fields are the request's own, but for those of the call."""
 
@@ -215,6 +232,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "put_knowledge": lambda fields: dialogue_pb2.PutKnowledgeRequest(**fields),
     "get_knowledge": lambda fields: dialogue_pb2.GetKnowledgeRequest(**fields),
     "delete_knowledge": lambda fields: dialogue_pb2.DeleteKnowledgeRequest(**fields),
+    "synth_qa": _synth_qa,
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -244,6 +262,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "put_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "get_knowledge": dialogue_pb2.PutKnowledgeResponse,
     "delete_knowledge": dialogue_pb2.DeleteKnowledgeResponse,
+    "synth_qa": synth_qa_pb2.SynthQAFinished,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,
@@ -257,6 +276,7 @@ RESPONSES: Mapping[str, type[Message]] = {
 EVENTS: Mapping[str, type[Message]] = {
     "generate": generation_pb2.GenerateEvent,
     "respond": dialogue_pb2.RespondEvent,
+    "synth_qa": synth_qa_pb2.SynthQAEvent,
 }
 """Operation name -> the message of its stream's events, where that is not its answer's."""
 

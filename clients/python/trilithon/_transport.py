@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 
 from trilithon._dialogue_types import Actor, KnowledgeBase, Nothing, Reply
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
+from trilithon._synth_qa_types import SynthQASummary
 from trilithon._types import (
     Aborted,
     Completions,
@@ -87,6 +88,9 @@ GET_KNOWLEDGE = Operation("get_knowledge", "GET /v1/knowledge/{kb_id}", f"{_DIAL
 DELETE_KNOWLEDGE = Operation(
     "delete_knowledge", "DELETE /v1/knowledge/{kb_id}", f"{_DIALOGUE}/DeleteKnowledge", Nothing
 )
+SYNTH_QA = Operation(
+    "synth_qa", "POST /v1/synthetic-qa", f"{_V1}SynthQAService/Generate", SynthQASummary, takes_time_limit=True
+)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
@@ -102,7 +106,8 @@ DELETE_ALIAS = Operation("delete_alias", "DELETE /v1/aliases/{alias}", f"{_V1}Mo
 HEALTH = Operation("health", "GET /readyz", "grpc.health.v1.Health/Check", Health)
 OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, RESPOND,
-    PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, LIST_MODELS, GET_MODEL,
+    PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, SYNTH_QA, LIST_MODELS,
+    GET_MODEL,
     LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 

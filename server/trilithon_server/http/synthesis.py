@@ -39,6 +39,7 @@ class SynthQARequest(_Strict):
     questions_per_answer: int = Field(0, description="1 to 8; 0 means 2.")
     filter: Literal["", "pair_any", "single", "none"] = Field("", description="Empty means pair_any.")
     answer_model: str = Field("", description="Proposes answers; empty means the first that can, or else a rule.")
+    stream: Literal[True] = Field(True, description="The answer is always a stream.")
     reader_model: str = Field("", description="Checks the questions; empty means the first that answers questions.")
 
 
