@@ -36,9 +36,8 @@ def url(request: pytest.FixtureRequest, served: Asked) -> str:
 async def test_E3_triples_are_one_by_every_way(url: str, served: Asked) -> None:
     """From a thread and from a loop, by both protocols: what the plain route tells."""
     plain = triples(served.ask(passages=PASSAGES[:3], answers_per_passage=3, filter="single"))
-    with Client(url) as client:
-        with client.synth_qa(TEXTS, answers_per_passage=3, filter="single", seed=7) as stream:
-            events = list(stream)
+    with Client(url) as client, client.synth_qa(TEXTS, answers_per_passage=3, filter="single", seed=7) as stream:
+        events = list(stream)
     async with AsyncClient(url) as twin:
         stream_of_loop = await twin.synth_qa(TEXTS, answers_per_passage=3, filter="single", seed=7)
         events_of_loop = [event async for event in stream_of_loop]
