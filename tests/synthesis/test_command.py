@@ -113,7 +113,7 @@ def test_models_of_this_machine_do_it_too(
 ) -> None:
     """Offline: the same file as from a server of the same models, and nothing is left running."""
     near, far = tmp_path / "near.json", tmp_path / "far.json"
-    local = [part for model in models for part in ("--local", str(model))]
+    local = [part for model in models for part in ("--local", f"{model.name}={model}")]
     assert run(corpus, "-o", far, "--url", served.server.url) == 0
     done = subprocess.run(
         [sys.executable, "-m", "trilithon.cli", "synth-qa", str(corpus), "-o", str(near), *local, "--dtype", "float32"],

@@ -22,10 +22,10 @@ POLL_S = 0.2
 @contextlib.contextmanager
 def serving(models: Sequence[str], *, dtype: str | None = None) -> Iterator[str]:
     """
-    Serve models, each under its directory's name, until the block ends.
+    Serve models, each under the name that is given or its directory's, until the block ends.
 
     Args:
-        models: at least one: names of the local store, or directories.
+        models: at least one, `MODEL` or `NAME=MODEL`: of the local store, or directories.
         dtype: of all; None for the server's own choice.
     Yields:
         The address.
@@ -36,11 +36,13 @@ def serving(models: Sequence[str], *, dtype: str | None = None) -> Iterator[str]
     with tempfile.TemporaryDirectory(prefix="trilithon-") as folder:
         socket, log = Path(folder) / "http.sock", Path(folder) / "log"
         flags = ["--uds", str(socket), "--http-port", "0", "--grpc-port", "0"]
-        for number, model in enumerate(models):
+        named = [(name, path) if path else ("", name) for name, _, path in (model.partition("=") for model in models)]
+        for number, (name, model) in enumerate(named):
+            flags += ["--set", f"engines.{number}.served_name={name}"] if name else []
             flags += ["--set", f"engines.{number}.name=local{number}"]
             flags += ["--set", f"engines.{number}.model={model}"] if number else []
             flags += ["--set", f"engines.{number}.dtype={dtype}"] if dtype else []
-        command = [sys.executable, "-m", "trilithon.cli", "serve", models[0], *flags]
+        command = [sys.executable, "-m", "trilithon.cli", "serve", named[0][1], *flags]
         with log.open("w", encoding="utf-8") as out:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:

@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="passages of a request, 1 to 64 [8]")
     parser.add_argument("--restart", action="store_true", help="leave an interrupted run aside")
     parser.add_argument(
-        "--local", action="append", default=[], metavar="MODEL",
+        "--local", action="append", default=[], metavar="[NAME=]MODEL",
         help="serve this model for the run, in place of a server; repeat it for each part",
     )  # fmt: skip
     parser.add_argument("--dtype", metavar="TYPE", help="of --local models [as `trilithon serve` chooses]")
