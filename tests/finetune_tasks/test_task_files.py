@@ -10,8 +10,12 @@ import pytest
 
 from trilithon_parallel.config import ModelError
 from trilithon_server.tasks import FORMATS, TASK_FILE, read_task, task_format
+from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
+from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.relations import RelationFormat
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
@@ -21,6 +25,10 @@ SAMPLES = [
     SpanFormat(),
     RelationFormat(("CPR:4", "false"), {"CHEMICAL": 1, "GENE": 2}, max_tokens=64),
     ClassFormat(("no", "yes"), max_tokens=99),
+    AnswerFormat(max_tokens=99, max_answer_tokens=4),
+    QuestionFormat(roles="types", context="whole"),
+    DialogueFormat(max_references=7),
+    RetrievalFormat(),
 ]
 
 
@@ -40,7 +48,7 @@ def test_a_directory_without_a_task_file_has_no_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "task must be one of ner, span_qa, relation, classify. Given: None"),
+        ({}, "task must be one of ner, span_qa, relation, classify, answer_gen, dialogue, retrieval"),
         ({"task": "sft"}, "Given: 'sft'"),
         ({"task": "classify", "labels": ["a"]}, "of a classify model must have max_tokens"),
         ({"task": "classify", "labels": ["a"], "max_tokens": "many"}, "a value of the wrong kind"),

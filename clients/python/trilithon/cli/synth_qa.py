@@ -16,7 +16,6 @@ from trilithon.cli._output import EXIT_INVALID_DATA, EXIT_OK, Progress, explain,
 from trilithon.cli._parser import Parser, UsageError
 from trilithon.errors import TrilithonError
 
-
 CALL_S = 600.0
 """Of one request, unless `--timeout` says."""
 
