@@ -81,7 +81,8 @@ class Candidates:
             noise = np.random.Generator(np.random.Philox(seed)).gumbel(size=len(self.spans))
             keys = self.logprobs[kept] / temperature + noise[kept]
             order = kept[np.argsort(-keys, kind="stable")]
-        return [Proposal(*self.spans[i], float(np.exp(self.logprobs[i]))) for i in order[:count].tolist()]
+        chosen = [(self.spans[i], self.logprobs[i]) for i in order[:count].tolist()]
+        return [Proposal(start, end, float(np.exp(logprob))) for (start, end), logprob in chosen]
 
 
 @dataclass(frozen=True)
