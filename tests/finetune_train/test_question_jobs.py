@@ -59,10 +59,11 @@ def test_acc_E04_questions_are_learned_by_heart(tmp_path: Path, small_decoder: P
         write_rows(tmp_path / "train.jsonl", rows),
         write_rows(tmp_path / "valid.jsonl", [{**row, "title": "again"} for row in rows]),
         task="question_gen",
-        training={"epochs": 60, "batch_size": 8},
+        training={"epochs": 40, "batch_size": 8},
         tuning={"kind": "full"},
-        optimizer={"lr": 3e-3},
-        eval={"every_steps": 60},
+        optimizer={"lr": 4e-3},
+        eval={"every_steps": 40},
+        checkpoint={"every_steps": 40},
     ).walk()
     format_ = read_task(made.root / "export")
     assert isinstance(format_, QuestionFormat)
