@@ -228,3 +228,25 @@ def test_R7_the_time_limit_leaves_out_whole_passages(served: Asked) -> None:
     assert last["passages"] == len(ends) < 40
     assert len(triples(events)) == 10 * len(ends)
     assert served.ask(passages=PASSAGES[:1])[-1][1]["finish_reason"] is None
+
+
+@pytest.mark.slow
+def test_acc_E09_a_real_model_asks_in_words_at_every_layout(
+    smollm2_dir: Path,
+) -> None:
+    """
+    SmolLM2-Instruct, which never learned to ask, writes questions through its chat template; its triples repeat, and in
+    two stages they are those of one. Of the questions at least half can be read.
+    """
+    passages = PASSAGES[:1]
+    found = []
+    for pp in (1, 2):
+        with serving_parts(smollm2_dir, pp=pp) as asked:
+            events = [asked.ask(passages=passages, filter="none", answers_per_passage=3) for _ in range(2)]
+        assert triples(events[0]) == triples(events[1])
+        assert events[0][0][1]["proposed_by"] == "capitals_and_numbers"
+        found.append(triples(events[0]))
+
+    assert rounded(found[0]) == rounded(found[1])
+    assert sum(item["kept"] for item in found[0]) >= 3
+    assert all(item["question"].endswith("?") for item in found[0] if item["kept"])
