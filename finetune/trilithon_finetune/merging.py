@@ -1,13 +1,18 @@
-"""`python -m trilithon_finetune.merging BASE ADAPTER OUT`: a base with an adapter merged into it, whole or not."""
+"""
+`python -m trilithon_finetune.merging BASE ADAPTER OUT`: a base with an adapter merged into it, whole or not, which
+serves the adapter's task.
+"""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.lora.merge import merge_adapter
+from trilithon_server.tasks import TASK_FILE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         merge_adapter(options.base, options.adapter, options.out)
+        if (task := options.adapter / TASK_FILE).is_file():
+            shutil.copyfile(task, options.out / TASK_FILE)
     except ModelError as error:
         print(error, file=sys.stderr)
         return 1

@@ -13,16 +13,13 @@ Source: arXiv 2005.06114 (actors by references), 2010.10150 (local knowledge).
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trilithon.errors import FailedPrecondition, NotFound
-from trilithon_parallel.config import ModelError
 from trilithon_server.embedding import embed
 from trilithon_server.generation import Generation
 from trilithon_server.knowledge.local import SCORERS, Choice, Chosen, Document, LocalKnowledge, read_documents
@@ -31,7 +28,7 @@ from trilithon_server.knowledge.shelf import Kept, Shelf
 from trilithon_server.prompts import Sequenced
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
-from trilithon_server.tasks import read_task
+from trilithon_server.task_model import adapter_task
 from trilithon_server.tasks.dialogue_format import Conversation, DialogueFormat, Packed, Turn
 from trilithon_server.validation import Violations, is_text, nearest, shown
 
@@ -183,22 +180,13 @@ def format_of(model: ServedModel) -> DialogueFormat:
     """
     window, known = model.max_context, model.dialogue
     if model.adapter is not None:
-        known = _of_adapter(model.adapter.directory, model.adapter.digest)
+        task = adapter_task(model.adapter.directory, model.adapter.digest)
+        known = task if isinstance(task, DialogueFormat) else None
     return known or DialogueFormat(
         max_references=min(1024, window // 4),
         max_knowledge=min(512, window // 8),
         max_conversation=min(2048, window // 2),
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _of_adapter(directory: str, digest: str) -> DialogueFormat | None:
-    """`digest`: of the adapter's version, which has one task for ever."""
-    try:
-        task = read_task(Path(directory))
-    except ModelError as error:
-        raise FailedPrecondition(error.message, code=error.code, hint=error.hint) from None
-    return task if isinstance(task, DialogueFormat) else None
 
 
 def _stops(values: Mapping[str, Any], format_: DialogueFormat) -> list[str]:

@@ -216,6 +216,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     from trilithon_server.task_model import load_task
     from trilithon_server.tasks import read_task
     from trilithon_server.tasks.dialogue_format import DialogueFormat
+    from trilithon_server.tasks.question_format import QuestionFormat
     from trilithon_server.tasks.retrieval import RetrievalFormat
     from trilithon_server.tasks.story_format import StoryFormat
     from trilithon_server.text.template import load_template
@@ -241,6 +242,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         dialogue=task if isinstance(task, DialogueFormat) else None,
         story=task if isinstance(task, StoryFormat) else None,
         retrieval=task if isinstance(task, RetrievalFormat) else None,
+        questions=task if isinstance(task, QuestionFormat) else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

@@ -22,6 +22,7 @@ from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import StoryFormat
 from trilithon_server.text.detokenizer import TokenTexts
@@ -85,6 +86,7 @@ class ServedModel:
         dialogue: how the model of the engine reads conversations, where it was trained on them.
         story: how it reads stories, where it was trained for a part of them.
         retrieval: how an encoder reads questions and passages, where it was trained on them.
+        questions: how it is asked for questions, where it was trained to write them.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -102,6 +104,7 @@ class ServedModel:
     dialogue: DialogueFormat | None = None
     story: StoryFormat | None = None
     retrieval: RetrievalFormat | None = None
+    questions: QuestionFormat | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trilithon.errors import FailedPrecondition
 from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.tokenizer import Tokenizer
-from trilithon_server.tasks import HEADS, TASK_FILE, HeadFormat, read_task
+from trilithon_server.tasks import HEADS, TASK_FILE, HeadFormat, TaskFormat, read_task
 from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import WordPieces
@@ -62,6 +64,22 @@ def known_capabilities(task: str) -> list[str]:
     (['annotate', 'embed', 'tokenize'], [])
     """
     return [CAPABILITIES[HEADS[task]], "embed", "tokenize"] if task in HEADS else []
+
+
+@functools.lru_cache(maxsize=256)
+def adapter_task(directory: str, digest: str) -> TaskFormat | None:
+    """
+    The task that an adapter was trained for; None where its directory names none.
+
+    Args:
+        digest: of the adapter's version, which has one task for ever.
+    Raises:
+        FailedPrecondition: `task_invalid`, the task file is broken.
+    """
+    try:
+        return read_task(Path(directory))
+    except ModelError as error:
+        raise FailedPrecondition(error.message, code=error.code, hint=error.hint) from None
 
 
 def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> TaskModel | None:

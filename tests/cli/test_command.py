@@ -23,12 +23,12 @@ from trilithon.cli._output import exit_code
 from trilithon.cli._parser import Parser
 
 # They start processes, reach the network or need files; their own tests run them.
-PARSED_ONLY = ("serve", "pull", "data", "pretrain", "finetune", "checkpoint", "index")
+PARSED_ONLY = ("serve", "pull", "data", "pretrain", "finetune", "checkpoint", "index", "synth-qa")
 
 
 def _parser(verb: str) -> Parser:
     parser = Parser(prog=f"trilithon {verb}")
-    importlib.import_module(f"trilithon.cli.{verb}").add_arguments(parser)
+    importlib.import_module(f"trilithon.cli.{verb.replace('-', '_')}").add_arguments(parser)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,7 @@ def test_signatures_are_twins() -> None:
             mine = inspect.signature(getattr(plain, name))
             theirs = inspect.signature(getattr(twin, renamed.get(name, name)))
             assert mine.parameters == theirs.parameters, name
-            expected = str(mine.return_annotation).replace("Stream", "AsyncStream")
+            expected = re.sub(r"\b(\w*Stream)\b", r"Async\1", str(mine.return_annotation))
             assert expected == str(theirs.return_annotation), name
     init = inspect.signature(Client.__init__).parameters
     twin_init = inspect.signature(AsyncClient.__init__).parameters

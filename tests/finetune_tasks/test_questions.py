@@ -137,18 +137,26 @@ def test_numbers_of_written_questions(bytes_: Tokenizer) -> None:
 
 
 def test_numbers_of_proposed_answers(letters: Tokenizer) -> None:
-    """A text that two rows ask about counts once for each different answer; Inverse seen red: likeliest by start."""
-    other = {**ASKED, "answers": [{"text": "pain", "answer_start": ASKED["context"].index("pain")}]}
+    """
+    Of three different answers to a text those count that are among its five likeliest spans, each once, whichever row
+    asks for it. Inverse seen red: the first five spans in place of the likeliest.
+    """
+    said = ("aspirin", "it", "pain", "pain")
+    rows = {
+        line: {**ASKED, "answers": [{"text": text, "answer_start": ASKED["context"].index(text)}]}
+        for line, text in enumerate(said, start=1)
+    }
     context = context_for(ANSWERS, letters, options={"max_answer_tokens": 2}, validating=True)
-    outputs, rows = [], {1: ASKED, 2: other}
+    outputs = []
     for line, row in rows.items():
         (sample,) = samples(ANSWERS.encode(row, line, context, file="f"))
         values = np.full((len(sample.tokens), 2), -9.0, np.float32)
-        values[2, 0] = 5.0  # "aspirin"; "pain" is one of many equals behind it, beyond the five
+        values[7, 0] = 5.0  # [CLS] the aspirin of it , the pain [SEP]
+        values[[3, 4, 6], 0] = values[3, 1] = 0.0  # of, it, the, of it
         outputs.append(Output(sample, values))
     told = ANSWERS.metrics(outputs, rows, context)
 
-    assert told["answer_recall"] == 0.5
+    assert told["answer_recall"] == pytest.approx(2 / 3)
     assert told["candidate_share"] > 0.99
 
 

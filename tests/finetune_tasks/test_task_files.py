@@ -10,11 +10,14 @@ import pytest
 
 from trilithon_parallel.config import ModelError
 from trilithon_server.tasks import FORMATS, TASK_FILE, read_task, task_format
+from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.story_format import KeywordFormat, RankerFormat, SentenceFormat
 from trilithon_server.tasks.tagging import TaggingFormat
 
 SAMPLES = [
@@ -24,7 +27,12 @@ SAMPLES = [
     RelationFormat(("CPR:4", "false"), {"CHEMICAL": 1, "GENE": 2}, max_tokens=64),
     ClassFormat(("no", "yes"), max_tokens=99),
     DialogueFormat(markers="tokens", roles="types", positions="restart", order="knowledge", max_knowledge=0),
+    AnswerFormat(max_tokens=99, max_answer_tokens=4),
+    QuestionFormat(roles="types", context="whole"),
     RetrievalFormat(),
+    KeywordFormat(max_story=77),
+    SentenceFormat(max_knowledge=9),
+    RankerFormat(),
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 from finetune_jobs import JobDir, make_job, write_rows
 from tiny import tiny_llama
 
+from trilithon_finetune import merging
 from trilithon_finetune.recipes.squad_rows import first_answer
 from trilithon_parallel.config import load_config
 from trilithon_server import LLM, SamplingParams
@@ -56,12 +57,13 @@ def test_acc_E04_questions_are_learned_by_heart(tmp_path: Path, small_decoder: P
         tmp_path,
         small_decoder,
         write_rows(tmp_path / "train.jsonl", rows),
-        write_rows(tmp_path / "valid.jsonl", rows),
+        write_rows(tmp_path / "valid.jsonl", [{**row, "title": "again"} for row in rows]),
         task="question_gen",
-        training={"epochs": 60, "batch_size": 8},
+        training={"epochs": 40, "batch_size": 8},
         tuning={"kind": "full"},
-        optimizer={"lr": 3e-3},
-        eval={"every_steps": 60},
+        optimizer={"lr": 4e-3},
+        eval={"every_steps": 40},
+        checkpoint={"every_steps": 40},
     ).walk()
     format_ = read_task(made.root / "export")
     assert isinstance(format_, QuestionFormat)
@@ -75,6 +77,16 @@ def test_acc_E04_questions_are_learned_by_heart(tmp_path: Path, small_decoder: P
     assert right / len(rows) >= 0.9
     assert numbers["rouge_l"] >= 0.9
     assert numbers["parsed"] == 1.0
+
+
+def test_a_merged_adapter_keeps_its_task(job: MakeJob, decoder_dir: Path, tmp_path: Path) -> None:
+    """The model that an adapter is merged into is asked in the format that the adapter learned."""
+    made = job("question_gen").walk()
+    code = merging.main([str(decoder_dir), str(made.root / "export"), str(tmp_path / "merged")])
+
+    assert code == 0
+    assert isinstance(read_task(tmp_path / "merged"), QuestionFormat)
+    assert read_task(tmp_path / "merged") == read_task(made.root / "export")
 
 
 def test_token_types_are_trained_with_all_of_the_model(job: MakeJob) -> None:

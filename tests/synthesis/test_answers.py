@@ -100,6 +100,16 @@ def test_draws_follow_the_probabilities() -> None:
     assert [p.start for p in candidates.sample(3, seed=5, temperature=0)] == [0, 1, 2]
 
 
+def test_partial_words_are_no_answers() -> None:
+    """Of spans those stay that begin and end with words and say something, with their probabilities."""
+    spans = [(0, 3), (0, 2), (1, 3), (3, 4), (0, 4), (2, 4)]
+    candidates = Candidates(spans, np.log(np.full(6, 1 / 6)))
+    left = candidates.worded("Ada.")
+
+    assert left.spans == [(0, 3), (0, 4)]
+    assert left.sample(5, seed=1, temperature=0)[0].probability == pytest.approx(1 / 6)
+
+
 def test_the_rule_takes_names_and_numbers() -> None:
     """Runs of capitals and digits, marks within a number or a name belonging to it; each is as likely."""
     text = "In 1,728 days Ada Noor of Saint-Denis won 3.5 cups. Nobody saw."

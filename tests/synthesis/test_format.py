@@ -185,8 +185,12 @@ def test_a_task_file_comes_back() -> None:
 
 def test_plain_words_ask_and_are_read() -> None:
     """A model without the format is asked in words; of its reply the first question counts."""
-    assert '"12"' in question_instruction(TEXT, "12")
-    assert question_prompt(TEXT, "12").endswith("\n\nQuestion:")
+    asked = question_instruction(TEXT, (START, START + 2))
+
+    assert asked.startswith("Text: The mill stood still. The miller counted 12 sacks. Nobody came.\n")
+    assert 'must be "12"' in asked
+    assert question_prompt(TEXT, (START, START + 2)) == f"{asked}\n\nQuestion:"
+    assert len(question_instruction("a" * 9000, (4000, 4003))) < 2300
     assert read_reply("Sure!\n1. **How many sacks?**\n2. Who came?") == "How many sacks?"
     assert read_reply("There were twelve sacks.") is None
     assert written_question(" a \n b ") == " a b :question"

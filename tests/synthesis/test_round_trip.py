@@ -7,8 +7,9 @@ import pytest
 from trilithon_server.tasks.answer_match import exact_match, normalise
 from trilithon_server.tasks.round_trip import Asked, Filter, judge
 
-BACK, SAME, WRONG = Asked("q1", "The 12 sacks!", 0.9), Asked("q2", "12 sacks", 0.6), Asked("q3", "a miller", 0.4)
-SILENT, BROKEN, AGAIN = Asked("q4"), Asked(None), Asked("q1", "12 sacks", 0.9)
+BACK, SAME = Asked("q1", reply="The 12 sacks!", probability=0.9), Asked("q2", reply="12 sacks", probability=0.6)
+WRONG, SILENT, BROKEN = Asked("q3", reply="a miller", probability=0.4), Asked("q4"), Asked(None)
+AGAIN, LONG = Asked("q1", reply="12 sacks", probability=0.9), Asked(None, too_long=True)
 
 CASES: dict[str, tuple[list[Asked], dict[Filter, list[str]]]] = {
     "both": ([BACK, SAME], {"pair_any": ["", ""], "single": ["", ""], "none": ["", ""]}),
@@ -32,6 +33,7 @@ CASES: dict[str, tuple[list[Asked], dict[Filter, list[str]]]] = {
             "none": ["", "unreadable"],
         },
     ),
+    "too long": ([LONG, LONG], {m: ["too_long", "too_long"] for m in ("pair_any", "single", "none")}),
     "twice": ([BACK, AGAIN], {m: ["", "repeated"] for m in ("pair_any", "single", "none")}),
 }
 

@@ -61,6 +61,8 @@ from trilithon._parameters import (
     ToolCall,
 )
 from trilithon._requests import PromptInput, ScoreItem
+from trilithon._retrieval import AsyncRetrieval, Retrieval
+from trilithon._retrieval_types import Evidence, Hits, Index, OpenAnswer, Passage, SearchResults, Vector, Vectors
 from trilithon._stories import (
     AsyncStories,
     AsyncStoryStream,
@@ -70,9 +72,9 @@ from trilithon._stories import (
     StoryStream,
 )
 from trilithon._story_types import Story, StoryFact, StorySentence, StoryStarted
-from trilithon._retrieval import AsyncRetrieval, Retrieval
-from trilithon._retrieval_types import Evidence, Hits, Index, OpenAnswer, Passage, SearchResults, Vector, Vectors
 from trilithon._streams import AsyncStream, Stream
+from trilithon._synth_qa import AsyncSynthQAStream, SynthQAOptions, SynthQAPassage, SynthQAStream
+from trilithon._synth_qa_types import SynthQAPassageDone, SynthQAStarted, SynthQASummary, SynthQATriple
 from trilithon._task_streams import AsyncTaskStream, TaskStream
 from trilithon._types import (
     Choice,
@@ -134,10 +136,11 @@ __all__ = [
     "AsyncModels",
     "AsyncOpenQA",
     "AsyncReplyStream",
+    "AsyncRetrieval",
     "AsyncStories",
     "AsyncStoryStream",
-    "AsyncRetrieval",
     "AsyncStream",
+    "AsyncSynthQAStream",
     "AsyncTaskStream",
     "BodyTooLarge",
     "CallOptions",
@@ -211,13 +214,13 @@ __all__ = [
     "Reply",
     "ReplyDelta",
     "ReplyStream",
+    "Retrieval",
     "RewriteOptions",
+    "Sampling",
     "ScoreItem",
     "Scores",
-    "SentenceControl",
-    "Retrieval",
-    "Sampling",
     "SearchResults",
+    "SentenceControl",
     "SpanAnswer",
     "SpanAnswers",
     "Started",
@@ -228,6 +231,13 @@ __all__ = [
     "StoryStarted",
     "StoryStream",
     "Stream",
+    "SynthQAOptions",
+    "SynthQAPassage",
+    "SynthQAPassageDone",
+    "SynthQAStarted",
+    "SynthQAStream",
+    "SynthQASummary",
+    "SynthQATriple",
     "TaskOptions",
     "TaskStream",
     "Texts",

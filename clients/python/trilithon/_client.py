@@ -21,6 +21,9 @@ from trilithon._retrieval import Retrieval
 from trilithon._retry import Retries, new_request_id
 from trilithon._stories import Stories
 from trilithon._streams import Stream
+from trilithon._synth_qa import EVENTS as SYNTH_QA_EVENTS
+from trilithon._synth_qa import Filter, SynthQAOptions, SynthQAPassage, SynthQAStream, synth_qa_fields
+from trilithon._synth_qa_types import SynthQASummary
 from trilithon._task_streams import TaskStream
 from trilithon._transport import (
     ABORT,
@@ -30,6 +33,7 @@ from trilithon._transport import (
     HEALTH,
     RENDER,
     SCORE,
+    SYNTH_QA,
     TOKENIZE,
     AttemptFailed,
     EventStream,
@@ -226,6 +230,37 @@ class Client:
         """
         fields = _requests.embed(inputs, pooling, normalize, dimensions, options)
         return self._call(EMBED, fields, options, Embeddings)
+
+    def synth_qa(
+        self,
+        passages: Sequence[SynthQAPassage],
+        *,
+        answers_per_passage: int | None = None,
+        questions_per_answer: int | None = None,
+        filter: Filter | None = None,
+        answer_model: str | None = None,
+        reader_model: str | None = None,
+        **options: Unpack[SynthQAOptions],
+    ) -> SynthQAStream:
+        """
+        Questions and answers made from passages, as they are made; the stream's `result` says what they came to.
+
+        A passage's triples depend on the seed and on its text alone.
+
+        Args:
+            passages: 1 to 64.
+            answers_per_passage: at most, 1 to 20. Default: 5.
+            questions_per_answer: 1 to 8. Default: 2.
+            filter: keep all questions of an answer where any leads back to it, those that do, or all that can be read.
+                Default: pair_any.
+            answer_model: proposes answers. Default: the first served that can, else a rule.
+            reader_model: checks the questions. Default: the first served that answers questions.
+            options: `model` writes the questions [the first that was trained to, or can write].
+        """
+        fields = synth_qa_fields(
+            passages, answers_per_passage, questions_per_answer, filter, answer_model, reader_model, options
+        )
+        return self._stream(SYNTH_QA, fields, options, SYNTH_QA_EVENTS, SynthQASummary)
 
     def tokenize(
         self,

@@ -19,9 +19,10 @@ from trilithon.api.v1 import (
     extract_pb2,
     generation_pb2,
     models_pb2,
-    story_pb2,
     openqa_pb2,
     retrieval_pb2,
+    story_pb2,
+    synth_qa_pb2,
     tokenize_pb2,
 )
 from trilithon.errors import InvalidArgument, Violation
@@ -35,6 +36,11 @@ _EARLY = {
 }
 _POOLING = {"mean": embed_pb2.POOLING_MEAN, "last": embed_pb2.POOLING_LAST, "first": embed_pb2.POOLING_FIRST}
 _SPEAKERS = {"target": dialogue_pb2.Turn.SPEAKER_TARGET, "other": dialogue_pb2.Turn.SPEAKER_OTHER}
+_FILTERS = {
+    "pair_any": synth_qa_pb2.SynthQARequest.FILTER_PAIR_ANY,
+    "single": synth_qa_pb2.SynthQARequest.FILTER_SINGLE,
+    "none": synth_qa_pb2.SynthQARequest.FILTER_NONE,
+}
 _SCORERS = {
     "tfidf": dialogue_pb2.KnowledgeOptions.SCORER_TFIDF,
     "dense": dialogue_pb2.KnowledgeOptions.SCORER_DENSE,
@@ -219,6 +225,17 @@ def _control(given: Mapping[str, Any]) -> story_pb2.SentenceControl:
     return story_pb2.SentenceControl(mode=_choice("mode", given.get("mode"), _MODES), **rest)
 
 
+def _synth_qa(fields: Fields) -> synth_qa_pb2.SynthQARequest:
+    names = ("answers_per_passage", "questions_per_answer", "answer_model", "reader_model")
+    return task_request(
+        synth_qa_pb2.SynthQARequest,
+        fields,
+        passages=[synth_qa_pb2.SynthQAPassage(**passage) for passage in fields["passages"]],
+        filter=_choice("filter", fields.get("filter"), _FILTERS),
+        **{name: fields[name] for name in names if name in fields},
+    )
+
+
 def _with_meta(kind: Callable[..., Message]) -> Callable[[Fields], Message]:
     """A message whose fields are the request's own, but for those of the call."""
 
@@ -256,6 +273,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "search": lambda fields: _with_meta(retrieval_pb2.SearchRequest)(_retrieval_messages.numbered(fields)),
     "answer_open": open_request,
     **_retrieval_messages.REQUESTS,
+    "synth_qa": _synth_qa,
     "list_models": lambda fields: models_pb2.ListModelsRequest(**fields),
     "get_model": lambda fields: models_pb2.GetModelRequest(**fields),
     "load_adapter": lambda fields: models_pb2.LoadAdapterRequest(**fields),
@@ -290,6 +308,7 @@ RESPONSES: Mapping[str, type[Message]] = {
     "get_story": story_pb2.Story,
     "delete_story": story_pb2.DeleteStoryResponse,
     **_retrieval_messages.RESPONSES,
+    "synth_qa": synth_qa_pb2.SynthQAFinished,
     "list_models": models_pb2.ListModelsResponse,
     "get_model": models_pb2.Model,
     "load_adapter": models_pb2.Model,
@@ -305,6 +324,7 @@ EVENTS: Mapping[str, type[Message]] = {
     "respond": dialogue_pb2.RespondEvent,
     "tell_story": story_pb2.StoryEvent,
     "rewrite_story": story_pb2.StoryEvent,
+    "synth_qa": synth_qa_pb2.SynthQAEvent,
 }
 """Operation name -> the message of its stream's events, where that is not its answer's."""
 

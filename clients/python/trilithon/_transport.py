@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, Protocol
 
 from trilithon._dialogue_types import Actor, KnowledgeBase, Nothing, Reply
 from trilithon._extract_types import Annotations, Classifications, Relations, SpanAnswers
-from trilithon._story_types import Story
 from trilithon._retrieval_types import Index, Indexes, OpenAnswer, SearchResults, Vectors
+from trilithon._story_types import Story
+from trilithon._synth_qa_types import SynthQASummary
 from trilithon._types import (
     Aborted,
     Completions,
@@ -107,6 +108,9 @@ DELETE_INDEX = Operation("delete_index", f"DELETE {_INDEXES}/{{name}}", f"{_RETR
 ANSWER_OPEN = Operation(
     "answer_open", "POST /v1/openqa", f"{_V1}OpenQAService/Answer", OpenAnswer, takes_time_limit=True
 )
+SYNTH_QA = Operation(
+    "synth_qa", "POST /v1/synthetic-qa", f"{_V1}SynthQAService/Generate", SynthQASummary, takes_time_limit=True
+)
 LIST_MODELS = Operation("list_models", "GET /v1/models", f"{_V1}ModelsService/ListModels", ModelPage)
 GET_MODEL = Operation("get_model", "GET /v1/models/{id}", f"{_V1}ModelsService/GetModel", Model)
 LOAD_ADAPTER = Operation("load_adapter", "POST /v1/adapters", f"{_V1}ModelsService/LoadAdapter", Model)
@@ -124,7 +128,7 @@ OPERATIONS = (
     GENERATE, SCORE, ABORT, EMBED, TOKENIZE, DETOKENIZE, RENDER, ANNOTATE, RELATE, ANSWER, CLASSIFY, RESPOND,
     PUT_ACTOR, GET_ACTOR, DELETE_ACTOR, PUT_KNOWLEDGE, GET_KNOWLEDGE, DELETE_KNOWLEDGE, TELL_STORY, REWRITE_STORY,
     GET_STORY, DELETE_STORY, ENCODE, SEARCH, CREATE_INDEX, GET_INDEX, LIST_INDEXES, REFRESH_INDEX, DELETE_INDEX,
-    ANSWER_OPEN, LIST_MODELS, GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
+    ANSWER_OPEN, SYNTH_QA, LIST_MODELS, GET_MODEL, LOAD_ADAPTER, UNLOAD_ADAPTER, SET_ALIAS, DELETE_ALIAS, HEALTH,
 )  # fmt: skip
 
 

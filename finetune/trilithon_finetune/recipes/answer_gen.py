@@ -101,7 +101,7 @@ class AnswerGen(SquadRows):
             golds[text].append(rows[line]["answers"][0]["text"])
             if text not in proposed:
                 candidates = format_.decode(format_.encode(text, pieces), values)
-                likeliest = candidates.sample(PROPOSALS, seed=0, temperature=0)
+                likeliest = candidates.worded(text).sample(PROPOSALS, seed=0, temperature=0)
                 proposed[text] = [text[item.start : item.end] for item in likeliest]
                 shares.append(sum(item.probability for item in likeliest))
         return {

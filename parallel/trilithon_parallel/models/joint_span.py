@@ -32,11 +32,11 @@ class JointSpanHead(nn.Module):
     def __init__(self, config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> None:
         super().__init__()
         assert config.task_head is not None
-        hidden, on = config.hidden_size, {"dtype": dtype, "device": grid.device}
+        hidden, device = config.hidden_size, grid.device
         self.num_lengths = len(config.task_head.labels)
-        self.first = ColumnParallelLinear(hidden, hidden, bias=True, **on)
-        self.last = ColumnParallelLinear(hidden, hidden, bias=False, **on)
-        self.score = ColumnParallelLinear(hidden, 1, bias=False, **on)
+        self.first = ColumnParallelLinear(hidden, hidden, bias=True, dtype=dtype, device=device)
+        self.last = ColumnParallelLinear(hidden, hidden, bias=False, dtype=dtype, device=device)
+        self.score = ColumnParallelLinear(hidden, 1, bias=False, dtype=dtype, device=device)
         self.activate = activation("gelu", invariant=backend.batch_invariant)
 
     @property

@@ -63,8 +63,12 @@ def generate_values(request: generation_pb2.GenerateRequest) -> dict[str, Any]:
 
 
 def task_values(request: Message) -> dict[str, Any]:
-    """The parameters of a call that writes its prompt itself, by JSON name: of `meta`, `sampling` and `stopping`."""
-    values = {rule.name: _at(request, rule.proto) for rule in TASK_RULES}
+    """
+    The parameters of a call that writes its prompt itself, by JSON name: of `meta`, `sampling` and `stopping`, where
+    its message has them.
+    """
+    groups = request.DESCRIPTOR.fields_by_name
+    values = {rule.name: _at(request, rule.proto) for rule in TASK_RULES if rule.proto.partition(".")[0] in groups}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -32,6 +32,8 @@ from trilithon.api.v1 import (
     retrieval_pb2_grpc,
     story_pb2,
     story_pb2_grpc,
+    synth_qa_pb2,
+    synth_qa_pb2_grpc,
     tokenize_pb2,
     tokenize_pb2_grpc,
 )
@@ -44,6 +46,7 @@ from trilithon_server.grpc.openqa import OpenAnswers
 from trilithon_server.grpc.retrieval import Retrievals
 from trilithon_server.grpc.servicers import Admin, Embeddings, Generations, Models, Tokens
 from trilithon_server.grpc.stories import Stories
+from trilithon_server.grpc.synthesis import SyntheticQuestions
 from trilithon_server.listeners import ListenError
 from trilithon_server.service import Service
 
@@ -65,6 +68,7 @@ SERVICES: tuple[str, ...] = tuple(
         (story_pb2, "StoryService"),
         (retrieval_pb2, "RetrieverService"),
         (openqa_pb2, "OpenQAService"),
+        (synth_qa_pb2, "SynthQAService"),
         (models_pb2, "ModelsService"),
         (admin_pb2, "AdminService"),
     )
@@ -147,6 +151,7 @@ async def build_server(service: Service, *, config: ServeConfig, extensions: Seq
     story_pb2_grpc.add_StoryServiceServicer_to_server(Stories(service), server)
     retrieval_pb2_grpc.add_RetrieverServiceServicer_to_server(Retrievals(service), server)
     openqa_pb2_grpc.add_OpenQAServiceServicer_to_server(OpenAnswers(service), server)
+    synth_qa_pb2_grpc.add_SynthQAServiceServicer_to_server(SyntheticQuestions(service), server)
     models_pb2_grpc.add_ModelsServiceServicer_to_server(Models(service), server)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(Admin(service), server)
     services = [*SERVICES]

@@ -24,6 +24,7 @@ from trilithon_server.http import (
     retrieval,
     schemas,
     stories,
+    synthesis,
 )
 from trilithon_server.http.endpoint import Endpoint, NotFoundEndpoint, Route
 from trilithon_server.service import Service
@@ -123,6 +124,7 @@ ROUTES: tuple[Route, ...] = (
     *stories.ROUTES,
     *retrieval.ROUTES,
     *openqa.ROUTES,
+    *synthesis.ROUTES,
     *adapters.ROUTES,
     Route(
         method="DELETE", path="/v1/requests/{id}", handler=native.abort, answer="AbortAnswer", counted=False,

@@ -46,11 +46,22 @@ class Candidates:
 
     Attributes:
         spans: characters of the text.
-        logprobs: fp64, one a span; their exponentials add up to 1.
+        logprobs: fp64, one a span; of all spans their exponentials add up to 1.
     """
 
     spans: Sequence[Span]
     logprobs: npt.NDArray[np.float64]
+
+    def worded(self, text: str) -> Candidates:
+        """Those that are whole words and hold a letter or a digit; probabilities stay as they are."""
+        words = split_words(text)
+        starts, ends = {start for start, _ in words}, {end for _, end in words}
+        kept = [
+            i
+            for i, (start, end) in enumerate(self.spans)
+            if start in starts and end in ends and any(map(str.isalnum, text[start:end]))
+        ]
+        return Candidates([self.spans[i] for i in kept], self.logprobs[kept])
 
     def sample(self, count: int, *, seed: int, temperature: float = 1.0, top_p: float = TOP_P) -> list[Proposal]:
         """
@@ -70,7 +81,8 @@ class Candidates:
             noise = np.random.Generator(np.random.Philox(seed)).gumbel(size=len(self.spans))
             keys = self.logprobs[kept] / temperature + noise[kept]
             order = kept[np.argsort(-keys, kind="stable")]
-        return [Proposal(*self.spans[i], float(np.exp(self.logprobs[i]))) for i in order[:count].tolist()]
+        chosen = [(self.spans[i], self.logprobs[i]) for i in order[:count].tolist()]
+        return [Proposal(start, end, float(np.exp(logprob))) for (start, end), logprob in chosen]
 
 
 @dataclass(frozen=True)

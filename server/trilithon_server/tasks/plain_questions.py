@@ -6,26 +6,40 @@ from __future__ import annotations
 
 import re
 
+from trilithon_server.tasks.pieces import Span
+from trilithon_server.tasks.question_format import surroundings
+
+SIDE_CHARS = 1000
+"""Of the text, at most, on either side of an answer: sentences may have no end."""
+
+MAX_TOKENS = 64
+"""Of a reply; its first question is enough."""
+
+STOP = "?"
+
 _LABEL = re.compile(r"^\W*(?:question)\s*:\s*", re.IGNORECASE)
 _LIST = re.compile(r"^\s*(?:[-*]|\d+[.)])\s+")
 
 
-def question_instruction(text: str, answer: str) -> str:
+def question_instruction(text: str, answer: Span) -> str:
     r"""
-    What the model is asked.
+    What the model is asked, of characters [start, end) of a text.
 
-    >>> print(question_instruction("The miller counted 12 sacks.", "12"))
+    >>> print(question_instruction("The miller counted 12 sacks.", (19, 21)))
     Text: The miller counted 12 sacks.
     <BLANKLINE>
     Write one short question about the text. Its answer must be "12". Reply with the question alone.
     """
+    first, last = answer
+    start, stop = surroundings(text, answer)
+    near, said = text[max(start, first - SIDE_CHARS) : min(stop, last + SIDE_CHARS)], text[first:last]
     return (
-        f"Text: {' '.join(text.split())}\n\nWrite one short question about the text. Its answer must be "
-        f'"{" ".join(answer.split())}". Reply with the question alone.'
+        f"Text: {' '.join(near.split())}\n\nWrite one short question about the text. Its answer must be "
+        f'"{" ".join(said.split())}". Reply with the question alone.'
     )
 
 
-def question_prompt(text: str, answer: str) -> str:
+def question_prompt(text: str, answer: Span) -> str:
     """The same for a model without a chat template: it goes on behind the label."""
     return f"{question_instruction(text, answer)}\n\nQuestion:"
 

@@ -19,10 +19,11 @@ FILTERS: tuple[Filter, ...] = ("pair_any", "single", "none")
 that can be read.
 """
 
-Reason = Literal["", "unreadable", "repeated", "no_answer", "other_answer"]
-REASONS: tuple[Reason, ...] = ("unreadable", "repeated", "no_answer", "other_answer")
+Reason = Literal["", "too_long", "unreadable", "repeated", "no_answer", "other_answer"]
+REASONS: tuple[Reason, ...] = ("too_long", "unreadable", "repeated", "no_answer", "other_answer")
 """
-Why a question is dropped: it is none; the same answer has it already; the reader finds no answer; it finds another one.
+Why a question is dropped: its answer leaves no room for the text around it, so it was not asked for; it is none; the
+same answer has it already; the reader finds no answer; it finds another one.
 """
 
 
@@ -32,12 +33,14 @@ class Asked:
     One question of an answer, and what a reader says.
 
     Attributes:
-        question: None where what was written is none.
+        question: None where what was written is none, or nothing was.
+        too_long: the answer is, and nothing was written.
         reply: the reader's answer; None where it says that there is none, or was not asked.
         probability: of that answer, by the reader.
     """
 
     question: str | None
+    too_long: bool = False
     reply: str | None = None
     probability: float = 0.0
 
@@ -54,7 +57,7 @@ def judge(answer: str, asked: Sequence[Asked], mode: Filter) -> list[Verdict]:
     """
     What becomes of the questions of one answer.
 
-    >>> pair = [Asked("When was it?", "in 1066"), Asked("What was in 1066?", "a battle")]
+    >>> pair = [Asked("When?", reply="in 1066"), Asked("What?", reply="a battle")]
     >>> [verdict.kept for verdict in judge("In 1066", pair, "pair_any")]
     [True, True]
     >>> [verdict.reason for verdict in judge("In 1066", pair, "single")]
@@ -67,7 +70,7 @@ def judge(answer: str, asked: Sequence[Asked], mode: Filter) -> list[Verdict]:
     own: list[Reason] = []
     for item in asked:
         if item.question is None:
-            own.append("unreadable")
+            own.append("too_long" if item.too_long else "unreadable")
         elif item.question in seen:
             own.append("repeated")
         elif mode == "none":

@@ -19,6 +19,7 @@ VERBS: Mapping[str, str] = {
     "score": "how likely are these continuations?",
     "embed": "vectors for texts",
     "index": "build and search indexes of passages",
+    "synth-qa": "make questions and answers from a corpus",
     "tokenize": "token ids of texts, and back",
     "bench": "measure a server",
     "data": "turn texts into token files, train a vocabulary",
@@ -70,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     if verb not in VERBS:
         kind = "flag" if verb.startswith("-") else "verb"
         raise UsageError(f"unknown {kind} {verb!r}.{nearest(verb, VERBS)} See `trilithon --help`.")
-    module = importlib.import_module(f"trilithon.cli.{verb}")
+    module = importlib.import_module(f"trilithon.cli.{verb.replace('-', '_')}")
     parser = Parser(prog=f"trilithon {verb}", description=_sentence(VERBS[verb]))
     module.add_arguments(parser)
     code: int = module.run(parser.parse(arguments[1:]))

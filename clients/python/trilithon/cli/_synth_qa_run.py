@@ -1,0 +1,263 @@
+"""
+A corpus' way through a server, passage by passage, and what is kept of it on the way: an interrupted run goes on where
+it stopped, with the triples that it would have had.
+
+    corpus.jsonl -> requests of a few passages -> OUT.json.part (a line a passage) -> OUT.json (SQuAD 1.1)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trilithon import Client, SynthQAOptions, SynthQAPassageDone, SynthQAStarted, SynthQATriple
+from trilithon._synth_qa import Filter
+from trilithon.errors import DeadlineExceeded
+
+MAX_PASSAGES = 64
+"""Of one request, the server's limit."""
+MAX_CHARS = 200_000
+"""Of one request's passages together, within the server's default limit."""
+REASONS = {
+    "too_long": "were not asked: the answer leaves no room for its text",
+    "unreadable": "are no question",
+    "repeated": "stand there already",
+    "no_answer": "find no answer",
+    "other_answer": "lead to another answer",
+}
+"""Why the server drops questions, in words."""
+EXAMPLES = 2
+"""Shown of each reason for which questions were dropped."""
+
+Triple = Mapping[str, Any]
+
+
+class CorpusError(ValueError):
+    """A line of the corpus is no passage."""
+
+
+class ResumeError(ValueError):
+    """What is kept of an earlier run doesn't belong to this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A line of the corpus; `id` is its own or its number."""
+
+    id: str
+    text: str
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the triples, besides the models."""
+
+    seed: int
+    answers: int
+    questions: int
+    filter: Filter
+    model: str = ""
+    answer_model: str = ""
+    reader_model: str = ""
+    draw: SynthQAOptions = field(default_factory=SynthQAOptions)
+
+
+def read_corpus(path: Path) -> list[Document]:
+    """
+    Passages of JSON lines: `{"text", "id"?, "title"?}`.
+
+    Raises:
+        CorpusError: with file, line and field. OSError.
+    """
+    documents: list[Document] = []
+    seen: set[str] = set()
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            document = _document(line, number, f"{path.name}:{number}")
+            if document.id in seen:
+                raise CorpusError(f"{path.name}:{number} id: must be given once. Given: {document.id!r}.")
+            seen.add(document.id)
+            documents.append(document)
+    if not documents:
+        raise CorpusError(f"{path.name} holds no passage.")
+    return documents
+
+
+def _document(line: str, number: int, where: str) -> Document:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{where} is not JSON: {error}.") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise CorpusError(f'{where} text: must be a text. Write a line as {{"text": "...", "id": "..."}}.')
+    for name in ("id", "title"):
+        if name in row and not isinstance(row[name], str | int):
+            raise CorpusError(f"{where} {name}: must be a text. Given: {row[name]!r}.")
+    if len(row["text"]) > MAX_CHARS:
+        raise CorpusError(f"{where} text: must have at most {MAX_CHARS} characters. Given: {len(row['text'])}.")
+    return Document(str(row.get("id", number)), row["text"], str(row.get("title", "")))
+
+
+class Kept:
+    """
+    The passages that are done, in a file beside the output.
+
+    Args:
+        output: the file that is made in the end.
+        corpus: its passages; settings: of the run. Both must be those of the earlier run, if there was one.
+        restart: leave an earlier run aside.
+    Raises:
+        ResumeError: an earlier run was another one.
+    """
+
+    def __init__(self, output: Path, corpus: Sequence[Document], settings: Settings, *, restart: bool) -> None:
+        self.path = output.with_name(f"{output.name}.part")
+        texts = "\0".join(f"{document.id}\0{document.text}" for document in corpus)
+        self._run = {"corpus": hashlib.sha256(texts.encode()).hexdigest(), "settings": asdict(settings)}
+        self.triples: dict[str, list[Triple]] = {}
+        self.models: dict[str, str] | None = None
+        if restart:
+            self.path.unlink(missing_ok=True)
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_text("utf-8").split("\n")
+        # What stands behind the last line feed was cut off in the middle of a passage.
+        whole = [json.loads(line) for line in lines[:-1]]
+        if not whole:
+            self.path.unlink()
+            return
+        head, *passages = whole
+        if {name: head[name] for name in self._run} != self._run:
+            raise ResumeError(f"{self.path.name} was begun with another corpus or other settings. Add --restart.")
+        self.models = head["models"]
+        self.triples = {item["passage_id"]: item["triples"] for item in passages}
+        self.path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+
+    def begin(self, started: SynthQAStarted) -> None:
+        """
+        Hold the models against those of the earlier run; the first time, write them down.
+
+        Raises:
+            ResumeError: they are others.
+        """
+        names = ("question_model", "reader_model", "proposed_by")
+        models = {name: str(getattr(started, name)) for name in names}
+        if self.models is None:
+            self._append({**self._run, "models": models})
+            self.models = models
+        elif self.models != models:
+            was, now = ", ".join(self.models.values()), ", ".join(models.values())
+            raise ResumeError(f"{self.path.name} was begun with other models: {was}. Now: {now}. Add --restart.")
+
+    def add(self, passage_id: str, triples: list[Triple]) -> None:
+        """A passage is done."""
+        self._append({"passage_id": passage_id, "triples": triples})
+        self.triples[passage_id] = triples
+
+    def _append(self, document: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def work(
+    client: Client, corpus: Sequence[Document], kept: Kept, settings: Settings, batch: int, told: Callable[[int], None]
+) -> None:
+    """
+    Ask about every passage that is not done.
+
+    Args:
+        batch: passages of a request, 1 to `MAX_PASSAGES`.
+        told: is called with the number of passages that are done.
+    Raises:
+        TrilithonError: the server refused or failed; what was done is kept. ResumeError.
+    """
+    options: SynthQAOptions = {**settings.draw, "seed": settings.seed}
+    if settings.model:
+        options["model"] = settings.model
+    while left := [document for document in corpus if document.id not in kept.triples]:
+        part = next(_parts(left, batch))
+        before = len(kept.triples)
+        with client.synth_qa(
+            [{"id": document.id, "text": document.text} for document in part],
+            answers_per_passage=settings.answers,
+            questions_per_answer=settings.questions,
+            filter=settings.filter,
+            answer_model=settings.answer_model or None,
+            reader_model=settings.reader_model or None,
+            **options,
+        ) as stream:
+            triples: list[Triple] = []
+            for event in stream:
+                if isinstance(event, SynthQAStarted):
+                    kept.begin(event)
+                elif isinstance(event, SynthQATriple):
+                    triples.append({name: value for name, value in asdict(event).items() if name != "extra"})
+                elif isinstance(event, SynthQAPassageDone):
+                    kept.add(event.passage_id, triples)
+                    triples = []
+                    told(len(kept.triples))
+        if len(kept.triples) == before:
+            raise DeadlineExceeded("the server's time limit does not suffice for one passage.", code="timeout")
+
+
+def _parts(documents: Sequence[Document], batch: int) -> Iterator[list[Document]]:
+    """Runs of passages that one request may hold."""
+    part: list[Document] = []
+    for document in documents:
+        if part and (len(part) == batch or sum(len(d.text) for d in part) + len(document.text) > MAX_CHARS):
+            yield part
+            part = []
+        part.append(document)
+    yield part
+
+
+def squad(corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:
+    """
+    The kept questions as a SQuAD 1.1 document: neighbouring passages of one title are an article; one without a title
+    is an article by its id. Passages without a question are left out.
+    """
+    articles: list[dict[str, Any]] = []
+    for document in corpus:
+        kept = [item for item in triples[document.id] if item["kept"]]
+        if not kept:
+            continue
+        title = document.title or document.id
+        if not articles or articles[-1]["title"] != title:
+            articles.append({"title": title, "paragraphs": []})
+        questions = [
+            {
+                "id": f"{document.id}-{number}",
+                "question": item["question"],
+                "answers": [{"text": item["answer"], "answer_start": item["answer_start"]}],
+            }
+            for number, item in enumerate(kept)
+        ]
+        articles[-1]["paragraphs"].append({"context": document.text, "qas": questions})
+    return {"version": "1.1", "data": articles}
+
+
+def summary(triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:
+    """How many questions there are, how many were kept, and why the others were not, with examples."""
+    flat = [item for part in triples.values() for item in part]
+    dropped = Counter(str(item["reason"]) for item in flat if not item["kept"])
+    examples = {
+        reason: [item for item in flat if not item["kept"] and item["reason"] == reason][:EXAMPLES]
+        for reason, _ in dropped.most_common()
+    }
+    return {
+        "passages": len(triples),
+        "questions": len(flat),
+        "kept": sum(bool(item["kept"]) for item in flat),
+        "dropped": dict(dropped.most_common()),
+        "examples": examples,
+    }
