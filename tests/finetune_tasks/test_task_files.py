@@ -58,6 +58,11 @@ def test_a_directory_without_a_task_file_has_no_task(tmp_path: Path) -> None:
         ({"task": "classify", "labels": ["a"], "max_tokens": "many"}, "a value of the wrong kind"),
         ({**SAMPLES[0].task_file(), "method": "last"}, "method must be one of first, whole"),
         ({**SAMPLES[3].task_file(), "pairs": [["A"]]}, "a value of the wrong kind"),
+        ({**DialogueFormat().task_file(), "markers": "words"}, "markers: .* 'text' or 'tokens'. Given: 'words'"),
+        ({**DialogueFormat().task_file(), "max_conversation": 0}, "max_conversation: .* greater than or equal to 1"),
+        ({**QuestionFormat().task_file(), "max_question": "48"}, "max_question: .* a valid integer. Given: '48'"),
+        ({**RankerFormat().task_file(), "max_fact": True}, "max_fact: .* a valid integer. Given: True"),
+        ({"task": "answer_gen", "max_tokens": 99}, "of a answer_gen model must have doc_stride"),
     ],
 )
 def test_what_is_no_task_file_is_refused(document: dict[str, Any], message: str) -> None:

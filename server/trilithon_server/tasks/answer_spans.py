@@ -13,19 +13,19 @@ Source: arXiv 2002.09599, section 2.1 (answer generation).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import JsonValue
+from pydantic import Field
 
 from trilithon_parallel.task_head import span_lengths
 from trilithon_server.tasks.pieces import Encoded, Pieces, Span, WordPieces, split_words
 from trilithon_server.tasks.spans import Logits, SpanWindow, place_of
+from trilithon_server.tasks.task_file import Size, TaskFile
 
-TASK = "answer_gen"
 TOP_P = 0.9
 """Of the nucleus that answers are drawn from."""
 
@@ -86,7 +86,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class AnswerFormat:
+class AnswerFormat(TaskFile):
     """
     How a model proposes answers.
 
@@ -96,9 +96,11 @@ class AnswerFormat:
         max_answer_tokens: longer spans are no answers; at least 2, as many labels as the model's head has.
     """
 
-    max_tokens: int = 256
-    doc_stride: int = 128
-    max_answer_tokens: int = 16
+    task: ClassVar[str] = "answer_gen"
+
+    max_tokens: Size = 256
+    doc_stride: Size = 128
+    max_answer_tokens: Annotated[int, Field(ge=2)] = 16
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -137,20 +139,6 @@ class AnswerFormat:
         spans = sorted(found)
         scores = np.array([found[span] for span in spans])
         return Candidates(spans, scores - np.logaddexp.reduce(scores) if spans else scores)
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {"task": TASK, **asdict(self)}
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        return cls(**{field.name: int(document[field.name]) for field in fields(cls)})
 
 
 def _window(read: Pieces, part: Span, pieces: WordPieces) -> SpanWindow:

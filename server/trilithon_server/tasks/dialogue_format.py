@@ -22,14 +22,13 @@ it is and which part it belongs to are then types, and nothing of it is text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
-
-from pydantic import JsonValue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks import writing
+from trilithon_server.tasks.task_file import Room, Size, TaskFile
 
 Speaker = Literal["target", "other"]
 Part = Literal["references", "knowledge", "conversation"]
@@ -40,13 +39,6 @@ KNOWLEDGE_TYPE = 4
 NUM_TYPES = 5
 
 TURN, TARGET, OTHER, REFERENCE, KNOWLEDGE = "<|turn|>", "<|tgt|>", "<|oth|>", "<|ref|>", "<|kn|>"
-TASK = "dialogue"
-_ALLOWED = {
-    "markers": ("text", "tokens"),
-    "roles": ("types", "markers"),
-    "positions": ("restart", "running"),
-    "order": ("references", "knowledge"),
-}
 _LABELS: dict[Speaker, str] = {"target": "Me:", "other": "Them:"}
 
 
@@ -108,7 +100,7 @@ class _Piece:
 
 
 @dataclass(frozen=True)
-class DialogueFormat:
+class DialogueFormat(TaskFile):
     """
     How a conversation is written down; part of a model's task file.
 
@@ -121,13 +113,15 @@ class DialogueFormat:
         max_references, max_knowledge, max_conversation: tokens of each part at most.
     """
 
+    task: ClassVar[str] = "dialogue"
+
     markers: Literal["text", "tokens"] = "text"
     roles: Literal["types", "markers"] = "markers"
     positions: Literal["restart", "running"] = "running"
     order: Literal["references", "knowledge"] = "references"
-    max_references: int = 96
-    max_knowledge: int = 64
-    max_conversation: int = 160
+    max_references: Room = 96
+    max_knowledge: Room = 64
+    max_conversation: Size = 160
 
     def pack(
         self,
@@ -192,27 +186,6 @@ class DialogueFormat:
         if self.markers == "text":
             return ()
         return (REFERENCE, KNOWLEDGE, *((TURN,) if self.roles == "types" else (TARGET, OTHER)))
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {"task": TASK, **asdict(self)}
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        found = cls(**{field.name: document[field.name] for field in fields(cls)})
-        for name, allowed in _ALLOWED.items():
-            if getattr(found, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}. Given: {getattr(found, name)!r}")
-        sizes = (found.max_references, found.max_knowledge, found.max_conversation)
-        if not all(isinstance(size, int) and size >= 0 for size in sizes) or found.max_conversation < 1:
-            raise ValueError(f"max_references, max_knowledge and max_conversation must be sizes. Given: {sizes}")
-        return found
 
 
 class _Writer:

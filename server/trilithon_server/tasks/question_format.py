@@ -22,21 +22,18 @@ re-implementations.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
-
-from pydantic import JsonValue
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.sentences import split_sentences
 from trilithon_server.tasks.pieces import Span
+from trilithon_server.tasks.task_file import Size, TaskFile
 
-TASK = "question_gen"
 OPEN, CLOSE = "question:", ":question"
 CONTEXT_TYPE, ANSWER_TYPE, QUESTION_TYPE = 0, 1, 2
 NUM_TYPES = 3
-_ALLOWED = {"roles": ("markers", "types"), "context": ("near", "whole")}
 # Some vocabularies put spaces around every punctuation mark, so a space may stand within either word.
 _QUESTION = re.compile(r"question\s*:(.*?):\s*question", re.DOTALL | re.IGNORECASE)
 
@@ -65,7 +62,7 @@ class PackedQuestion:
 
 
 @dataclass(frozen=True)
-class QuestionFormat:
+class QuestionFormat(TaskFile):
     """
     How questions are asked for; part of a model's task file.
 
@@ -76,10 +73,12 @@ class QuestionFormat:
         max_question: tokens of a question, with its last word and the end token.
     """
 
+    task: ClassVar[str] = "question_gen"
+
     roles: Literal["markers", "types"] = "markers"
     context: Literal["near", "whole"] = "near"
-    max_context: int = 160
-    max_question: int = 48
+    max_context: Size = 160
+    max_question: Size = 48
 
     def pack(self, text: str, answer: Span, tokenizer: Tokenizer, *, question: str | None = None) -> PackedQuestion:
         """
@@ -124,27 +123,6 @@ class QuestionFormat:
         place = part.put(written, QUESTION_TYPE)
         types = tuple(part.types) if self.roles == "types" else ()
         return PackedQuestion(tuple(part.tokens), types, place, (answers[0], answers[1]))
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {"task": TASK, **asdict(self)}
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        found = cls(**{field.name: document[field.name] for field in fields(cls)})
-        for name, allowed in _ALLOWED.items():
-            if getattr(found, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}. Given: {getattr(found, name)!r}")
-        sizes = (found.max_context, found.max_question)
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise ValueError(f"max_context and max_question must be sizes. Given: {sizes}")
-        return found
 
 
 def written_question(question: str) -> str:

@@ -11,21 +11,17 @@ encoders of sentences, which have seen no separator inside of a text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
-
-from pydantic import JsonValue
+from typing import ClassVar, Literal, Self
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.task_file import Size, TaskFile
 from trilithon_server.tasks.writing import literal
-
-TASK = "retrieval"
 
 
 @dataclass(frozen=True)
-class RetrievalFormat:
+class RetrievalFormat(TaskFile):
     """
     How both are written, and what their inner product means.
 
@@ -36,8 +32,10 @@ class RetrievalFormat:
             any length (arXiv 2101.00408), 20 for those of length 1, whose products are cosines.
     """
 
-    max_query_tokens: int = 64
-    max_passage_tokens: int = 256
+    task: ClassVar[str] = "retrieval"
+
+    max_query_tokens: Size = 64
+    max_passage_tokens: Size = 256
     title: Literal["separator", "sentence"] = "sentence"
     score_scale: float = 20.0
 
@@ -70,30 +68,6 @@ class RetrievalFormat:
         else:
             parts = [f"{title}{'' if title[-1] in '.!?' else '.'} {text}"]
         return _framed([literal(part, tokenizer) for part in parts], tokenizer, self.max_passage_tokens)
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {
-            "task": TASK,
-            "max_query_tokens": self.max_query_tokens,
-            "max_passage_tokens": self.max_passage_tokens,
-            "title": self.title,
-            "score_scale": self.score_scale,
-        }
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        title = document["title"]
-        if title not in ("separator", "sentence"):
-            raise ValueError(f"title must be separator or sentence. Given: {title!r}")
-        sizes = {name: int(document[name]) for name in ("max_query_tokens", "max_passage_tokens")}
-        return cls(**sizes, title=title, score_scale=float(document["score_scale"]))
 
 
 def _framed(parts: list[list[int]], tokenizer: Tokenizer, most: int) -> Encoded:

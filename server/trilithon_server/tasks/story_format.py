@@ -20,14 +20,15 @@ Source: arXiv 2010.00840, but the generator is shown the keywords too, and knowl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import JsonValue
+from pydantic import Field
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.task_file import Room, Size, TaskFile
 from trilithon_server.tasks.writing import lead, literal, one_line, special
 
 Markers = Literal["text", "tokens"]
@@ -84,7 +85,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class _Format:
+class _Format(TaskFile):
     """
     What both formats of decoders share.
 
@@ -96,9 +97,7 @@ class _Format:
 
     markers: Markers = "text"
     guide: str = ""
-    max_story: int = 256
-
-    task: ClassVar[str]
+    max_story: Size = 256
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -109,30 +108,6 @@ class _Format:
         """Raises: ValueError: the tokenizer lacks a special token."""
         for name in (STORY, KEYWORDS, KNOWLEDGE, SEPARATOR) if self.markers == "tokens" else ():
             special(name, tokenizer)
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {"task": self.task, **asdict(self)}
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        found = cls(**{field.name: document[field.name] for field in fields(cls)})
-        if found.markers not in ("text", "tokens"):
-            raise ValueError(f"markers must be text or tokens. Given: {found.markers!r}")
-        if not isinstance(found.guide, str):
-            raise TypeError(f"guide must be a text. Given: {found.guide!r}")
-        for name, value in asdict(found).items():
-            if name.startswith("max_") and (not isinstance(value, int) or value < (name == "max_story")):
-                raise ValueError(f"{name} must be a size. Given: {value!r}")
-            if name.startswith("with_") and not isinstance(value, bool):
-                raise TypeError(f"{name} must be true or false. Given: {value!r}")
-        return found
 
 
 @dataclass(frozen=True)
@@ -185,7 +160,7 @@ class SentenceFormat(_Format):
 
     task: ClassVar[str] = "story_generator"
 
-    max_knowledge: int = 128
+    max_knowledge: Room = 128
     with_keywords: bool = True
 
     def pack(
@@ -224,7 +199,7 @@ class SentenceFormat(_Format):
 
 
 @dataclass(frozen=True)
-class RankerFormat:
+class RankerFormat(TaskFile):
     """
     How the ranker, an encoder of vectors, reads a story and a fact; part of a model's task file.
 
@@ -237,8 +212,8 @@ class RankerFormat:
 
     task: ClassVar[str] = "story_ranker"
 
-    max_story: int = 128
-    max_fact: int = 64
+    max_story: Annotated[int, Field(ge=3)] = 128
+    max_fact: Annotated[int, Field(ge=3)] = 64
 
     def story(self, story: Sequence[str], tokenizer: Tokenizer) -> Encoded:
         """The story so far."""
@@ -250,24 +225,6 @@ class RankerFormat:
         """A fact in words."""
         first, last = tokenizer.encode("", add_special_tokens=True)
         return Encoded((first, *literal(one_line(text), tokenizer)[: self.max_fact - 2], last))
-
-    def task_file(self) -> dict[str, JsonValue]:
-        """What `from_task_file` reads."""
-        return {"task": self.task, **asdict(self)}
-
-    @classmethod
-    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
-        """
-        The format of a `task.json`.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is not one that `task_file` writes.
-        """
-        found = cls(**{field.name: document[field.name] for field in fields(cls)})
-        for name, size in asdict(found).items():
-            if not isinstance(size, int) or size < 3:
-                raise ValueError(f"{name} must be a size of at least 3. Given: {size!r}")
-        return found
 
 
 StoryFormat = KeywordFormat | SentenceFormat | RankerFormat
