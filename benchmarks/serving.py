@@ -94,7 +94,7 @@ def our_server(model: str, dtype: str, flags: Sequence[str]) -> Iterator[Server]
         try:
             _wait_ready(server)
             with Client(server.url, timeout=120) as client:
-                client.generate([1, 2, 3], max_tokens=1, temperature=0.0)
+                client.generate([1, 2, 3], model=_served_name(server.url), max_tokens=1, temperature=0.0)
             server.first_answer_s = time.perf_counter() - started_s
             yield server
         finally:
