@@ -150,14 +150,10 @@ def main() -> None:
                     ]
                     number += args.requests
                     found.append(one_pass(http, path, bodies, concurrency))
-                latency, rate, share = zip(*found[1:], strict=True)
-                middle, fewest, most = (
-                    f"{value:.2f}" for value in (statistics.median(latency), min(latency), max(latency))
-                )
-                told = f"{middle} [{fewest} .. {most}]"
-                print(
-                    f"{task:14} {concurrency:7} {told:>22} {statistics.median(rate):11.2f} {statistics.median(share):8.2f}"
-                )
+                latency, rate, shares = zip(*found[1:], strict=True)
+                middle, share = f"{statistics.median(latency):.2f}", statistics.median(shares)
+                told = f"{middle} [{min(latency):.2f} .. {max(latency):.2f}]"
+                print(f"{task:14} {concurrency:7} {told:>22} {statistics.median(rate):11.2f} {share:8.2f}")
 
 
 if __name__ == "__main__":
