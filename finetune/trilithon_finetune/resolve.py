@@ -173,7 +173,7 @@ def check_fit(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
             f"the task has {types} token types and the base {model.token_types}: an adapter has no place for new ones. "
             "Given: lora.",
             param="tuning.kind",
-            hint="Use full, or a base that has them.",
+            hint="Use full, set options.roles to markers, or begin with a base that has them.",
         )
     ranks = {config.tuning.rank, *config.tuning.rank_pattern.values()}
     if config.tuning.kind == "lora" and max(ranks) > MAX_LORA_RANK:

@@ -73,7 +73,8 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     if running:
         yield Server(running.rstrip("/"))
         return
-    with serve(model_dir, free_ports(), tmp_path_factory.mktemp("log") / "server.log") as started:
+    folder = tmp_path_factory.mktemp("plain")
+    with serve(model_dir, free_ports(), folder / "server.log", "--set", f"server.store={folder / 'store'}") as started:
         yield started
 
 
