@@ -97,7 +97,7 @@ def test_formats_of_titles(tokenizer: Tokenizer) -> None:
     assert RetrievalFormat.from_task_file(RetrievalFormat(title="separator").task_file()).title == "separator"
     assert RetrievalFormat().query("[SEP] who", tokenizer).tokens.count(SEP) == 1
     assert RetrievalFormat().query("", tokenizer).tokens == (CLS, SEP)
-    with pytest.raises(ValueError, match="title must be separator or sentence"):
+    with pytest.raises(ValueError, match="title: Input should be 'separator' or 'sentence'"):
         RetrievalFormat.from_task_file({**RetrievalFormat().task_file(), "title": "none"})
 
 

@@ -179,7 +179,7 @@ def test_acc_E02_every_question_comes_back(
 def test_a_task_file_comes_back() -> None:
     """What is written is read; what nobody wrote is refused."""
     assert QuestionFormat.from_task_file(TYPED.task_file()) == TYPED
-    with pytest.raises(ValueError, match="roles must be one of markers, types"):
+    with pytest.raises(ValueError, match="roles: Input should be 'markers' or 'types'"):
         QuestionFormat.from_task_file({**TYPED.task_file(), "roles": "colours"})
 
 
