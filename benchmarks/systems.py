@@ -132,7 +132,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--concepts", type=Path, default=None, help="facts for the stories, relation<TAB>head<TAB>tail")
     args = parser.parse_args()
-    settings = {"engines.1.model": ENCODER, "engines.1.memory_fraction": 0.1, "server.store": "store"}
+    settings = {
+        "engines.1.name": "encoder",
+        "engines.1.model": ENCODER,
+        "engines.1.memory_fraction": 0.1,
+        "server.store": "store",
+    }
     if args.concepts is not None:
         settings["server.concepts"] = args.concepts.resolve()
     flags = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
