@@ -20,7 +20,7 @@ import math
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A turn to be judged: the conversation that ends with it, and what it may stand on. `group`: its dialogue."""
+    """
+    A turn to be judged: the conversation that ends with it, and what it may stand on. `group`: its dialogue; `person`:
+    who speaks, where several dialogues are of one.
+    """
 
     group: str
     conversation: Conversation
     references: Sequence[Conversation] = ()
     knowledge: Sequence[str] = ()
+    person: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,13 +164,13 @@ def people(rows: Sequence[tuple[str, Row]], *, each: int, before: int = 4) -> It
 
 
 def moved(cases: Sequence[Case]) -> list[Case]:
-    """The same turns with the references of the next dialogue's actor."""
-    by_group: dict[str, Case] = {}
+    """The same turns with the references of the next person: another dialogue of the same one may be the very turn."""
+    by_person: dict[str, Case] = {}
     for case in cases:
-        by_group.setdefault(case.group, case)
-    names = list(by_group)
+        by_person.setdefault(case.person or case.group, case)
+    names = list(by_person)
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
-    return [Case(c.group, c.conversation, by_group[following[c.group]].references, c.knowledge) for c in cases]
+    return [replace(case, references=by_person[following[case.person or case.group]].references) for case in cases]
 
 
 def bare(cases: Sequence[Case]) -> list[Case]:
@@ -183,11 +187,11 @@ def again(document: bytes) -> list[Case]:
         for side in ("1", "2"):
             places[tuple(dialogue[f"user{side}_persona"])].append((str(number), f"u{side}"))
     found: list[Case] = []
-    for those in places.values():
+    for name, those in places.items():
         for here in those if len(those) > 1 else ():
             others = [turns(rows[there]["target"], there[1]) for there in those if there != here]
             for case in people([(here[0], rows[here])], each=4):
-                found.append(Case(case.group, case.conversation, others))
+                found.append(replace(case, references=others, person=" ".join(name)))
     return found
 
 
