@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,17 +133,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--concepts", type=Path, default=None, help="facts for the stories, relation<TAB>head<TAB>tail")
     args = parser.parse_args()
+    scratch = tempfile.TemporaryDirectory(prefix="trilithon-systems-")
     settings = {
         "engines.1.name": "encoder",
         "engines.1.model": ENCODER,
         "engines.1.memory_fraction": 0.1,
-        "server.store": "store",
+        "server.store": scratch.name,
     }
     if args.concepts is not None:
         settings["server.concepts"] = args.concepts.resolve()
     flags = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
     print(f"{'task':14} {'at once':>7} {'latency s':>22} {'requests/s':>11} {'engines':>8}")
-    with our_server(WRITER, args.dtype, flags) as server, httpx.Client(base_url=server.url, timeout=600) as http:
+    with (
+        scratch,
+        our_server(WRITER, args.dtype, flags) as server,
+        httpx.Client(base_url=server.url, timeout=600) as http,
+    ):
         build_index(server.url)
         number = 0
         for task, (path, make, named) in TASKS.items():
