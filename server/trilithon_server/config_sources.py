@@ -185,7 +185,7 @@ def best_dtype(device: str) -> tuple[str, str]:
 def _invariance(device: str) -> tuple[bool, str]:
     """Whether answers are kept from seeing their batch and layout: where our C kernels do it almost for nothing."""
     if device != "cpu":
-        return False, f"computed: it costs speed on {device}"
+        return False, f"computed: {device} has no such mode"
     if shutil.which("gcc") or shutil.which("cc"):
         return True, "computed: the C kernels have it nearly free"
     return False, "computed: without a C compiler it costs speed"
