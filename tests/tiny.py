@@ -18,7 +18,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tiny_tokenizers import END_OF_TEXT, write_bpe_tokenizer, write_json, write_wordpiece_tokenizer
+from tiny_tokenizers import (
+    END_OF_TEXT,
+    write_bpe_tokenizer,
+    write_json,
+    write_metaspace_tokenizer,
+    write_wordpiece_tokenizer,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -284,10 +290,17 @@ def tiny_t5(
     gated: bool = False,
     tied: bool = True,
     scale: float = 0.5,
+    seed: int = 0,
+    tokenizer: str = "",
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """An encoder-decoder of random weights, without a tokenizer: T5 1.0, or 1.1 with `gated=True, tied=False`."""
-    draw = _Draw(0, scale)
+    """
+    An encoder-decoder of random weights: T5 1.0, or 1.1 with `gated=True, tied=False`.
+
+    Args:
+        tokenizer: `metaspace`, as T5's own; `wordpiece`, as BERT's, whose [SEP] ends answers; empty: none is written.
+    """
+    draw = _Draw(seed, scale)
     tensors = {"shared.weight": draw.matrix("shared", vocab, hidden)}
     for stack, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         attentions = ["SelfAttention"] if stack == "encoder" else ["SelfAttention", "EncDecAttention"]
@@ -326,9 +339,13 @@ def tiny_t5(
         "tie_word_embeddings": tied,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
-        "eos_token_id": 1,
+        "eos_token_id": 3 if tokenizer == "wordpiece" else 1,
     }
     _write_model(path, document | (config or {}), tensors, dtype="float32", shards=1)
+    if tokenizer == "metaspace":
+        write_metaspace_tokenizer(path, vocab=vocab)
+    elif tokenizer == "wordpiece":
+        write_wordpiece_tokenizer(path, vocab=vocab, context=512)
     return path
 
 

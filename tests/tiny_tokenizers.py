@@ -1,4 +1,4 @@
-"""Small real tokenizers for the tiny models: byte-level BPE with chat tokens, and WordPiece."""
+"""Small real tokenizers for the tiny models: byte-level BPE with chat tokens, WordPiece, and T5's metaspace."""
 
 from __future__ import annotations
 
@@ -121,6 +121,31 @@ def _wordpiece_tokenizer(vocab: int) -> str:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    _fill(tokenizer, vocab)
+    text: str = tokenizer.to_str()
+    return text
+
+
+def write_metaspace_tokenizer(path: Path, *, vocab: int) -> None:
+    """As T5's: spaces are part of words, `</s>` (id 1) ends a text, `<pad>` (id 0) begins an answer."""
+    (path / "tokenizer.json").write_text(_metaspace_tokenizer(vocab), encoding="utf-8")
+    document = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
+    write_json(path / "tokenizer_config.json", {**document, "unk_token": "<unk>"})
+
+
+@functools.cache
+def _metaspace_tokenizer(vocab: int) -> str:
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=sorted(map(chr, range(0x21, 0x7F))),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     _fill(tokenizer, vocab)
     text: str = tokenizer.to_str()
     return text

@@ -14,6 +14,7 @@ from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.question_format import QuestionFormat
+from trilithon_server.tasks.reader_format import ReaderFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
@@ -33,6 +34,8 @@ SAMPLES = [
     KeywordFormat(max_story=77),
     SentenceFormat(max_knowledge=9),
     RankerFormat(),
+    ReaderFormat(strength=1.5),
+    ReaderFormat(kind="individual", max_answer_tokens=9),
 ]
 
 
@@ -62,6 +65,8 @@ def test_a_directory_without_a_task_file_has_no_task(tmp_path: Path) -> None:
         ({**DialogueFormat().task_file(), "max_conversation": 0}, "max_conversation: .* greater than or equal to 1"),
         ({**QuestionFormat().task_file(), "max_question": "48"}, "max_question: .* a valid integer. Given: '48'"),
         ({**RankerFormat().task_file(), "max_fact": True}, "max_fact: .* a valid integer. Given: True"),
+        ({**SAMPLES[-1].task_file(), "strength": 2.0}, "strength must be 0 where each passage is read alone. Given: 2.0"),
+        ({**SAMPLES[-2].task_file(), "max_passage_tokens": 70}, r"max_question_tokens \+ 16. Given: 70 and 64"),
         ({"task": "answer_gen", "max_tokens": 99}, "of a answer_gen model must have doc_stride"),
     ],
 )

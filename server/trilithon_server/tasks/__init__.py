@@ -17,6 +17,7 @@ from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.question_format import QuestionFormat
+from trilithon_server.tasks.reader_format import ReaderFormat
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.spans import SpanFormat
@@ -28,7 +29,7 @@ TASK_FILE = "task.json"
 HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat | AnswerFormat
 """Of encoders with a task head."""
 
-TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat | QuestionFormat
+TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat | QuestionFormat | ReaderFormat
 
 HEADS: dict[str, type[HeadFormat]] = {
     "ner": TaggingFormat,
@@ -45,6 +46,7 @@ FORMATS: dict[str, type[TaskFormat]] = {
     "retrieval": RetrievalFormat,
     **{kind.task: kind for kind in (KeywordFormat, SentenceFormat, RankerFormat)},
     "question_gen": QuestionFormat,
+    "reader": ReaderFormat,
 }
 """Format by what a task file calls its task."""
 
