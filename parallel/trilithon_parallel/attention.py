@@ -143,7 +143,7 @@ def _dense(q_BSAC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, *, causal: bool) -> T
 
 class PagedKVCache:
     """
-    Keys and values of this stage's layers in blocks of 16 tokens: `kv_LKGNSC` [layers, 2, G, N, 16, C].
+    Keys and values of this stage's layers that decode, in blocks of 16 tokens: `kv_LKGNSC` [layers, 2, G, N, 16, C].
 
     A block of a group is 16 * C contiguous elements, and one index_select over N gathers whole sequences. Memory is
     zeroed when made: positions that were never written take part in products with weight zero, so must be finite.
@@ -157,13 +157,16 @@ class PagedKVCache:
         self, config: ModelConfig, grid: Grid, *, num_blocks: int, dtype: torch.dtype, native: bool | None = None
     ) -> None:
         sizes = local_sizes(config, grid.tp.size)
-        fits = grid.device.type == "cpu" and native_attention.takes(
-            heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype
+        # The kernel scales scores and adds nothing to them.
+        fits = (
+            grid.device.type == "cpu"
+            and config.position != "relative"
+            and native_attention.takes(heads=sizes.heads, groups=sizes.groups, channels=config.head_dim, dtype=dtype)
         )
         self.is_native = fits and not unavailable_reason() if native is None else native
         assert not self.is_native or fits
         self.heads = sizes.heads
-        num_layers = len(grid.layers(config.num_layers))
+        num_layers = _decoder_layers(config, grid)
         self.num_blocks, self.groups, self.head_dim = num_blocks, sizes.groups, config.head_dim
         self.kv_LKGNSC = torch.zeros(
             num_layers, 2, sizes.groups, num_blocks, BLOCK_SIZE, config.head_dim, dtype=dtype, device=grid.device
@@ -177,7 +180,7 @@ class PagedKVCache:
     @staticmethod
     def bytes_per_block(config: ModelConfig, grid: Grid, dtype: torch.dtype) -> int:
         """Memory of one block on this rank, all its layers, keys and values together."""
-        num_layers = len(grid.layers(config.num_layers))
+        num_layers = _decoder_layers(config, grid)
         per_layer = 2 * local_sizes(config, grid.tp.size).groups * BLOCK_SIZE * config.head_dim
         return num_layers * per_layer * dtype.itemsize
 
@@ -195,6 +198,11 @@ class PagedKVCache:
         gathered = self._by_block[layer].index_select(1, blocks)
         kv = gathered.view(2, self.groups * num_sequences, -1, self.head_dim)
         return kv[0], kv[1]
+
+
+def _decoder_layers(config: ModelConfig, grid: Grid) -> int:
+    """How many of this stage's layers decode; a stage of an encoder-decoder may have none."""
+    return sum(layer >= config.num_encoder_layers for layer in grid.layers(config.num_layers))
 
 
 @dataclass
@@ -276,7 +284,7 @@ class PagedView:
         singles = [i for i, new in enumerate(lens) if new == 1]
         self._decodes = [
             self._decode_group(batch, members, is_all=len(members) == len(lens))
-            for members in _similar_lengths(singles, batch.context_lens)
+            for members in similar_lengths(singles, batch.context_lens)
         ]
         self._chunks = [
             _Chunk(
@@ -396,7 +404,7 @@ def _row_tiles(a_BQX: Tensor, b_BXY: Tensor) -> Tensor:
     )
 
 
-def _similar_lengths(members: list[int], lens: Sequence[int]) -> list[list[int]]:
+def similar_lengths(members: list[int], lens: Sequence[int]) -> list[list[int]]:
     """Split sequences into groups that waste little on padding to their longest; order within a group is kept."""
     if not members:
         return []

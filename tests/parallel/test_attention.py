@@ -13,7 +13,7 @@ from tiny import tiny_gpt2, tiny_llama
 from torch import Tensor
 
 from trilithon_parallel.activations import rowwise
-from trilithon_parallel.attention import PackedView, PagedBatch, PagedKVCache, _similar_lengths
+from trilithon_parallel.attention import PackedView, PagedBatch, PagedKVCache, similar_lengths
 from trilithon_parallel.config import load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.models import CausalStage
@@ -157,7 +157,7 @@ def test_slots_follow_the_block_table() -> None:
 def test_decode_groups_bound_the_padding() -> None:
     """One long sequence does not make many short ones pay for its length; together they are all members, once."""
     lens = [8000, *[100] * 31]
-    groups = _similar_lengths(list(range(32)), lens)
+    groups = similar_lengths(list(range(32)), lens)
 
     assert groups == [[0], list(range(1, 32))]
-    assert _similar_lengths([0, 1, 2], [10, 300, 20]) == [[0, 1, 2]]
+    assert similar_lengths([0, 1, 2], [10, 300, 20]) == [[0, 1, 2]]

@@ -69,6 +69,13 @@ class Stack(nn.Module):
         self.norm = backend.norm(config, grid=grid, dtype=dtype) if f"{name}.norm.weight" in held else nn.Identity()
         self.recompute = Recompute()
 
+    @property
+    def bias(self) -> RelativeBias:
+        """The table of distances, its own or its copy, of a stack that has layers here."""
+        table = self.get_submodule(self._table)
+        assert isinstance(table, RelativeBias)
+        return table
+
     def forward(
         self,
         x_TH: Tensor,
@@ -80,7 +87,7 @@ class Stack(nn.Module):
         """The stream [T, H] through this stage's layers, and the stack's norm where it stands."""
         if len(self.layers):
             # Made once for all layers and for the longest sequence: a shorter one's is its corner.
-            by_distance_ASS = self.get_submodule(self._table)(max(b - a for a, b in pairwise(cu_seqlens)))
+            by_distance_ASS = self.bias(max(b - a for a, b in pairwise(cu_seqlens)))
             inward = Looking(cu_seqlens, cu_seqlens, by_distance_ASS)
             layers = [
                 functools.partial(block, inward=inward, across=across, memory_EH=memory_EH)
@@ -191,9 +198,7 @@ class Seq2SeqStage(HeadStage):
         Returns:
             Hidden [T, H]; after the decoder's norm where its last layer is.
         """
-        embedding = self._embedding()
-        if self.starts_decoding and embedding is not None:
-            x = embedding(x)
+        x = self.embed_decoder(x)
         # Every rank's heads read the bias: the paper's f sums what they say of it.
         by_key_E = None if cross_bias_E is None else copy_to_tp(cross_bias_E, self.grid.tp)
         hidden_TH: Tensor = self.decoder(
@@ -203,6 +208,13 @@ class Seq2SeqStage(HeadStage):
             memory_EH=self.backend.enter_columns(encoder_hidden_EH, self.grid),
         )
         return hidden_TH
+
+    def embed_decoder(self, x: Tensor) -> Tensor:
+        """The decoder's tokens [T] as its stream [T, H] where it begins; on the stages after it the stream itself."""
+        embedding = self._embedding()
+        if self.starts_decoding and embedding is not None:
+            x = embedding(x)
+        return x
 
     def head_input(self, hidden_RH: Tensor) -> Tensor:
         """Version 1.0 scales its hidden states, because its embedding is its head."""

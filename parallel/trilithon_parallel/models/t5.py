@@ -64,17 +64,25 @@ class RelativeBias(nn.Module):
     def forward(self, length: int) -> Tensor:
         """What is added to the scores of a sequence of that many tokens: [A, S, S]; -inf where it may not look."""
         distance = torch.arange(1 - length, length, device=self.weight.device)
-        buckets = distance_buckets(
+        by_distance = F.embedding(self._buckets(distance), self.weight).t()
+        if not self.bidirectional:
+            by_distance = by_distance.masked_fill(distance > 0, -torch.inf)
+        # Query i reads distances -i .. S - 1 - i: the window that starts at S - 1 - i.
+        return by_distance.unfold(1, length, 1).flip(1)
+
+    def between(self, places_BQ: Tensor, num_keys: int) -> Tensor:
+        """The same for queries at given places of B sequences, and keys from 0 on: [B, A, Q, num_keys]."""
+        distance_BQS = torch.arange(num_keys, device=self.weight.device) - places_BQ.unsqueeze(-1)
+        by_distance = F.embedding(self._buckets(distance_BQS), self.weight).permute(0, 3, 1, 2)
+        return by_distance if self.bidirectional else by_distance.masked_fill(distance_BQS.unsqueeze(1) > 0, -torch.inf)
+
+    def _buckets(self, distance: Tensor) -> Tensor:
+        return distance_buckets(
             distance,
             bidirectional=self.bidirectional,
             num_buckets=self.config.relative_buckets,
             max_distance=self.config.relative_max_distance,
         )
-        by_distance = F.embedding(buckets, self.weight).t()
-        if not self.bidirectional:
-            by_distance = by_distance.masked_fill(distance > 0, -torch.inf)
-        # Query i reads distances -i .. S - 1 - i: the window that starts at S - 1 - i.
-        return by_distance.unfold(1, length, 1).flip(1)
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,24 @@ class T5Attention(nn.Module):
         `memory_EH` is what to look at, as `Backend.enter_columns` gives it; None for the input itself.
         """
         x_TH = self.backend.enter_columns(x_TH, self.grid)
-        memory_EH = x_TH if memory_EH is None else memory_EH
-        q_TAC, k_EAC, v_EAC = (
-            part(x).view(-1, self.heads, self.head_dim)
-            for part, x in ((self.q_proj, x_TH), (self.k_proj, memory_EH), (self.v_proj, memory_EH))
-        )
-        result: Tensor = self.o_proj(looking.attend(q_TAC, k_EAC, v_EAC).flatten(1), residual_TH)
+        keys_values = self.keys_values(x_TH if memory_EH is None else memory_EH)
+        return self.output(looking.attend(self.queries(x_TH), *keys_values), residual_TH)
+
+    def queries(self, x_TH: Tensor) -> Tensor:
+        """Of an input as `Backend.enter_columns` gives it: [T, A, C]."""
+        return self._heads(self.q_proj(x_TH))
+
+    def keys_values(self, memory_EH: Tensor) -> tuple[Tensor, Tensor]:
+        """Of what to look at, as `Backend.enter_columns` gives it: twice [E, A, C]."""
+        return self._heads(self.k_proj(memory_EH)), self._heads(self.v_proj(memory_EH))
+
+    def output(self, out_TAC: Tensor, residual_TH: Tensor) -> Tensor:
+        """What the heads found, added to the residual stream: [T, H]."""
+        result: Tensor = self.o_proj(out_TAC.flatten(1), residual_TH)
         return result
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.heads, self.head_dim)
 
 
 class FeedForward(nn.Module):
