@@ -14,6 +14,7 @@ from engine_driver import Answer, Driver, make_sampling
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trilithon_server.engine.batch import Limits
 from trilithon_server.engine.beam import BeamSearch, End
 from trilithon_server.engine.constraints import ConstraintCompiler
 from trilithon_server.engine.core import EngineCore
@@ -21,7 +22,6 @@ from trilithon_server.engine.intake import Facts
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.plan import Kind, StepOutput
 from trilithon_server.engine.sampler import Drawn
-from trilithon_server.engine.scheduler import Limits
 from trilithon_server.engine.wire_pb2 import Beam, Constraint, Finish, Submit
 
 Start = Callable[..., Driver]

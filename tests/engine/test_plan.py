@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilithon_parallel.config import ModelError
+from trilithon_parallel.models.seq2seq_serving import Sources
 from trilithon_server.engine.framing import MAX_FRAME_BYTES, FrameReader, FramingError, frame
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.memory import available_bytes, kv_bytes
 from trilithon_server.engine.pace import DEADLINE_FACTOR, MIN_DEADLINE_S, Pace
 from trilithon_server.engine.plan import (
+    Encoding,
     Kind,
     Score,
     StepOutput,
@@ -63,6 +65,8 @@ def test_a_plan_comes_out_as_it_went_in(
         types=tokens,
         positions=tokens[::-1],
         pools=[Pooling(kind=Pooling.LAST, normalize=True)],
+        encodings=[Encoding(tokens, table) for _, _, table in entries],
+        reads=[Sources([length], table, [0.1, -2.5] if length % 2 else []) for _, length, table in entries],
         registrations=[(5, Submit(prompt=[1, 2], sampling=Sampling(seed=2**63)))],
         forgotten=forgotten,
         deadline_s=2.5,

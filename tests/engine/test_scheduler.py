@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from trilithon_server.engine.batch import Batch, Limits
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.encoder_scheduler import EncoderScheduler
-from trilithon_server.engine.prefix import root_key
-from trilithon_server.engine.request import Request, Sequence, blocks_held, longest_answer
-from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
+from trilithon_server.engine.prefix import reading_root, root_key
+from trilithon_server.engine.request import Request, Sequence, Source, blocks_held, longest_answer
+from trilithon_server.engine.scheduler import Scheduler
+from trilithon_server.engine.sources import sources_of
 from trilithon_server.engine.wire_pb2 import Sampling, Submit
 
 MAX_CONTEXT = 200
@@ -50,12 +52,18 @@ class World:
         salt: bytes = b"",
         bypass: bool = False,
         scores: bool = False,
+        sources: list[list[int]] | None = None,
     ) -> Request | None:
         sampling = Sampling(num_sequences=n, max_tokens=new, prompt_logprobs=0 if scores else -1)
         message = Submit(prompt=prompt, sampling=sampling, priority=priority, cache_salt=salt, bypass_cache=bypass)
+        for source in sources or []:
+            message.source_tokens.extend(source)
+            message.source_lengths.append(len(source))
         self.num_requests += 1
         root = root_key(model_digest="m", adapter_digest="", salt=salt)
-        request = Request(self.num_requests, 0, message, self.now_s, root=root)
+        known = sources_of(message, root, block_size=16)
+        root = reading_root(root, [(source.keys[0], source.bias) for source in known])
+        request = Request(self.num_requests, 0, message, self.now_s, root=root, sources=known)
         for index in range(n):
             request.sequences.append(Sequence(self.num_sequences, request, index, list(prompt)))
             self.num_sequences += 1
@@ -72,7 +80,8 @@ class World:
         batch = self.scheduler.schedule(self.now_s)
         if batch is None:
             return False
-        assert batch.num_tokens <= self.limits.max_batch_tokens
+        longest = max((len(source.tokens) for one in batch.encodes for source in one.sources), default=0)
+        assert batch.num_tokens <= self.limits.max_batch_tokens + longest
         assert len(batch.items) <= self.limits.max_batch_sequences
         flying = [item.sequence for other in self.in_flight for item in other.items]
         assert not {s.id for s in flying} & {item.sequence.id for item in batch.items}, "a sequence in two plans"
@@ -80,9 +89,15 @@ class World:
             for offset in range(16):
                 if source * 16 + offset in self.memory:
                     self.memory[target * 16 + offset] = self.memory[source * 16 + offset]
+        for encode in batch.encodes:
+            for source in encode.sources:
+                self._write_source(source)
         for item in batch.items:
             sequence = item.sequence
             assert item.length >= 1
+            assert not sequence.request.is_reading, "the decoder begins before its sources are encoded"
+            for source in sequence.request.sources:
+                self._check_source(source)
             expected = self._prefix_hashes(sequence)
             for position in range(item.start):
                 assert self.memory.get(self._slot(sequence, position)) == expected[position], "a wrong block is read"
@@ -93,6 +108,16 @@ class World:
                 self.memory[self._slot(sequence, position)] = expected[position]
         self.in_flight.append(batch)
         return True
+
+    def _write_source(self, source: Source) -> None:
+        for place in range(len(source.tokens)):
+            assert not self.pool.is_shared(source.blocks[place // 16]), "a block that others read is written"
+            self.memory[source.blocks[place // 16] * 16 + place % 16] = hash((place, *source.tokens))
+
+    def _check_source(self, source: Source) -> None:
+        for place in range(len(source.tokens)):
+            slot = source.blocks[place // 16] * 16 + place % 16
+            assert self.memory.get(slot) == hash((place, *source.tokens)), "a wrong source is read"
 
     def _prefix_hashes(self, sequence: Sequence) -> list[int]:
         hashes = self.prefixes.setdefault(sequence.id, [])
@@ -170,6 +195,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         n = n if new else 1
         self.world.submit(prompt, n=n, new=new, priority=priority, salt=salt, bypass=bypass, scores=scores)
+
+    @rule(
+        sources=st.lists(st.sampled_from([[1], [1] * 16, [1] * 17, [2] * 40, [3] * 5]), min_size=1, max_size=4),
+        n=st.sampled_from([1, 1, 2, 3]),
+        new=st.integers(0, 30),
+        salt=st.sampled_from([b"", b"", b"a"]),
+        bypass=st.sampled_from([False, False, False, True]),
+        forced=st.integers(0, 20),
+    )
+    def submit_with_sources(
+        self, sources: list[list[int]], n: int, new: int, salt: bytes, bypass: bool, forced: int
+    ) -> None:
+        prompt = [0] * (1 + forced)
+        self.world.submit(prompt, n=n if new else 1, new=new, salt=salt, bypass=bypass, sources=sources)
 
     @rule(count=st.integers(1, 12))
     def work(self, count: int) -> None:

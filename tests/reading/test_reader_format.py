@@ -79,6 +79,6 @@ def test_an_answer_comes_back(tokenizer: Tokenizer) -> None:
 def test_R11_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     """What puts nothing behind a text cannot say where an answer ends."""
     write_bpe_tokenizer(tmp_path, vocab=384, context=512, chat_template=False)
-    with pytest.raises(ModelError, match="one token after a text.* Given: 0 around an empty text") as caught:
+    with pytest.raises(ModelError, match=r"one token after a text.* Given: 0 around an empty text") as caught:
         FORMAT.pack("a", "b", "c", load_tokenizer(tmp_path))
     assert caught.value.code == "task_tokenizer"

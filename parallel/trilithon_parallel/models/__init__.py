@@ -29,7 +29,7 @@ def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: tor
         raise ModelError(
             f"{config.architecture} is an encoder-decoder, where a decoder or an encoder is needed.",
             code="model_unsupported",
-            hint="It can be trained and exported, not served.",
+            hint="Name a decoder or an encoder.",
         )
     check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
     kind = CausalStage if config.is_causal else EncoderStage

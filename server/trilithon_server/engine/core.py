@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trilithon_server.engine.adapters import AdapterSlots
+from trilithon_server.engine.batch import Batch, Limits
 from trilithon_server.engine.beam import EARLY, BeamSearch, Candidate, End, Hypothesis
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.constraints import CompileError, ConstraintCompiler, Matcher
@@ -19,11 +20,12 @@ from trilithon_server.engine.encoder_scheduler import EncoderScheduler
 from trilithon_server.engine.intake import Facts, Refusal, check, output_bytes
 from trilithon_server.engine.outbox import Outbox, wire_token
 from trilithon_server.engine.pace import Pace
-from trilithon_server.engine.plan import Kind, Score, StepOutput, StepPlan
-from trilithon_server.engine.prefix import root_key
+from trilithon_server.engine.plan import Encoding, Kind, Score, StepOutput, StepPlan
+from trilithon_server.engine.prefix import reading_root, root_key
 from trilithon_server.engine.request import Request, Sequence, answers_told
 from trilithon_server.engine.sampler import DEAD_END, NUMERICAL_FAILURE, Draw, Drawn, Fork
-from trilithon_server.engine.scheduler import Batch, Limits, Scheduler
+from trilithon_server.engine.scheduler import Scheduler
+from trilithon_server.engine.sources import reads_of, sources_of
 from trilithon_server.engine.wire_pb2 import Error, Finish, Stats, Submit, Token
 
 ADAPTER_LOAD_S = 60.0  # that a step may take longer in which ranks wait for each other's reading of an adapter
@@ -106,7 +108,9 @@ class EngineCore:
             return
         adapter_digest = submit.adapter.digest
         root = root_key(model_digest=self.facts.model_digest, adapter_digest=adapter_digest, salt=submit.cache_salt)
-        request = Request(self._next_request, connection, submit, now_s, root=root)
+        sources = sources_of(submit, root, block_size=self.facts.block_size)
+        root = reading_root(root, [(source.keys[0], source.bias) for source in sources])
+        request = Request(self._next_request, connection, submit, now_s, root=root, sources=sources)
         request.output_bytes = output_bytes(submit, self.facts)
         prompt = list(submit.prompt)
         for index in range(num_sequences):
@@ -290,6 +294,10 @@ class EngineCore:
                 plan.scores.append(Score(entry, sequence.id, item.score_from, item.score_to))
             if self.facts.is_encoder:
                 plan.pools.append(request.submit.pooling)
+            elif self.facts.is_seq2seq:
+                plan.reads.append(reads_of(request))
+        sources = [source for encode in batch.encodes for source in encode.sources]
+        plan.encodings = [Encoding(source.tokens, source.blocks) for source in sources]
         plan.types, plan.positions = batch.types(), batch.positions()
         slots = [self.adapters.slot_of(item.sequence.request) for item in batch.items]
         plan.slots = slots if any(slot >= 0 for slot in slots) else []
@@ -529,7 +537,7 @@ class EngineCore:
         return Stats(
             running=len(scheduler.running),
             waiting=waiting,
-            queue_tokens=sum(request.num_prompt for request in scheduler.waiting) if waiting else 0,
+            queue_tokens=sum(r.num_prompt + r.num_source_tokens for r in scheduler.waiting) if waiting else 0,
             blocks_free=pool.num_free,
             blocks_cached=pool.num_cached,
             blocks_in_use=pool.num_in_use,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from trilithon_server.engine.batch import Batch, Item, Limits
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.request import Request, Sequence, waiting_order
-from trilithon_server.engine.scheduler import Batch, Item, Limits
 
 MAX_OUTPUT_BYTES = 8 << 20  # of the task logits of one plan, and so of one request: well below what a frame may hold
 

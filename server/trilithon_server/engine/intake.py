@@ -22,6 +22,7 @@ class Facts:
     vocab_size: int
     max_context: int
     is_encoder: bool
+    is_seq2seq: bool = False
     token_types: int = 0
     task_columns: int = 0  # of the logits of the task head; 0: there is none
     task_rows: int = 0  # of a sequence's logits; 0: one a token
@@ -55,6 +56,7 @@ def check(submit: Submit, facts: Facts) -> None:
     if facts.is_encoder:
         _check_encoder(submit, facts)
     else:
+        _check_sources(submit, facts)
         _check_positions(submit)
         _check_generation(submit, facts)
 
@@ -73,6 +75,30 @@ def _check_positions(submit: Submit) -> None:
     if given and (len(given) != length or max(given) >= length):
         message = f"positions must be one a token, and below {length}. Given: {len(given)}, up to {max(given)}."
         raise Refusal("invalid_value", message)
+
+
+def _check_sources(submit: Submit, facts: Facts) -> None:
+    """Of an encoder-decoder every request has some, of another model none."""
+    lengths, tokens, biases = submit.source_lengths, submit.source_tokens, submit.source_biases
+    if bool(lengths) != facts.is_seq2seq:
+        wanted = (
+            "needs a text for its encoder" if facts.is_seq2seq else "has no encoder, and the request a text for one"
+        )
+        raise Refusal("unsupported_task", f"this engine's model {wanted}.")
+    if not lengths:
+        return
+    if min(lengths) < 1 or max(lengths) > facts.max_context:
+        message = f"a text of the encoder must have 1 to {facts.max_context} tokens. Given: {min(lengths)} to "
+        raise Refusal("prompt_too_long", f"{message}{max(lengths)}.")
+    if sum(lengths) != len(tokens):
+        raise Refusal("invalid_value", f"source lengths must sum to {len(tokens)}. Given: {sum(lengths)}.")
+    if max(tokens) >= facts.vocab_size:
+        raise Refusal("token_id_range", f"source ids must be below {facts.vocab_size}. Given: {max(tokens)}.")
+    if biases and (len(biases) != len(lengths) or not all(map(math.isfinite, biases))):
+        message = f"biases must be finite numbers, one for each of {len(lengths)} sources. Given: {len(biases)}."
+        raise Refusal("invalid_value", message)
+    if submit.positions:
+        raise Refusal("invalid_value", "positions are for decoders; an encoder-decoder tells places by distance.")
 
 
 def _check_encoder(submit: Submit, facts: Facts) -> None:

@@ -15,6 +15,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from trilithon_parallel.models.seq2seq_serving import Sources
 from trilithon_server.engine.adapters import Action, Command, Report
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.sampler import Draw, Drawn, Fork
@@ -42,13 +43,22 @@ class Score:
 
 
 @dataclass(slots=True)
+class Encoding:
+    """Encode a source: its tokens, and the blocks that its keys and values go to."""
+
+    tokens: list[int]
+    blocks: list[int]
+
+
+@dataclass(slots=True)
 class StepPlan:
     """
     One step. Lists have one entry a sequence but for `tokens`, `types` and `positions`, which have one a token.
 
     `draws[i].row` is the entry whose last token's logits are drawn from. `starts` are tokens in the cache already;
     `tables` the blocks of each sequence; `types` and `positions` are empty where all are zero, or count from the start
-    of their sequence; `pools` set for encoders. `slots` are those of the sequences' adapters, -1 for none; empty where
+    of their sequence; `pools` set for encoders; `reads` for encoder-decoders, whose `encodings`, any number of them,
+    are made before anything is read. `slots` are those of the sequences' adapters, -1 for none; empty where
     none has any. `adapters` is carried out first. `deadline_s`: a rank that takes longer is hung.
     """
 
@@ -64,6 +74,8 @@ class StepPlan:
     types: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     pools: list[Pooling] = field(default_factory=list)
+    encodings: list[Encoding] = field(default_factory=list)
+    reads: list[Sources] = field(default_factory=list)
     registrations: list[tuple[int, Submit]] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)
@@ -163,6 +175,15 @@ def encode_plan(plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.u
     out.put(len(plan.pools))
     for pool in plan.pools:
         out.put_bytes(pool.SerializeToString())
+    out.put(len(plan.encodings))
+    for encoding in plan.encodings:
+        out.put_list(encoding.tokens)
+        out.put_list(encoding.blocks)
+    out.put(len(plan.reads))
+    for read in plan.reads:
+        out.put_list(read.lengths)
+        out.put_list(read.blocks)
+        out.put_bytes(np.array(read.biases, dtype=np.float64).tobytes())
     out.put(len(plan.registrations))
     for first_id, submit in plan.registrations:
         out.put(first_id)
@@ -191,6 +212,8 @@ def decode_plan(number: int, payload: bytes) -> StepPlan:
         plan.draws.append(Draw(row, sequence_id, mask or None))
     plan.scores = [Score(source.get(), source.get(), source.get(), source.get()) for _ in range(source.get())]
     plan.pools = [Pooling.FromString(source.get_bytes()) for _ in range(source.get())]
+    plan.encodings = [Encoding(source.get_list(), source.get_list()) for _ in range(source.get())]
+    plan.reads = [Sources(source.get_list(), source.get_list(), source.get_floats()) for _ in range(source.get())]
     for _ in range(source.get()):
         first_id = source.get()
         plan.registrations.append((first_id, Submit.FromString(source.get_bytes())))

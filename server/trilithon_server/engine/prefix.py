@@ -24,6 +24,31 @@ def root_key(*, model_digest: str, adapter_digest: str, salt: bytes) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
+def source_keys(root: bytes, tokens: Sequence[int], *, block_size: int) -> list[bytes]:
+    """
+    The keys of a source's blocks: all of them cover all of its tokens, since an encoder looks both ways.
+
+    >>> a, b = source_keys(b"r", [1, 2, 3], block_size=2)
+    >>> a != b, a == source_keys(b"r", [1, 2, 4], block_size=2)[0]
+    (True, False)
+    """
+    whole = hashlib.sha256(b"source" + root)
+    whole.update(array("q", tokens).tobytes())
+    count = -(-len(tokens) // block_size)
+    return [hashlib.sha256(whole.digest() + array("q", [i]).tobytes()).digest()[:KEY_BYTES] for i in range(count)]
+
+
+def reading_root(root: bytes, sources: Sequence[tuple[bytes, float]]) -> bytes:
+    """The parent of a prompt that is read with sources: the first key and the bias of each."""
+    if not sources:
+        return root
+    digest = hashlib.sha256(b"reading" + root)
+    for key, bias in sources:
+        digest.update(key)
+        digest.update(array("d", [bias]).tobytes())
+    return digest.digest()[:KEY_BYTES]
+
+
 def block_key(
     parent: bytes, tokens: Sequence[int], *, types: Sequence[int] = (), positions: Sequence[int] = ()
 ) -> bytes:

@@ -6,11 +6,15 @@ Requests and their sequences: arithmetic on half-open intervals, no states.
                  in the cache       (one plan)
 
 `0 <= computed <= scheduled <= len(tokens)`. What still has one token to go is a decode, what has more is a prefill.
+
+A request of an encoder-decoder has sources, too, which its decoder reads. Those that no cache holds are `unread`, and
+the encoder reads them before the decoder begins: `0 <= encoded <= encoding <= len(unread)`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from trilithon_server.engine.wire_pb2 import Submit
@@ -51,6 +55,16 @@ class Sequence:
 
 
 @dataclass(slots=True, eq=False)
+class Source:
+    """One sequence of the encoder; `bias` is added to the decoder's scores of its tokens."""
+
+    tokens: list[int]
+    bias: float
+    keys: list[bytes]  # of its blocks in the prefix cache
+    blocks: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """One submitted request: its sequences share the prompt, live in one plan order and are preempted together."""
 
@@ -66,6 +80,10 @@ class Request:
     num_cached: int = 0  # prompt tokens that the prefix cache served when the request started
     output_bytes: int = 0  # of an encoder's task logits
     num_scored: int = 0  # prompt positions whose successor has its log-probability
+    sources: list[Source] = field(default_factory=list)
+    unread: list[Source] = field(default_factory=list)
+    encoded: int = 0
+    encoding: int = 0
 
     # Read for every token of every step, so taken out of the message once.
     num_prompt: int = field(init=False)
@@ -97,8 +115,18 @@ class Request:
 
     @property
     def in_flight(self) -> bool:
-        """Whether any sequence, finished or not, is in a plan that has not come back."""
-        return any(sequence.in_flight for sequence in self.sequences)
+        """Whether any source or sequence, finished or not, is in a plan that has not come back."""
+        return self.encoding > self.encoded or any(sequence.in_flight for sequence in self.sequences)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there are sources that no plan has encoded or is encoding."""
+        return self.encoding < len(self.unread)
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Tokens of all its sources."""
+        return sum(self.submit.source_lengths)
 
     def types(self, start: int, length: int) -> list[int]:
         """Token types of [start, start + length) of a sequence; empty where all of a request's are zero."""
@@ -128,7 +156,8 @@ class Request:
     def worst_case_blocks(self, *, block_size: int, max_context: int) -> int:
         """KV blocks held when every answer is at its longest."""
         new = min(self.max_new_tokens, max_context - self.num_prompt)
-        return blocks_held(self.num_prompt, new, num_sequences=len(self.sequences), block_size=block_size)
+        own = blocks_held(self.num_prompt, new, num_sequences=len(self.sequences), block_size=block_size)
+        return own + source_blocks(self.submit.source_lengths, block_size=block_size)
 
 
 def answers_told(submit: Submit) -> int:
@@ -157,6 +186,16 @@ def longest_answer(prompt_len: int, num_blocks: int, *, num_sequences: int, bloc
     """
     whole, rest = divmod(prompt_len, block_size)
     return max(0, (num_blocks - whole) // num_sequences * block_size - rest + 1)
+
+
+def source_blocks(lengths: Iterable[int], *, block_size: int) -> int:
+    """
+    KV blocks of sources of so many tokens: each begins in a block of its own.
+
+    >>> source_blocks([1, 16, 17], block_size=16)
+    4
+    """
+    return sum(math.ceil(length / block_size) for length in lengths)
 
 
 def running_order(request: Request) -> tuple[int, int]:

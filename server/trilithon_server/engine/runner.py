@@ -15,7 +15,7 @@ from torch import Tensor
 from trilithon_parallel.attention import BLOCK_SIZE, AttentionView, PackedView, PagedBatch, PagedKVCache, PagedView
 from trilithon_parallel.collectives import Pending, isend, recv
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.models import CausalStage, EncoderStage
+from trilithon_parallel.models import CausalStage, EncoderStage, Seq2SeqStage
 from trilithon_server.engine.adapter_reads import AdapterReads
 from trilithon_server.engine.logprobs import TokenInfo
 from trilithon_server.engine.plan import Score, StepOutput, StepPlan
@@ -40,7 +40,7 @@ class Runner:
 
     def __init__(
         self,
-        stage: CausalStage | EncoderStage,
+        stage: CausalStage | EncoderStage | Seq2SeqStage,
         *,
         grid: Grid,
         cache: PagedKVCache | None,
@@ -70,7 +70,7 @@ class Runner:
         if self._adapters is not None:
             output.adapters = self._adapters.run(plan.adapters)
         waited = 0.0
-        if plan.tokens:
+        if plan.tokens or plan.encodings:
             with torch.inference_mode():
                 waited = self._forward(plan, output)
         if self._samples:
@@ -81,12 +81,7 @@ class Runner:
     def _forward(self, plan: StepPlan, output: StepOutput) -> float:
         """The forward pass; returns the seconds spent waiting for the stage before."""
         device = self._grid.device
-        bounds = [0, *np.cumsum(plan.lengths).tolist()]
-        if len(plan.tokens) == len(plan.starts):  # decodes alone
-            places = np.array(plan.starts, dtype=np.int64)
-        else:
-            spans = zip(plan.starts, plan.lengths, strict=True)
-            places = np.concatenate([np.arange(at, at + n) for at, n in spans])
+        bounds, places = spans_of(plan)
         view = self._view(plan, bounds, places)
         positions_T = torch.tensor(plan.positions) if plan.positions else torch.from_numpy(places)
         positions_T = positions_T.to(device)
@@ -121,16 +116,7 @@ class Runner:
             return PackedView(bounds, causal=False)
         for source, target in plan.copies:
             self.cache.copy_block(source, target)
-        if len(plan.tokens) == len(plan.starts):
-            pairs = zip(plan.tables, plan.starts, strict=True)
-            slots_T = torch.tensor([table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for table, at in pairs])
-        else:
-            parts = [
-                np.array(table, dtype=np.int64)[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
-                for table, where in zip(plan.tables, np.split(places, bounds[1:-1]), strict=True)
-            ]
-            slots_T = torch.from_numpy(np.concatenate(parts))
-        batch = PagedBatch(bounds, plan.starts, plan.tables, slots_T)
+        batch = PagedBatch(bounds, plan.starts, plan.tables, slots_of(plan, bounds, places))
         return PagedView(self.cache, batch, batch_invariant=self._stage.backend.batch_invariant)
 
     def _hand_on(self, hidden_TH: Tensor, number: int) -> None:
@@ -146,7 +132,7 @@ class Runner:
 
     def _sample(self, hidden_TH: Tensor, bounds: list[int], plan: StepPlan, output: StepOutput) -> None:
         """Logits are made on every rank of the tp axis (they gather), tokens on its first."""
-        assert isinstance(self._stage, CausalStage)
+        assert isinstance(self._stage, CausalStage | Seq2SeqStage)
         for score in plan.scores:
             infos = self._score(hidden_TH, bounds[score.entry] - plan.starts[score.entry], score)
             output.scores.append(infos)
@@ -167,7 +153,7 @@ class Runner:
             output.drawn = self._sampler.draw(logits_RV, draws)
 
     def _score(self, hidden_TH: Tensor, offset: int, score: Score) -> list[TokenInfo] | None:
-        assert isinstance(self._stage, CausalStage)
+        assert isinstance(self._stage, CausalStage | Seq2SeqStage)
         infos: list[TokenInfo] = []
         is_sound = True
         for first in range(score.first, score.last, SCORE_ROWS):
@@ -178,6 +164,28 @@ class Runner:
                 is_sound = part is not None
                 infos += part or []
         return infos if is_sound else None
+
+
+def spans_of(plan: StepPlan) -> tuple[list[int], Places]:
+    """The boundaries of a plan's sequences in T, and the place of each of its tokens in its own sequence."""
+    bounds = [0, *np.cumsum(plan.lengths).tolist()]
+    if len(plan.tokens) == len(plan.starts):  # decodes alone
+        return bounds, np.array(plan.starts, dtype=np.int64)
+    spans = zip(plan.starts, plan.lengths, strict=True)
+    return bounds, np.concatenate([np.arange(at, at + n) for at, n in spans])
+
+
+def slots_of(plan: StepPlan, bounds: list[int], places: Places) -> Tensor:
+    """Where in the cache each of a plan's tokens goes: int64 [T]."""
+    if len(plan.tokens) == len(plan.starts):
+        pairs = zip(plan.tables, plan.starts, strict=True)
+        slots = [table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for table, at in pairs]
+        return torch.tensor(slots, dtype=torch.int64)
+    parts = [
+        np.array(table, dtype=np.int64)[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
+        for table, where in zip(plan.tables, np.split(places, bounds[1:-1]), strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def pool(stage: EncoderStage, hidden_TH: Tensor, bounds: list[int], pools: list[Pooling]) -> list[bytes]:

@@ -13,70 +13,15 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from dataclasses import dataclass, field
 
+from trilithon_server.engine.batch import Batch, Item, Limits
 from trilithon_server.engine.beam import Move
 from trilithon_server.engine.blocks import BlockPool
 from trilithon_server.engine.prefix import block_key
 from trilithon_server.engine.request import Request, Sequence, running_order, waiting_order
+from trilithon_server.engine.sources import SourceBlocks
 
 MAX_PARTIAL_PREFILLS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """
-    Budgets of a step. `slots` is the number of plans that may be in flight, one per pipeline stage.
-
-    `max_gather_tokens` bounds the cached tokens that the decodes of one plan attend to, and so attention's memory.
-    """
-
-    max_batch_tokens: int
-    max_batch_sequences: int
-    max_gather_tokens: int = 1 << 62
-    block_size: int = 16
-    slots: int = 1
-    prefix_cache: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """Tokens `[start, start + length)` of one sequence, and who draws a token from the last of them."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    draws: list[Sequence]
-    score_from: int = 0  # prompt positions [score_from, score_to) score their successors
-    score_to: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """What one plan computes. `copies` are (from, to) blocks, copied in order before anything is written."""
-
-    items: list[Item] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    started: list[Request] = field(default_factory=list)
-    num_tokens: int = 0
-    num_decodes: int = 0
-
-    def types(self) -> list[int]:
-        """Token types of all tokens; empty where all are zero."""
-        if not any(item.sequence.request.has_types for item in self.items):
-            return []
-        parts = (item.sequence.request.types(item.start, item.length) or [0] * item.length for item in self.items)
-        return [number for part in parts for number in part]
-
-    def positions(self) -> list[int]:
-        """Positions of all tokens; empty where each sequence counts from 0."""
-        if not any(item.sequence.request.has_positions for item in self.items):
-            return []
-        parts = (
-            item.sequence.request.positions(item.start, item.length) or range(item.start, item.start + item.length)
-            for item in self.items
-        )
-        return [number for part in parts for number in part]
 
 
 class Scheduler:
@@ -85,6 +30,7 @@ class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
+        self.sources = SourceBlocks(limits, pool)
         self.waiting: list[Request] = []
         self.running: list[Request] = []  # best first
         self.preemptions = 0
@@ -109,10 +55,12 @@ class Scheduler:
         self._decodes(batch)
         self._prefills(batch)
         self._admit(batch, now_s)
-        return batch if batch.items else None
+        return batch if batch.items or batch.encodes else None
 
     def complete(self, batch: Batch) -> None:
         """A plan has come back: what it held is computed; blocks of sequences that finished meanwhile are freed."""
+        for encode in batch.encodes:
+            self.sources.complete(encode)
         for item in batch.items:
             sequence = item.sequence
             sequence.computed = sequence.scheduled
@@ -159,6 +107,7 @@ class Scheduler:
         for request in self.running + self.waiting:
             for sequence in request.sequences:
                 assert 0 <= sequence.computed <= sequence.scheduled <= len(sequence.tokens)
+            assert 0 <= request.encoded <= request.encoding <= len(request.unread)
 
     # Decodes and prefills of what runs already ----------------------------------------------------------------
 
@@ -167,7 +116,8 @@ class Scheduler:
             sequence
             for request in self.running
             for sequence in request.sequences
-            if not (sequence.finished or sequence.parked) and len(sequence.tokens) - sequence.computed == 1
+            if not (sequence.finished or sequence.parked or request.is_reading)
+            and len(sequence.tokens) - sequence.computed == 1
         ]
         # Pipeline slots share the decodes evenly, so that the stages stay full.
         rows = min(self.limits.max_batch_sequences, math.ceil(len(ready) / self.limits.slots))
@@ -177,7 +127,7 @@ class Scheduler:
                 break
             if sequence.in_flight or not sequence.blocks:  # no blocks: an earlier turn of this loop preempted it
                 continue
-            gathered += len(sequence.tokens)
+            gathered += len(sequence.tokens) + sequence.request.num_source_tokens
             if gathered > self.limits.max_gather_tokens and batch.items:
                 break
             if self._reserve_decode(sequence, batch):
@@ -189,17 +139,22 @@ class Scheduler:
             sequence
             for request in self.running
             for sequence in request.sequences
-            if not (sequence.finished or sequence.parked or sequence.in_flight) and sequence.remaining > 1
+            if not (sequence.finished or sequence.parked or sequence.in_flight)
+            and (request.is_reading or sequence.remaining > 1)
         ]
         crowded = len(pending) + bool(self.waiting) > 1
         for sequence in pending:
             self._take_chunk(sequence, batch, crowded=crowded)
 
     def _take_chunk(self, sequence: Sequence, batch: Batch, *, crowded: bool) -> None:
-        room = self.limits.max_batch_tokens - batch.num_tokens
+        end = self.limits.max_batch_tokens
         if crowded:
             # A long prompt leaves half of the step to the others.
-            room = min(room, max(self.limits.block_size, self.limits.max_batch_tokens // 2))
+            end = min(end, batch.num_tokens + max(self.limits.block_size, end // 2))
+        self.sources.schedule(sequence.request, batch, end)
+        room = end - batch.num_tokens
+        if sequence.request.is_reading:
+            return
         if room > 0 and len(batch.items) < self.limits.max_batch_sequences:
             self._take(sequence, min(room, sequence.remaining), batch)
 
@@ -254,8 +209,9 @@ class Scheduler:
             return False
         room = self.limits.max_batch_tokens - batch.num_tokens
         unfinished = (s for r in self.running for s in r.live if not s.parked)
-        partial = sum(1 for sequence in unfinished if sequence.remaining > 1)
-        return partial < MAX_PARTIAL_PREFILLS or len(request.live[0].tokens) <= room
+        partial = sum(1 for sequence in unfinished if sequence.remaining > 1 or sequence.request.is_reading)
+        size = len(request.live[0].tokens) + request.num_source_tokens
+        return partial < MAX_PARTIAL_PREFILLS or size <= room
 
     def _acquire(self, request: Request) -> bool:
         """Blocks for all tokens that the request has now, as few as the prefix cache and sharing allow."""
@@ -272,17 +228,22 @@ class Scheduler:
         tails = [math.ceil(len(s.tokens) / size) - shared for s in others] if lead.num_generated else []
         num_new = math.ceil(len(lead.tokens) / size) - len(hits) + sum(tails)
         spare = sum(len(r.live) for r in self.running)
-        if self.pool.num_available - self.pool.count_unheld(hits) < num_new + spare:
+        found = self.sources.find(request)
+        available = self.pool.num_available - self.pool.count_unheld(hits) - self.sources.count_taken(request, found)
+        if available < num_new + spare:
             return False
         self.pool.claim(hits)
+        asked, hit = self.sources.take(request, found)
         lead.blocks = hits + self.pool.allocate(num_new - sum(tails))
         lead.computed = lead.scheduled = len(hits) * size
         lead.num_registered = len(hits)
         lead.parked = False
-        if reads and request.started_s is None:
-            self.queried_tokens += len(lead.tokens)
-            self.hit_tokens += lead.computed
-            request.num_cached = lead.computed
+        if reads:
+            asked, hit = asked + len(lead.tokens), hit + lead.computed
+        if request.started_s is None:
+            self.queried_tokens += asked
+            self.hit_tokens += hit
+            request.num_cached = hit
         for sequence in others:
             sequence.parked = True
         for sequence, tail in zip(others, tails, strict=False):
@@ -330,6 +291,7 @@ class Scheduler:
             self.pool.release(sequence.blocks)
             sequence.blocks = []
             sequence.computed = sequence.scheduled = sequence.num_registered = 0
+        self.sources.release(request)
         self.running.remove(request)
         self.waiting.append(request)
         request.preemptions += 1
@@ -404,3 +366,4 @@ class Scheduler:
             self._start_at(heir, done, like=sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
+        self.sources.release_if_over(sequence.request)

@@ -22,12 +22,13 @@ from trilithon_parallel.collectives import all_gather, all_reduce_max, barrier
 from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import AdapterBank, bank_bytes
-from trilithon_parallel.models import CausalStage, EncoderStage, build_stage
+from trilithon_parallel.models import CausalStage, EncoderStage, Seq2SeqStage, build_seq2seq, build_stage
 from trilithon_parallel.placement import local_sizes
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_parallel.weights.loader import load_stage
 from trilithon_server.engine import memory
 from trilithon_server.engine.adapter_reads import AdapterReads
+from trilithon_server.engine.batch import Limits
 from trilithon_server.engine.constraints import ConstraintCompiler
 from trilithon_server.engine.core import EngineCore
 from trilithon_server.engine.identity import model_digest
@@ -35,7 +36,7 @@ from trilithon_server.engine.intake import Facts
 from trilithon_server.engine.plan import StepPlan
 from trilithon_server.engine.runner import Runner
 from trilithon_server.engine.sampler import Draw
-from trilithon_server.engine.scheduler import Limits
+from trilithon_server.engine.seq2seq_runner import Seq2SeqRunner, warm_up_seq2seq
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Hello, Pooling, Sampling, Submit
 
@@ -83,7 +84,8 @@ class Loaded:
             model_digest=self.model_digest,
             vocab_size=config.vocab_size,
             max_context=self.max_context,
-            is_encoder=not config.is_causal,
+            is_encoder=config.family == "bert",
+            is_seq2seq=config.is_seq2seq,
             token_types=config.token_types,
             task_columns=len(config.task_head.labels) if config.task_head is not None else 0,
             task_rows=int(config.task_head is not None and config.task_head.kind == "sequence"),
@@ -112,7 +114,9 @@ class Loaded:
             pp=spec.pp,
             dtype=spec.dtype,
             device=spec.device,
-            encoder=not config.is_causal,
+            encoder=config.family == "bert",
+            seq2seq=config.is_seq2seq,
+            decoder_start_id=config.decoder_start_id or 0,
             hidden_size=config.hidden_size,
             startup_seconds=self.startup_seconds,
             memory_bytes=self.memory.as_dict(),
@@ -153,10 +157,11 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
         available = memory.available_bytes(grid.device) // _local_ranks(grid) + overhead
         barrier(grid.world, label="memory measured")
         backend = backends.select(spec.backend, batch_invariant=spec.batch_invariant, device=grid.device)
-        stage = build_stage(config, grid=grid, backend=backend, dtype=_DTYPES[spec.dtype])
+        stage = _build(config, grid=grid, backend=backend, dtype=_DTYPES[spec.dtype])
         load_stage(stage, model_dir, config=config, grid=grid)
         stage.eval().requires_grad_(False)
-        stage.prepare()
+        if not isinstance(stage, Seq2SeqStage):
+            stage.prepare()
         bank = _bank(spec, config, stage, grid)
         adapters = 0
         if bank is not None:
@@ -168,14 +173,15 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
             warmup_s = warm_up(spec, config, stage, grid=grid, max_context=max_context)
         # The step has run without a past: what a full window adds is attention's, and layers use it one after another.
         with memory.watch(grid.device) as past:
-            if config.is_causal:
+            if config.is_causal:  # an encoder-decoder's step has had one
                 probe_attention(spec, config, grid=grid, max_context=max_context)
         activations = step.num_bytes + past.num_bytes
     with phase("kv"):
         cache, kv = None, 0
         num_blocks = 0
-        if config.is_causal:
-            per_block = PagedKVCache.bytes_per_block(config, grid, _DTYPES[spec.dtype])
+        if config.num_decoder_layers:
+            # A stage of an encoder-decoder may hold no layer that decodes: its blocks take nothing.
+            per_block = max(1, PagedKVCache.bytes_per_block(config, grid, _DTYPES[spec.dtype]))
             kv = memory.kv_bytes(
                 weights=weights,
                 activations=activations,
@@ -192,11 +198,12 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
             num_blocks = -int(all_reduce_max(mine, grid.world, label="blocks").item())
             kv = num_blocks * per_block
             cache = PagedKVCache(config, grid, num_blocks=num_blocks, dtype=_DTYPES[spec.dtype])
+    kind = Seq2SeqRunner if config.is_seq2seq else Runner
     return Loaded(
         spec=spec,
         config=config,
         grid=grid,
-        runner=Runner(stage, grid=grid, cache=cache, adapters=None if bank is None else AdapterReads(bank, grid)),
+        runner=kind(stage, grid=grid, cache=cache, adapters=None if bank is None else AdapterReads(bank, grid)),
         max_context=max_context,
         num_blocks=num_blocks,
         memory=memory.MemorySum(weights, activations, kv, overhead, available, adapters),
@@ -207,17 +214,40 @@ def load(spec: EngineSpec, grid: Grid, *, on_phase: PhaseListener) -> Loaded:
     )
 
 
-def _bank(spec: EngineSpec, config: ModelConfig, stage: CausalStage | EncoderStage, grid: Grid) -> AdapterBank | None:
-    """Slots for adapters; none where the spec wants none, or the backend's products take none."""
-    if not spec.max_adapters or stage.backend.name != "torch":
+Stage = CausalStage | EncoderStage | Seq2SeqStage
+
+
+def _build(config: ModelConfig, *, grid: Grid, backend: backends.Backend, dtype: torch.dtype) -> Stage:
+    if not config.is_seq2seq:
+        return build_stage(config, grid=grid, backend=backend, dtype=dtype)
+    if backend.batch_invariant:
+        raise ModelError(
+            f"{config.architecture} has no batch-invariant mode: its attention adds in an order that depends on the "
+            "batch.",
+            code="backend_unavailable",
+            hint="Turn batch_invariant off.",
+        )
+    if config.decoder_start_id is None:
+        raise ModelError(
+            f"{config.architecture} must say in its config which token its answers begin with.",
+            code="model_invalid",
+            hint="Set decoder_start_token_id in config.json.",
+        )
+    return build_seq2seq(config, grid=grid, backend=backend, dtype=dtype)
+
+
+def _bank(spec: EngineSpec, config: ModelConfig, stage: Stage, grid: Grid) -> AdapterBank | None:
+    """Slots for adapters; none where the spec wants none, or the backend's products or the model take none."""
+    if not spec.max_adapters or stage.backend.name != "torch" or isinstance(stage, Seq2SeqStage):
         return None
     return AdapterBank(stage, config=config, grid=grid, max_adapters=spec.max_adapters, max_rank=spec.max_adapter_rank)
 
 
-def warm_up(
-    spec: EngineSpec, config: ModelConfig, stage: CausalStage | EncoderStage, *, grid: Grid, max_context: int
-) -> float:
+def warm_up(spec: EngineSpec, config: ModelConfig, stage: Stage, *, grid: Grid, max_context: int) -> float:
     """The most tokens and the most rows of logits that a plan can ask for; returns the seconds that they took."""
+    if isinstance(stage, Seq2SeqStage):
+        gather = _gather_tokens(max_context)
+        return warm_up_seq2seq(spec, config, stage, grid=grid, max_context=max_context, gather_tokens=gather)
     began = time.monotonic()
     if isinstance(stage, EncoderStage):
         length = min(max_context, spec.max_batch_tokens)

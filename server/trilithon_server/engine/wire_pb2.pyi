@@ -164,6 +164,9 @@ class Submit(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     QUEUE_TIMEOUT_MS_FIELD_NUMBER: builtins.int
     TIME_LIMIT_MS_FIELD_NUMBER: builtins.int
+    SOURCE_TOKENS_FIELD_NUMBER: builtins.int
+    SOURCE_LENGTHS_FIELD_NUMBER: builtins.int
+    SOURCE_BIASES_FIELD_NUMBER: builtins.int
     ADAPTER_FIELD_NUMBER: builtins.int
     handle: builtins.int
     """chosen by the front, unique on its connection"""
@@ -202,6 +205,20 @@ class Submit(google.protobuf.message.Message):
         """set for an embedding request"""
 
     @property
+    def source_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What the decoder of an encoder-decoder reads; `prompt` is then the decoder's, and begins with its start token.
+        of every source, one after the other
+        """
+
+    @property
+    def source_lengths(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """tokens of each"""
+
+    @property
+    def source_biases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """one each, added to the decoder's scores of its tokens; empty = none"""
+
+    @property
     def adapter(self) -> Global___Adapter:
         """unset: the base model alone"""
 
@@ -221,10 +238,13 @@ class Submit(google.protobuf.message.Message):
         priority: builtins.int = ...,
         queue_timeout_ms: builtins.int = ...,
         time_limit_ms: builtins.int = ...,
+        source_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        source_lengths: collections.abc.Iterable[builtins.int] | None = ...,
+        source_biases: collections.abc.Iterable[builtins.float] | None = ...,
         adapter: Global___Adapter | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adapter", b"adapter", "pooling", b"pooling", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "answer_type", b"answer_type", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "positions", b"positions", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "answer_type", b"answer_type", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "handle", b"handle", "pooling", b"pooling", "positions", b"positions", "priority", b"priority", "prompt", b"prompt", "queue_timeout_ms", b"queue_timeout_ms", "request_id", b"request_id", "sampling", b"sampling", "source_biases", b"source_biases", "source_lengths", b"source_lengths", "source_tokens", b"source_tokens", "time_limit_ms", b"time_limit_ms", "types", b"types"]) -> None: ...
 
 Global___Submit: typing_extensions.TypeAlias = Submit
 
@@ -627,6 +647,8 @@ class Hello(google.protobuf.message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: builtins.int
     STARTUP_SECONDS_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    SEQ2SEQ_FIELD_NUMBER: builtins.int
+    DECODER_START_ID_FIELD_NUMBER: builtins.int
     MAX_ADAPTERS_FIELD_NUMBER: builtins.int
     MAX_ADAPTER_RANK_FIELD_NUMBER: builtins.int
     TASK_LABELS_FIELD_NUMBER: builtins.int
@@ -645,6 +667,10 @@ class Hello(google.protobuf.message.Message):
     device: builtins.str
     encoder: builtins.bool
     hidden_size: builtins.int
+    seq2seq: builtins.bool
+    """an encoder-decoder: every request has sources"""
+    decoder_start_id: builtins.int
+    """what its prompts begin with"""
     max_adapters: builtins.int
     """that can be loaded at once; 0 = none"""
     max_adapter_rank: builtins.int
@@ -676,11 +702,13 @@ class Hello(google.protobuf.message.Message):
         hidden_size: builtins.int = ...,
         startup_seconds: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         memory_bytes: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        seq2seq: builtins.bool = ...,
+        decoder_start_id: builtins.int = ...,
         max_adapters: builtins.int = ...,
         max_adapter_rank: builtins.int = ...,
         task_labels: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_adapter_rank", b"max_adapter_rank", "max_adapters", b"max_adapters", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "startup_seconds", b"startup_seconds", "task_labels", b"task_labels", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "decoder_start_id", b"decoder_start_id", "device", b"device", "dtype", b"dtype", "encoder", b"encoder", "hidden_size", b"hidden_size", "kv_capacity_tokens", b"kv_capacity_tokens", "max_adapter_rank", b"max_adapter_rank", "max_adapters", b"max_adapters", "max_batch_sequences", b"max_batch_sequences", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "memory_bytes", b"memory_bytes", "model_digest", b"model_digest", "pp", b"pp", "seq2seq", b"seq2seq", "startup_seconds", b"startup_seconds", "task_labels", b"task_labels", "tp", b"tp", "vocab_size", b"vocab_size"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
