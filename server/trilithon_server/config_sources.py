@@ -139,7 +139,7 @@ def resolve(loaded: Loaded, *, model_dir: Callable[[str], Path]) -> Loaded:
         if engine.dtype == "auto":
             found["dtype"] = best_dtype(engine.device)
         if engine.batch_invariant is None:
-            found["batch_invariant"] = _invariance(engine.device)
+            found["batch_invariant"] = _invariance(engine.device, directory)
         for field, on_cpu, on_cuda in _BY_DEVICE:
             if getattr(engine, field) is None:
                 found[field] = (on_cpu if engine.device == "cpu" else on_cuda, f"computed: usual on {engine.device}")
@@ -182,10 +182,22 @@ def best_dtype(device: str) -> tuple[str, str]:
     return "float32", "computed: the processor has neither AMX nor AVX512_BF16, so bf16 would be slower"
 
 
-def _invariance(device: str) -> tuple[bool, str]:
+def is_seq2seq(model_dir: Path) -> bool:
+    """Whether a directory holds an encoder-decoder; what is wrong with it is told by whoever loads it."""
+    from trilithon_parallel.config import ModelError, load_config
+
+    try:
+        return load_config(model_dir).is_seq2seq
+    except ModelError:
+        return False
+
+
+def _invariance(device: str, model_dir: Path) -> tuple[bool, str]:
     """Whether answers are kept from seeing their batch and layout: where our C kernels do it almost for nothing."""
     if device != "cpu":
         return False, f"computed: {device} has no such mode"
+    if is_seq2seq(model_dir):
+        return False, "computed: encoder-decoders have no such mode"
     if shutil.which("gcc") or shutil.which("cc"):
         return True, "computed: the C kernels have it nearly free"
     return False, "computed: without a C compiler it costs speed"

@@ -111,7 +111,7 @@ class EngineClient:
             Overloaded: `queue_full`, with the time after which a retry can succeed.
             Unavailable: `loading`, `draining` or `engine_lost`.
         """
-        self._admit(len(submit.prompt), submit.request_id)
+        self._admit(len(submit.prompt) + len(submit.source_tokens), submit.request_id)
         submit.handle = self._next_handle
         message = frame(wire.ToEngine(submit=submit).SerializeToString())
         self._next_handle += 1

@@ -31,7 +31,7 @@ class EngineStream:
     def __init__(self, submit: wire.Submit, *, limits: LimitsConfig, send_abort: SendAbort) -> None:
         self.handle = submit.handle
         self.request_id = submit.request_id
-        self.prompt_tokens = len(submit.prompt)
+        self.prompt_tokens = len(submit.prompt) + len(submit.source_tokens)
         self.adapter_digest = submit.adapter.digest
         self.streamed = False
         """Set by the service once part of the answer has left for the client: then a retry is not advised."""

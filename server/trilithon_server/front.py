@@ -213,10 +213,11 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     """
     from trilithon_parallel.config import load_config
     from trilithon_parallel.tokenizer import load_tokenizer
-    from trilithon_server.task_model import load_task
+    from trilithon_server.task_model import load_reader, load_task
     from trilithon_server.tasks import read_task
     from trilithon_server.tasks.dialogue_format import DialogueFormat
     from trilithon_server.tasks.question_format import QuestionFormat
+    from trilithon_server.tasks.reader_format import ReaderFormat
     from trilithon_server.tasks.retrieval import RetrievalFormat
     from trilithon_server.tasks.story_format import StoryFormat
     from trilithon_server.text.template import load_template
@@ -235,14 +236,16 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         name=engine.served_name or engine.name,
         engine=client,
         tokenizer=tokenizer,
-        template=load_template(directory, override),
+        template=None if model.is_seq2seq else load_template(directory, override),
         limits=limits,
-        checker=checker if model.is_causal else None,
+        checker=checker if model.num_decoder_layers else None,
         task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
         dialogue=task if isinstance(task, DialogueFormat) else None,
         story=task if isinstance(task, StoryFormat) else None,
         retrieval=task if isinstance(task, RetrievalFormat) else None,
         questions=task if isinstance(task, QuestionFormat) else None,
+        reader=load_reader(task, model, tokenizer, max_context) if isinstance(task, ReaderFormat) else None,
+        decoder_start_id=(model.decoder_start_id or 0) if model.is_seq2seq else None,
         encoder=model.family == "bert",
         pooling="first" if model.pooling == "cls" else "mean",
         normalize=model.normalize,

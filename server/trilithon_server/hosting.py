@@ -22,6 +22,7 @@ from typing import Literal
 from trilithon.errors import DeadlineExceeded, FailedPrecondition, Overloaded, TrilithonError, Unavailable
 from trilithon_server.catalog import CatalogEntry
 from trilithon_server.config import EngineConfig, ServeConfig
+from trilithon_server.config_sources import is_seq2seq
 from trilithon_server.engine_client import EngineClient
 from trilithon_server.metrics import Metrics
 from trilithon_server.preflight import ModelRefused, check_model, engine_spec
@@ -364,6 +365,7 @@ def hosted_engine(config: ServeConfig, entry: CatalogEntry, *, name: str) -> Eng
             "memory_fraction": config.server.hosted_memory_fraction,
             "num_threads": max(1, cores // (len(config.engines) + config.server.max_hosted_models)),
             "chat_template": None,
+            "batch_invariant": pattern.batch_invariant and not is_seq2seq(entry.path),
         }
     )
 

@@ -23,13 +23,14 @@ from trilithon.errors import InvalidArgument
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.adapters import adapter_in
 from trilithon_server.assembly import Choice, FinishReason, TokenInfo, engine_error, token_info
+from trilithon_server.config_sources import is_seq2seq
 from trilithon_server.engine.inprocess import InProcessEngine
 from trilithon_server.engine.local import LocalEngine
 from trilithon_server.engine.request import answers_told
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Abort, Adapter, Hello, Pooling, SequenceDelta, Submit, ToEngine
 from trilithon_server.generation import best
-from trilithon_server.prompts import Prepared, Sequenced, answer_room
+from trilithon_server.prompts import Prepared, Sequenced, answer_room, check_reading
 from trilithon_server.sampling import SamplingParams, to_wire, validate
 from trilithon_server.text.detokenizer import TokenTexts
 from trilithon_server.validation import Bounds, Violations
@@ -96,7 +97,8 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         **options: Any,
     ) -> None:
-        chosen = {"batch_invariant": options.get("device", "cpu") == "cpu", "max_adapters": len(adapters or {})}
+        is_invariant = options.get("device", "cpu") == "cpu" and not is_seq2seq(Path(model))
+        chosen = {"batch_invariant": is_invariant, "max_adapters": len(adapters or {})}
         options = chosen | options
         self._adapters = {
             name: adapter_in(Path(path), name=name, base="llm").wire for name, path in (adapters or {}).items()
@@ -118,7 +120,8 @@ class LLM:
         Answers to prompts, in their order; all of them run in one batch.
 
         Args:
-            prompts: a text, token ids, ids with types and positions of their own, or a list of these.
+            prompts: a text, token ids, ids with types and positions of their own, or a list of these. An
+                encoder-decoder's encoder reads them.
             params: how; None for the defaults.
             adapter: whose answers: one of `adapters` by its name, or a directory; None: the model's own. A directory
                 needs room, `max_adapters` above 0.
@@ -130,6 +133,10 @@ class LLM:
         hello = self._engine.hello
         bounds = Bounds(vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
         checked = validate((params or SamplingParams()).given(), bounds)
+        if hello.seq2seq:
+            found = Violations()
+            check_reading(checked, found)
+            found.raise_if_any()
         wanted = None if adapter is None else self._adapter(adapter)
         submits, pending = [], {}
         for prompt in _as_list(prompts):
@@ -148,7 +155,7 @@ class LLM:
                 Choice(index=i, texts=self._texts, params=checked, seed=seed, with_tokens=checked.logprobs is not None)
                 for i in range(checked.num_told)
             ]
-            submit = self._submit(prepared.packed or Sequenced(ids=prepared.ids), checked)
+            submit = self._submit(prepared.packed, checked)
             submit.sampling.CopyFrom(sampling)
             if wanted is not None:
                 submit.adapter.CopyFrom(wanted)
@@ -178,7 +185,7 @@ class LLM:
         submits, pending = [], {}
         for prompt in _as_list(prompts):
             prepared = self._prepare(prompt, SamplingParams())
-            submit = self._submit(Sequenced(ids=prepared.ids), SamplingParams())
+            submit = self._submit(prepared.packed, SamplingParams())
             submit.pooling.CopyFrom(Pooling(kind=Pooling.Kind.Value(kind), normalize=normalize))
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, [])
@@ -209,7 +216,7 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> Prepared:
         if isinstance(prompt, Sequenced):
-            return Prepared(ids=prompt.ids, packed=prompt)
+            return Prepared.by_task(prompt)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, add_special_tokens=params.add_bos is not False)
             bos = self.tokenizer.bos_id
@@ -218,22 +225,23 @@ class LLM:
         else:
             ids = list(prompt)
         dropped = max(0, len(ids) - params.truncate_prompt_tokens) if params.truncate_prompt_tokens else 0
-        return Prepared(ids=ids[dropped:], dropped=dropped, source=prompt if isinstance(prompt, str) else None)
+        start = self.hello.decoder_start_id if self.hello.seq2seq else None
+        return Prepared.of(ids[dropped:], start, dropped=dropped, source=prompt if isinstance(prompt, str) else None)
 
     def _submit(self, prompt: Sequenced, params: SamplingParams) -> Submit:
         self._handle += 1
-        return Submit(
-            handle=self._handle,
-            prompt=prompt.ids,
-            types=prompt.types,
-            positions=prompt.positions,
-            answer_type=prompt.answer_type,
-            cache_salt=params.cache_salt.encode(),
-            bypass_cache=params.bypass_cache,
-            priority=params.priority,
-            queue_timeout_ms=params.queue_timeout_ms,
-            time_limit_ms=params.time_limit_ms,
+        submit = prompt.to_wire()
+        submit.MergeFrom(
+            Submit(
+                handle=self._handle,
+                cache_salt=params.cache_salt.encode(),
+                bypass_cache=params.bypass_cache,
+                priority=params.priority,
+                queue_timeout_ms=params.queue_timeout_ms,
+                time_limit_ms=params.time_limit_ms,
+            )
         )
+        return submit
 
     def _bad_words(self, params: SamplingParams, bounds: Bounds) -> tuple[tuple[int, ...], ...]:
         found, sequences = Violations(), dict[tuple[int, ...], None]()

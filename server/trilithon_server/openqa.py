@@ -22,7 +22,16 @@ from trilithon_server.dialogue import check_documents
 from trilithon_server.generation import Timings, Usage
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.version import Hit, Queries, search_passages
-from trilithon_server.openqa_readers import Evidence, Reading, added, as_written, read_spans, write_answers
+from trilithon_server.openqa_readers import (
+    Evidence,
+    Reading,
+    as_written,
+    read_apart,
+    read_spans,
+    read_together,
+    write_answers,
+)
+from trilithon_server.openqa_writing import added
 from trilithon_server.retrieval import (
     MAX_QUERY_CHARS,
     NO_TOKENS,
@@ -39,14 +48,15 @@ from trilithon_server.retrieval import (
 )
 from trilithon_server.sampling import validate
 from trilithon_server.sampling_rules import META_NAMES
-from trilithon_server.served import Call, Capability, ServedModel
+from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
 
-Reader = Literal["span", "causal"]
-READERS: tuple[str, ...] = get_args(Reader)
-_ABLE: Mapping[Capability, Reader] = {"answer": "span", "generate": "causal"}
-"""What a model can do -> how it reads; a model can do one of the two at most."""
+Reader = Literal["span", "joint", "individual", "causal"]
+READERS: tuple[Reader, ...] = get_args(Reader)
+"""Where neither reader nor model is named, the first of these that a served model is."""
+
+_READ = {"span": read_spans, "joint": read_together, "individual": read_apart, "causal": write_answers}
 
 MAX_TOP_K = 50
 DEFAULT_TOP_K = 5
@@ -113,7 +123,7 @@ async def answer(
 
     Args:
         model_name: the reader; empty: the first served model that can read so.
-        values: parameters by JSON name; those of how to write are for the reader `causal` alone.
+        values: parameters by JSON name; those of how to write are not for the reader `span`.
         found: violations that the front has already found.
     Raises:
         TrilithonError: refused, or an engine could not finish.
@@ -148,27 +158,37 @@ async def _reader(
 ) -> tuple[ServedModel, Reader]:
     """The model that reads, and how."""
     if not name:
-        name = next((known for kind in _ABLE if wanted in ("", _ABLE[kind]) and (known := service.first(kind))), "")
+        able = {reader_of(model): model.name for model in reversed(service.models.values())}
+        name = next((able[kind] for kind in READERS if kind in able and wanted in ("", kind)), "")
     if not name:
         raise FailedPrecondition(
-            "no model is served that reads passages.",
+            f"no model is served that reads passages{f' as {wanted}' if wanted else ''}.",
             code="unsupported_model",
-            hint="Serve one that generates text, or an encoder that was finetuned for span_qa.",
+            hint="Serve one that generates text, an encoder that was finetuned for span_qa, or a reader.",
         )
     model = await service.resolve(name, call)
-    reader = next((_ABLE[capability] for capability in model.capabilities if capability in _ABLE), None)
+    reader = reader_of(model)
     if reader is None or wanted not in ("", reader):
-        can = f"It can: {', '.join(model.capabilities)}."
+        can = f"It reads as {reader}." if reader else f"It can: {', '.join(model.capabilities)}."
         rule = f"cannot read as {wanted}" if wanted else "cannot read passages"
         raise InvalidArgument(f"model `{model.name}` {rule}. {can} Name another model.", code="unsupported_model")
     # Before the search: its result decides whether a reader is asked at all, not whether a request is right.
     violations = Violations()
-    for given in () if reader == "causal" else values:
+    for given in values if reader == "span" else ():
         if given not in META_NAMES:
             violations.add(given, "is for readers that write: a span is found, not drawn", given=values[given])
-    validate(as_written(values), model.bounds(call.principal, model.ready()), violations)
+    validate(as_written(model, values), model.bounds(call.principal, model.ready()), violations)
     violations.raise_if_any()
     return model, reader
+
+
+def reader_of(model: ServedModel) -> Reader | None:
+    """How a model reads passages; None: it was not made for that."""
+    if model.is_seq2seq:
+        return None if model.reader is None else model.reader.kind
+    if "generate" in model.capabilities:
+        return "causal"
+    return "span" if "answer" in model.capabilities else None
 
 
 async def _passages(
@@ -217,8 +237,7 @@ async def _read(
     if not hits:
         nothing = Timings(queue_ms=0.0, prefill_ms=0.0, first_token_ms=0.0, decode_ms=0.0, total_ms=0.0)
         return Reading(text="", logprob=0.0, evidence=(), usage=NO_TOKENS, timings=nothing)
-    read = read_spans if reader == "span" else write_answers
-    return await read(service, call, model, question, hits, values)
+    return await _READ[reader](service, call, model, question, hits, values)
 
 
 def _check(asked: Asked, service: Service, values: Mapping[str, Any], found: Violations) -> None:

@@ -1,10 +1,12 @@
 """
 The readers of open questions: each takes a question and the passages that were found, and finds or writes the answer.
 
-SPAN    an encoder marks a span of each passage; log p(z|q) + log p(span), the best of all passages.
-CAUSAL  a model writes an answer to each passage; log p(a|q) = log sum_k p(z_k|q) p(a|q, z_k) of each distinct one.
+SPAN        an encoder marks a span of each passage; log p(z|q) + log p(span), the best of all passages.
+CAUSAL      a decoder writes an answer to each passage; log p(a|q) = log sum_k p(z_k|q) p(a|q, z_k), of each one.
+INDIVIDUAL  the same, by an encoder-decoder that was trained to read a passage.
+JOINT       an encoder-decoder writes one answer to all passages, which its decoder reads together; log p(a|q, Z).
 
-Source: arXiv 2101.00408, individual top k.
+Source: arXiv 2101.00408, individual and joint top k.
 """
 
 from __future__ import annotations
@@ -15,20 +17,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trilithon.errors import DeadlineExceeded
-from trilithon_server.assembly import FinishReason
 from trilithon_server.generation import Timings, Usage
 from trilithon_server.knowledge.version import Hit
+from trilithon_server.openqa_writing import Weighed, Writing, weigh
 from trilithon_server.prompts import Sequenced
-from trilithon_server.retrieval import NO_TOKENS
-from trilithon_server.sampling_rules import META_NAMES
-from trilithon_server.scoring import ScoreItem, score
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_run import TaskRun, off_loop
+from trilithon_server.tasks import reader_format
 from trilithon_server.tasks.answer_format import ANSWER_END, read_answer
-from trilithon_server.tasks.reading import answer_ends, answer_tokens, log_sum, marginal, pack
+from trilithon_server.tasks.reader_format import frame
+from trilithon_server.tasks.reading import ReaderPrompt, answer_ends, answer_tokens, log_sum, pack
 from trilithon_server.tasks.spans import SpanFormat
+from trilithon_server.tasks.writing import literal
 from trilithon_server.validation import invalid
 
 DEFAULT_TOKENS = 32
@@ -116,7 +117,7 @@ async def write_answers(
     service: Service, call: Call, model: ServedModel, question: str, hits: Sequence[Hit], values: Mapping[str, Any]
 ) -> Reading:
     """
-    An answer to each passage, weighed over all of them.
+    An answer to each passage in a decoder's own words, weighed over all of them.
 
     Args:
         values: sampling parameters by JSON name; `meta` ones count for the scoring too.
@@ -124,47 +125,110 @@ async def write_answers(
         TrilithonError: refused, or the engine could not finish; DeadlineExceeded: before any answer was scored.
     """
     prompts, longest, truncated = await _prompts(model, question, hits, values)
-    generation = await service.generate(
-        call,
-        model.name,
-        [Sequenced(ids=ids) for ids in prompts],
-        as_written(values),
-        default_max_tokens=DEFAULT_TOKENS,
-        field="top_k",
+    writing = Writing(
+        prompts=[Sequenced(ids=ids) for ids in prompts],
+        logprobs=[hit.logprob for hit in hits],
+        default_tokens=DEFAULT_TOKENS,
+        read=read_answer,
+        tokens=lambda answer: answer_tokens(answer, model.tokenizer),
+        ends=answer_ends(model.tokenizer),
+        longest=longest,
     )
-    async with generation:
-        await generation.joined()
-    written = [
-        ["" if choice.finish is FinishReason.TIME_LIMIT else read_answer(choice.take()[0]) for choice in part.choices]
-        for part in generation.parts
-    ]
-    late = FinishReason.TIME_LIMIT in generation.finish_reasons
-    # What decodes to no text is longer in tokens than it was; it cannot be asked about.
-    tokens = {text: answer_tokens(text, model.tokenizer) for texts in written for text in texts if text}
-    candidates = {text: ids for text, ids in tokens.items() if len(ids) <= longest}
-    scored = await _score(service, call, model, prompts, candidates, values)
-    if late and not scored.by_answer:
-        raise DeadlineExceeded("the time limit passed before an answer was written.", code="timeout")
-    passages = [hit.logprob for hit in hits]
-    sums = {text: marginal(passages, by_passage) for text, by_passage in scored.by_answer.items()}
-    answer = max(sums, key=sums.__getitem__, default="")
-    of_answer = scored.by_answer.get(answer)
+    weighed = await weigh(service, call, model, writing, as_written(model, values), field="top_k")
+    return _apart(weighed, hits, truncated)
+
+
+async def read_apart(
+    service: Service, call: Call, model: ServedModel, question: str, hits: Sequence[Hit], values: Mapping[str, Any]
+) -> Reading:
+    """
+    An encoder-decoder's answer to each passage, weighed over all of them.
+
+    Args, raises: as `write_answers`.
+    """
+    passages = await _passages(model, question, hits)
+    sources = [passage.tokens for passage in passages]
+    writing = _reader_writing(model, [[source] for source in sources], [hit.logprob for hit in hits])
+    weighed = await weigh(service, call, model, writing, as_written(model, values), field="top_k")
+    return _apart(weighed, hits, [passage.truncated for passage in passages])
+
+
+async def read_together(
+    service: Service, call: Call, model: ServedModel, question: str, hits: Sequence[Hit], values: Mapping[str, Any]
+) -> Reading:
+    """
+    An encoder-decoder's answer to all passages, which its decoder reads together, the likely ones more.
+
+    Args, raises: as `write_answers`.
+    """
+    passages = await _passages(model, question, hits)
+    assert model.reader is not None
+    strength = model.reader.strength
+    biases = [strength * math.exp(hit.logprob) for hit in hits] if strength else []
+    writing = _reader_writing(model, [[passage.tokens for passage in passages]], [0.0], biases=biases)
+    weighed = await weigh(service, call, model, writing, as_written(model, values), field="top_k")
+    return Reading(
+        text=weighed.text,
+        logprob=weighed.logprob,
+        evidence=tuple(Evidence(hit=h, truncated=p.truncated) for h, p in zip(hits, passages, strict=True)),
+        usage=weighed.usage,
+        timings=weighed.timings,
+        is_cut_off=weighed.is_cut_off,
+    )
+
+
+def _apart(weighed: Weighed, hits: Sequence[Hit], truncated: Sequence[bool]) -> Reading:
+    """What was found where each passage had a prompt of its own."""
     evidence = [
         Evidence(
             hit=hit,
-            answer_logprob=None if of_answer is None else of_answer[i],
-            candidate=next((text for text in written[i] if text), ""),
+            answer_logprob=None if weighed.by_prompt is None else weighed.by_prompt[i],
+            candidate=next((text for text in weighed.written[i] if text), ""),
             truncated=truncated[i],
         )
         for i, hit in enumerate(hits)
     ]
     return Reading(
-        text=answer,
-        logprob=sums.get(answer, 0.0),
+        text=weighed.text,
+        logprob=weighed.logprob,
         evidence=tuple(evidence),
-        usage=added(generation.usage, scored.usage),
-        timings=generation.timings,
-        is_cut_off=late or len(scored.by_answer) < len(candidates),
+        usage=weighed.usage,
+        timings=weighed.timings,
+        is_cut_off=weighed.is_cut_off,
+    )
+
+
+async def _passages(model: ServedModel, question: str, hits: Sequence[Hit]) -> list[ReaderPrompt]:
+    """What an encoder reads of each passage."""
+    reader = model.reader
+    assert reader is not None
+
+    def work() -> list[ReaderPrompt]:
+        return [reader.pack(question, hit.passage.title, hit.passage.text, model.tokenizer) for hit in hits]
+
+    return await asyncio.to_thread(work)
+
+
+def _reader_writing(
+    model: ServedModel,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    logprobs: Sequence[float],
+    *,
+    biases: Sequence[float] = (),
+) -> Writing:
+    """Prompts of an encoder-decoder, by what its encoder reads for each."""
+    assert model.reader is not None
+    assert model.decoder_start_id is not None
+    _, end = frame(model.tokenizer)
+    begun = [model.decoder_start_id]
+    return Writing(
+        prompts=[Sequenced(ids=begun, sources=sources, biases=biases) for sources in prompts],
+        logprobs=logprobs,
+        default_tokens=model.reader.max_answer_tokens,
+        read=reader_format.read_answer,
+        tokens=lambda answer: literal(answer, model.tokenizer),
+        ends=[[end]],
+        longest=model.ready().max_context_tokens - len(begun) - 1,
     )
 
 
@@ -194,69 +258,15 @@ async def _prompts(
     return [ids for ids, _ in packed], longest, [cut for _, cut in packed]
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """log p(a|q, z_k) of each answer and passage, as far as there was time, and what was read for it."""
-
-    by_answer: Mapping[str, Sequence[float]]
-    usage: Usage
-
-
-async def _score(
-    service: Service,
-    call: Call,
-    model: ServedModel,
-    prompts: Sequence[Sequence[int]],
-    candidates: Mapping[str, Sequence[int]],
-    values: Mapping[str, Any],
-) -> _Scored:
-    """
-    Each candidate behind each prompt with each of its ends, as many at once as a request may have.
-
-    Raises:
-        DeadlineExceeded: before the first of them was scored.
-    """
-    meta = {name: value for name, value in values.items() if name in META_NAMES}
-    ends, usage = answer_ends(model.tokenizer), NO_TOKENS
-    asked = [(text, i, end) for text in candidates for i in range(len(prompts)) for end in ends]
-    sums: dict[tuple[str, int], list[float]] = {}
-    done = 0
-    most = service.limits.max_prompts
-    for part in (asked[first : first + most] for first in range(0, len(asked), most)):
-        items = [ScoreItem(context=prompts[i], continuation_tokens=[[*candidates[t], *end]]) for t, i, end in part]
-        try:
-            scores = await score(service, call, model.name, items, meta)
-        except DeadlineExceeded:
-            if done < len(prompts) * len(ends):
-                raise
-            break
-        done += len(part)
-        usage = added(usage, scores.usage)
-        for (text, i, _), (one,) in zip(part, scores.items, strict=True):
-            sums.setdefault((text, i), []).append(one.sum_logprob)
-    whole = list(candidates)[: done // (len(prompts) * len(ends))]
-    return _Scored({text: [log_sum(sums[text, i]) for i in range(len(prompts))] for text in whole}, usage)
-
-
-def added(a: Usage, b: Usage) -> Usage:
-    """Tokens of both."""
-    return Usage(
-        prompt_tokens=a.prompt_tokens + b.prompt_tokens,
-        generated_tokens=a.generated_tokens + b.generated_tokens,
-        cached_tokens=a.cached_tokens + b.cached_tokens,
-        preemptions=a.preemptions + b.preemptions,
-    )
-
-
-def as_written(values: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Parameters of an answer that is written: greedy unless they say otherwise, and its line ends it.
-
-    >>> as_written({"stop": "."})
-    {'temperature': 0.0, 'stop': ['.', '\\n']}
-    """
-    stop = values.get("stop")
-    if stop is None or isinstance(stop, str):
-        stop = [stop] if stop else []
+def as_written(model: ServedModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of an answer that is written: greedy unless they say otherwise; its line or its end token ends it."""
+    if model.is_seq2seq:
+        name, end = "stop_token_ids", frame(model.tokenizer)[1]
+        stop: Any = values.get(name) or []
+        end_of_answer: Any = end
+    else:
+        name, stop, end_of_answer = "stop", values.get("stop"), ANSWER_END
+        if stop is None or isinstance(stop, str):
+            stop = [stop] if stop else []
     # What is no list is for the validator.
-    return {"temperature": 0.0, **values, "stop": [*stop, ANSWER_END] if isinstance(stop, list) else stop}
+    return {"temperature": 0.0, **values, name: [*stop, end_of_answer] if isinstance(stop, list) else stop}

@@ -56,10 +56,10 @@ def check_model(engine: EngineConfig) -> bool:
         check_layout(model, tp=engine.tp, pp=engine.pp)
     except ModelError as error:
         raise ModelRefused(f"engine {engine.name}: {error}") from None
-    if model.is_seq2seq:
+    if model.is_seq2seq and engine.batch_invariant:
         raise ModelRefused(
-            f"engine {engine.name} model must be a decoder or an encoder. Given: {model.architecture}. "
-            "It can be pretrained and exported, not served."
+            f"engine {engine.name} batch_invariant must be false for an encoder-decoder, which has no such mode. "
+            f"Given: true for {model.architecture}. Leave it out."
         )
     if engine.max_context is not None and engine.max_context > model.max_context:
         raise ModelRefused(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trilithon.errors import InvalidArgument
 from trilithon_server.engine import wire_pb2 as wire
-from trilithon_server.engine.request import blocks_held, longest_answer
+from trilithon_server.engine.request import blocks_held, longest_answer, source_blocks
 from trilithon_server.sampling import SamplingParams
 from trilithon_server.served import ServedModel
 from trilithon_server.text.chat import Rendered, encode_chat, render_chat
@@ -33,12 +34,30 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequenced:
-    """Token ids that a task has packed, with types and positions of their own; see `engine.wire.Submit`."""
+    """
+    Token ids that a task has packed, with types and positions of their own; see `engine.wire.Submit`.
+
+    For an encoder-decoder `sources` are what its encoder reads, `biases` one each or none, and `ids` begin the answer.
+    """
 
     ids: Sequence[int]
     types: Sequence[int] = ()
     positions: Sequence[int] = ()
     answer_type: int = 0
+    sources: Sequence[Sequence[int]] = ()
+    biases: Sequence[float] = ()
+
+    def to_wire(self) -> wire.Submit:
+        """The part of a request that is its prompt."""
+        return wire.Submit(
+            prompt=self.ids,
+            types=self.types,
+            positions=self.positions,
+            answer_type=self.answer_type,
+            source_tokens=[token for source in self.sources for token in source],
+            source_lengths=[len(source) for source in self.sources],
+            source_biases=self.biases,
+        )
 
 
 Prompt = str | Sequence[int] | Conversation | Sequenced
@@ -47,12 +66,28 @@ Prompt = str | Sequence[int] | Conversation | Sequenced
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A prompt as the engine gets it; `dropped` tokens were cut off its front by `truncate_prompt_tokens`."""
+    """
+    A prompt; `dropped` tokens were cut off its front by `truncate_prompt_tokens`.
+
+    `ids` are what was given to read, by an encoder-decoder's encoder; `packed` is what the engine gets.
+    """
 
     ids: Sequence[int]
+    packed: Sequenced
     dropped: int = 0
     source: str | None = None
-    packed: Sequenced | None = None
+
+    @staticmethod
+    def of(ids: Sequence[int], start: int | None, *, dropped: int = 0, source: str | None = None) -> Prepared:
+        """Token ids for a decoder or an encoder, or for an encoder-decoder whose answers begin with `start`."""
+        packed = Sequenced(ids=ids) if start is None else Sequenced(ids=[start], sources=[ids])
+        return Prepared(ids=ids, packed=packed, dropped=dropped, source=source)
+
+    @staticmethod
+    def by_task(packed: Sequenced) -> Prepared:
+        """What a task has packed."""
+        read = [token for source in packed.sources for token in source] if packed.sources else packed.ids
+        return Prepared(ids=read, packed=packed)
 
     def text(self, model: ServedModel, *, skip_special: bool) -> str:
         """The prompt as text, for `echo`: as it was given, or decoded when it came as ids or was cut."""
@@ -80,14 +115,17 @@ async def prepare(
         if params.add_bos and bos is not None and (not ids or ids[0] != bos):
             ids = [bos, *ids]
     elif isinstance(prompt, Sequenced):
-        return Prepared(ids=prompt.ids, packed=prompt)
+        if model.is_seq2seq and not prompt.sources:
+            message = f"this task needs a decoder, and model `{model.name}` is an encoder-decoder. Name another model."
+            raise InvalidArgument(message, code="unsupported_model")
+        return Prepared.by_task(prompt)
     elif isinstance(prompt, Conversation):
         ids = await encode_conversation(model, render(model, prompt, field=field), field=field)
     else:
         ids = check_ids(prompt, bounds, field=field)
     limit = params.truncate_prompt_tokens
     dropped = max(0, len(ids) - limit) if limit else 0
-    return Prepared(ids=ids[dropped:], dropped=dropped, source=source)
+    return Prepared.of(ids[dropped:], model.decoder_start_id, dropped=dropped, source=source)
 
 
 async def encode(model: ServedModel, text: str, *, special: bool, field: str) -> list[int]:
@@ -210,17 +248,20 @@ def answer_room(
         InvalidArgument: `empty_prompt`, `prompt_too_long`, `context_length_exceeded`, `kv_capacity_exceeded`, or
             `min_tokens` above the room.
     """
-    size, window, capacity = len(prepared.ids), bounds.max_context, hello.kv_capacity_tokens
+    size, window, capacity = len(prepared.packed.ids), bounds.max_context, hello.kv_capacity_tokens
+    sources = prepared.packed.sources
     found, sequences, wanted = Violations(), params.num_sequences, params.max_tokens
-    if size == 0:
+    if not size or not all(map(len, sources)):
         message = f"`{field}` must not be empty. Given: 0 tokens. Set `add_bos` to true to generate from nothing."
         found.say(field, message, code="empty_prompt", rule="must not be empty", given="0 tokens")
         found.raise_if_any()
     scoring = wanted == 0
-    if size > window - (0 if scoring else 1):
-        rule = f"must have at most {window - (0 if scoring else 1)} tokens"
+    longest = max(map(len, sources), default=size)
+    most = window - (0 if scoring or sources else 1)  # what an encoder reads leaves the window to the answer
+    if longest > most:
         todo = "Shorten it or set `truncate_prompt_tokens`."
-        found.add(field, rule, given=f"{size} tokens", code="prompt_too_long", todo=todo)
+        rule = f"must have at most {most} tokens"
+        found.add(field, rule, given=f"{longest} tokens", code="prompt_too_long", todo=todo)
         found.raise_if_any()
     room = window - size
     if wanted is not None and wanted > room:
@@ -231,13 +272,15 @@ def answer_room(
         found.say("max_tokens", message, code="context_length_exceeded", limit=str(window), given=str(size + wanted))
     block = hello.block_size
     share = room
+    read = source_blocks(map(len, sources), block_size=block)
     if capacity:
-        share = longest_answer(size, capacity // block, num_sequences=sequences, block_size=block)
+        share = longest_answer(size, capacity // block - read, num_sequences=sequences, block_size=block)
     if share < (wanted or 1):
-        asked = block * blocks_held(size, wanted or 1, num_sequences=sequences, block_size=block)
+        asked = block * (read + blocks_held(size, wanted or 1, num_sequences=sequences, block_size=block))
+        encoder = f"{block * read} for the encoder + " if read else ""
         message = (
             f"one request may hold at most {capacity} cache tokens on this server. Given: {asked} "
-            f"(prompt {size} + {sequences} x {wanted or 1}, in blocks of {block})."
+            f"({encoder}prompt {size} + {sequences} x {wanted or 1}, in blocks of {block})."
         )
         found.say(field, message, code="kv_capacity_exceeded", limit=str(capacity), given=str(asked))
     tokens = wanted if wanted is not None else min(bounds.default_max_tokens, bounds.max_output, room, share)
@@ -245,6 +288,15 @@ def answer_room(
         found.add("min_tokens", f"must be from 0 to `max_tokens` ({tokens})", given=params.min_tokens)
     found.raise_if_any()
     return tokens
+
+
+def check_reading(params: SamplingParams, violations: Violations) -> None:
+    """What cannot be asked of an encoder-decoder: its prompt is read by the encoder and is no part of the answer."""
+    rule = "is for decoders: an encoder-decoder's prompt is read, not gone on with"
+    if params.echo:
+        violations.add("echo", rule, given=True)
+    if params.prompt_logprobs is not None:
+        violations.add("prompt_logprobs", rule, given=params.prompt_logprobs)
 
 
 def bad_word_ids(model: ServedModel, params: SamplingParams, bounds: Bounds) -> tuple[tuple[int, ...], ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trilithon.errors import DeadlineExceeded
 from trilithon_server.assembly import TokenInfo, engine_error, token_info
 from trilithon_server.engine import wire_pb2 as wire
+from trilithon_server.engine.request import source_blocks
 from trilithon_server.engine_client import EngineStream
 from trilithon_server.generation import Usage
 from trilithon_server.prompts import (
@@ -59,12 +60,23 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reading:
-    """One sequence to read: all its ids, and where the continuation starts."""
+    """One sequence to read: all its ids, and where the continuation starts; what an encoder reads before it."""
 
     item: int
     ids: Sequence[int]
     start: int
     byte_count: int
+    begun: Sequenced
+
+    @property
+    def packed(self) -> Sequenced:
+        """As the engine gets it."""
+        return replace(self.begun, ids=self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """All that is read."""
+        return len(self.ids) + sum(map(len, self.begun.sources))
 
 
 async def score(
@@ -107,25 +119,28 @@ async def score(
     violations.raise_if_any()
     readings: list[_Reading] = []
     for i, item in enumerate(items):
-        readings += await _readings(model, item, params, bounds, index=i, capacity=hello.kv_capacity_tokens)
+        readings += await _readings(model, item, params, bounds, hello, index=i)
     return await _run(service, call, model, params, readings, len(items))
 
 
 async def _readings(
-    model: ServedModel, item: ScoreItem, params: SamplingParams, bounds: Bounds, *, index: int, capacity: int
+    model: ServedModel, item: ScoreItem, params: SamplingParams, bounds: Bounds, hello: wire.Hello, *, index: int
 ) -> list[_Reading]:
     where = f"items[{index}]"
     out: list[_Reading] = []
     context = item.context
     rendered = render(model, context, field=f"{where}.context") if isinstance(context, Conversation) else None
     text = rendered.text if rendered is not None else context if isinstance(context, str) else None
+    begun = Sequenced(ids=())
     if context is None:
-        if model.tokenizer.bos_id is None:
+        if model.tokenizer.bos_id is None or model.is_seq2seq:
             todo = "Give a context."
-            raise invalid(
-                f"{where}.context", "must be set: this model has no begin token", code="empty_prompt", todo=todo
-            )
+            why = "an encoder-decoder reads it" if model.is_seq2seq else "this model has no begin token"
+            raise invalid(f"{where}.context", f"must be set: {why}", code="empty_prompt", todo=todo)
         head: list[int] = [model.tokenizer.bos_id]
+    elif model.is_seq2seq and rendered is None:
+        begun, text = (await prepare(model, context, params, bounds, field=f"{where}.context")).packed, None
+        head = list(begun.ids)
     elif rendered is not None:
         head = await encode_conversation(model, rendered, field=f"{where}.context")
     elif text is not None:
@@ -147,24 +162,32 @@ async def _readings(
         else:
             ids = [*head, *await encode(model, continuation, special=False, field=name)]
             start = len(head)
-        out.append(_Reading(item=index, ids=ids, start=start, byte_count=len(continuation.encode())))
+        size = len(continuation.encode())
+        out.append(_Reading(item=index, ids=ids, start=start, byte_count=size, begun=begun))
     for j, tokens in enumerate(item.continuation_tokens):
         name = f"{where}.continuation_tokens[{j}]"
         if not tokens:
             raise invalid(name, "must not be empty", given=[])
         checked = check_ids(tokens, bounds, field=name)
         size = sum(len(model.texts.bytes_of(token)) for token in checked)
-        out.append(_Reading(item=index, ids=[*head, *checked], start=len(head), byte_count=size))
+        out.append(_Reading(item=index, ids=[*head, *checked], start=len(head), byte_count=size, begun=begun))
     for reading in out:
-        most = min(bounds.max_context, capacity or bounds.max_context)
-        if len(reading.ids) > most:
-            given = f"{len(reading.ids)} tokens"
-            raise invalid(
-                where, f"must have at most {most} tokens with its continuation", given=given, code="prompt_too_long"
-            )
-        if reading.start == 0:
-            raise invalid(f"{where}.context", "must not be empty", given="0 tokens", code="empty_prompt")
+        _check_size(reading, bounds, hello, where=where)
     return out
+
+
+def _check_size(reading: _Reading, bounds: Bounds, hello: wire.Hello, *, where: str) -> None:
+    sources, window = [len(source) for source in reading.begun.sources], bounds.max_context
+    if reading.start == 0 or 0 in sources:
+        raise invalid(f"{where}.context", "must not be empty", given="0 tokens", code="empty_prompt")
+    if sources and max(sources) > window:
+        rule, given = f"must have at most {window} tokens", f"{max(sources)} tokens"
+        raise invalid(f"{where}.context", rule, given=given, code="prompt_too_long")
+    read = hello.block_size * source_blocks(sources, block_size=hello.block_size)
+    most = min(window, max(0, hello.kv_capacity_tokens - read)) if hello.kv_capacity_tokens else window
+    if len(reading.ids) > most:
+        rule, given = f"must have at most {most} tokens with its continuation", f"{len(reading.ids)} tokens"
+        raise invalid(where, rule, given=given, code="prompt_too_long")
 
 
 def _common(head: Sequence[int], ids: Sequence[int]) -> int:
@@ -180,7 +203,7 @@ def _common(head: Sequence[int], ids: Sequence[int]) -> int:
 async def _run(
     service: Service, call: Call, model: ServedModel, params: SamplingParams, readings: Sequence[_Reading], items: int
 ) -> Scores:
-    total = sum(len(reading.ids) for reading in readings)
+    total = sum(reading.num_tokens for reading in readings)
     model.engine.check_admission(total, requests=len(readings))
     limit_s = service.time_left_s(call, model, params.time_limit_ms)
     service.limiter.spend_tokens(call.principal, total)
@@ -191,8 +214,7 @@ async def _run(
     with contextlib.ExitStack() as stack:
         streams = []
         for reading in readings:
-            packed = Sequenced(ids=reading.ids)
-            stream = service.submit(call, model, packed, params, limit_s=limit_s, sampling=sampling)
+            stream = service.submit(call, model, reading.packed, params, limit_s=limit_s, sampling=sampling)
             stack.enter_context(aborting(service, call, stream))
             streams.append(stream)
         for reading, stream in zip(readings, streams, strict=True):

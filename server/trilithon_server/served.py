@@ -23,6 +23,7 @@ from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.tasks.dialogue_format import DialogueFormat
 from trilithon_server.tasks.question_format import QuestionFormat
+from trilithon_server.tasks.reader_format import ReaderFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import StoryFormat
 from trilithon_server.text.detokenizer import TokenTexts
@@ -87,6 +88,8 @@ class ServedModel:
         story: how it reads stories, where it was trained for a part of them.
         retrieval: how an encoder reads questions and passages, where it was trained on them.
         questions: how it is asked for questions, where it was trained to write them.
+        reader: how it reads passages, where it is an encoder-decoder that was trained on them.
+        decoder_start_id: what an encoder-decoder's answers begin with; None for other models.
         encoder: whether it gives vectors rather than text.
         pooling, normalize: an encoder's own way to make one vector of many; `first` is the [CLS] token.
         max_context: the window as configured; the engine's word counts once it is there.
@@ -105,6 +108,8 @@ class ServedModel:
     story: StoryFormat | None = None
     retrieval: RetrievalFormat | None = None
     questions: QuestionFormat | None = None
+    reader: ReaderFormat | None = None
+    decoder_start_id: int | None = None
     encoder: bool = False
     pooling: Literal["mean", "last", "first"] = "mean"
     normalize: bool = True
@@ -141,6 +146,11 @@ class ServedModel:
 
     def _on_step(self, step: wire.StepResult) -> None:
         self.steps = step.step
+
+    @property
+    def is_seq2seq(self) -> bool:
+        """Whether it is an encoder-decoder: what a request gives is read by the encoder."""
+        return self.decoder_start_id is not None
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -181,12 +191,11 @@ class ServedModel:
         """
         if capability not in self.capabilities:
             able = ", ".join(self.capabilities)
+            lacks_template = capability == "chat" and not (self.encoder or self.is_seq2seq)
             raise InvalidArgument(
                 f"model `{self.name}` cannot {capability}. It can: {able}. Name another model.",
-                code="no_chat_template" if capability == "chat" and not self.encoder else "unsupported_model",
-                hint="Use /v1/completions, or serve it with `--chat-template FILE`."
-                if capability == "chat" and not self.encoder
-                else "",
+                code="no_chat_template" if lacks_template else "unsupported_model",
+                hint="Use /v1/completions, or serve it with `--chat-template FILE`." if lacks_template else "",
             )
 
     def describe(self) -> dict[str, Any]:

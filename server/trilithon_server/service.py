@@ -36,7 +36,15 @@ from trilithon_server.knowledge.fact_vectors import FactVectors
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
-from trilithon_server.prompts import Prepared, Prompt, Sequenced, answer_room, bad_word_ids, prepare
+from trilithon_server.prompts import (
+    Prepared,
+    Prompt,
+    Sequenced,
+    answer_room,
+    bad_word_ids,
+    check_reading,
+    prepare,
+)
 from trilithon_server.recent import Recent
 from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate
@@ -184,6 +192,8 @@ class Service:
         hello = model.ready()
         bounds = model.bounds(call.principal, hello, default_max_tokens=default_max_tokens)
         params = validate(values, bounds, violations, stream=stream)
+        if model.is_seq2seq:
+            check_reading(params, violations)
         if not 1 <= len(prompts) <= self.limits.max_prompts:
             violations.add(field, f"must hold from 1 to {self.limits.max_prompts} prompts", given=len(prompts))
         violations.raise_if_any()
@@ -263,8 +273,7 @@ class Service:
                     reset_token_ids=model.texts.sentence_ends if params.top_p_decay is not None else (),
                     bad_words=bad_words,
                 )
-                packed = item.packed or Sequenced(ids=item.ids)
-                stream = self.submit(call, model, packed, params, limit_s=limit_s, sampling=sampling)
+                stream = self.submit(call, model, item.packed, params, limit_s=limit_s, sampling=sampling)
                 prefix = item.text(model, skip_special=params.skip_special_tokens) if params.echo else ""
                 choices = [
                     Choice(
@@ -307,13 +316,10 @@ class Service:
         pooling: wire.Pooling | None = None,
     ) -> EngineStream:
         """Put one prompt into the bounded queue; raises `Overloaded` or `Unavailable`."""
-        return model.engine.submit(
+        submit = prompt.to_wire()
+        submit.MergeFrom(
             wire.Submit(
                 request_id=call.request_id,
-                prompt=prompt.ids,
-                types=prompt.types,
-                positions=prompt.positions,
-                answer_type=prompt.answer_type,
                 sampling=sampling,
                 pooling=pooling,
                 cache_salt=model.salt(call.principal, params.cache_salt),
@@ -324,6 +330,7 @@ class Service:
                 adapter=model.adapter.wire if model.adapter is not None else None,
             )
         )
+        return model.engine.submit(submit)
 
     def time_left_s(self, call: Call, model: ServedModel, time_limit_ms: int) -> float:
         """

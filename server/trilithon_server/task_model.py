@@ -15,6 +15,7 @@ from trilithon_server.tasks import HEADS, TASK_FILE, HeadFormat, TaskFormat, rea
 from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.pieces import WordPieces
+from trilithon_server.tasks.reader_format import ReaderFormat, frame
 from trilithon_server.tasks.relations import RelationFormat
 from trilithon_server.tasks.spans import SpanFormat
 from trilithon_server.tasks.tagging import TaggingFormat
@@ -82,6 +83,27 @@ def adapter_task(directory: str, digest: str) -> TaskFormat | None:
         raise FailedPrecondition(error.message, code=error.code, hint=error.hint) from None
 
 
+def load_reader(task: ReaderFormat, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> ReaderFormat:
+    """
+    The format of a reader, where it fits the model.
+
+    Raises:
+        ModelError: `task_invalid`, it is another model's; `task_tokenizer`, the tokenizer cannot part a question from
+            a passage.
+    """
+    frame(tokenizer)
+    for name, holds, rule, given in (
+        ("task", config.is_seq2seq, "reader needs an encoder-decoder", config.architecture),
+        ("max_passage_tokens", task.max_passage_tokens <= max_context, f"must be at most {max_context}, the window",
+         task.max_passage_tokens),
+        ("max_answer_tokens", task.max_answer_tokens < max_context, f"must be below {max_context}, the window",
+         task.max_answer_tokens),
+    ):  # fmt: skip
+        if not holds:
+            raise _not_its(f"{name} {rule}. Given: {given}.")
+    return task
+
+
 def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max_context: int) -> TaskModel | None:
     """
     The task of a model directory; None where it has no head, or no task file that is one of a head's, and only embeds.
@@ -108,9 +130,10 @@ def load_task(directory: Path, *, config: ModelConfig, tokenizer: Tokenizer, max
         rules = (*rules, ("markers", fits, f"must be token ids below {config.vocab_size}", dict(task.markers)))
     for name, holds, rule, given in rules:
         if not holds:
-            raise ModelError(
-                f"{TASK_FILE} {name} {rule}. Given: {given}.",
-                code="task_invalid",
-                hint="Export the model again, or copy the file that came with it.",
-            )
+            raise _not_its(f"{name} {rule}. Given: {given}.")
     return TaskModel(task, WordPieces(tokenizer), len(head.labels))
+
+
+def _not_its(message: str) -> ModelError:
+    hint = "Export the model again, or copy the file that came with it."
+    return ModelError(f"{TASK_FILE} {message}", code="task_invalid", hint=hint)

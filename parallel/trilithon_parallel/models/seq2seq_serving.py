@@ -80,7 +80,10 @@ def serve(
         What the next stage takes; on the last stage hidden [T, H] after the decoder's norm.
     """
     num = batch.num_encoder_tokens
-    hidden_EH = stage.model["embed_tokens"].weight.new_empty(0, stage.config.hidden_size) if x is None else x[:num]
+    if x is None:
+        hidden_EH = torch.empty(0, stage.config.hidden_size, dtype=stage.dtype, device=stage.grid.device)
+    else:
+        hidden_EH = x[:num]
     if stage.encodes and num:
         bounds = [0, *accumulate(batch.encoder_lengths)]
         hidden_EH = stage.encode(encoder_tokens_E if x is None else hidden_EH, cu_seqlens=bounds)
@@ -169,8 +172,8 @@ def _other(stage: Seq2SeqStage, batch: Seq2SeqBatch) -> list[_Group]:
         bias_BS = torch.full((len(members), width * BLOCK_SIZE), -torch.inf)
         for row_S, i in zip(bias_BS, members, strict=True):
             one, at = batch.sources[i], 0
-            for length, bias in zip(one.lengths, one.biases or [0.0] * len(one.lengths), strict=True):
-                row_S[at : at + length] = bias
+            for length, added in zip(one.lengths, one.biases or [0.0] * len(one.lengths), strict=True):
+                row_S[at : at + length] = added
                 at += -(-length // BLOCK_SIZE) * BLOCK_SIZE
         bias = bias_BS[:, None, None, :].to(stage.grid.device, stage.dtype)
         groups.append(_group(members, batch.paged, [batch.sources[i].blocks for i in members], bias))

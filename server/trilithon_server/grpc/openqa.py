@@ -16,6 +16,8 @@ from trilithon_server.validation import Violations
 
 _READERS: dict[int, str] = {
     openqa_pb2.AnswerRequest.READER_UNSPECIFIED: "",
+    openqa_pb2.AnswerRequest.READER_JOINT: "joint",
+    openqa_pb2.AnswerRequest.READER_INDIVIDUAL: "individual",
     openqa_pb2.AnswerRequest.READER_SPAN: "span",
     openqa_pb2.AnswerRequest.READER_CAUSAL: "causal",
 }

@@ -34,10 +34,12 @@ class AnswerRequest(BaseModel):
     index: str = Field("", description="A stored index.")
     documents: list[DialogueDocument] = Field(default_factory=list, description="Cut into passages of 100 words.")
     top_k: int = Field(0, ge=0, le=MAX_TOP_K, description="Passages that are read; 0 means 5.")
-    reader: Literal["", "span", "causal"] = Field("", description="Empty means what the model is.")
+    reader: Literal["", "span", "joint", "individual", "causal"] = Field(
+        "", description="Empty means what the model is."
+    )
     sampling: dict[str, Any] = Field(
         default_factory=dict,
-        description="How the reader `causal` writes.",
+        description="How a reader writes that does; the reader `span` does not.",
         json_schema_extra={"properties": _DRAWN, "additionalProperties": False},
     )
     mode: Literal["", "dense", "bm25", "hybrid"] = Field("", description="Empty means dense.")

@@ -24,7 +24,7 @@ from trilithon_parallel.config import ModelError
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.reading import ReaderPrompt
 from trilithon_server.tasks.task_file import Size, TaskFile
-from trilithon_server.tasks.writing import literal
+from trilithon_server.tasks.writing import literal, one_line
 
 ReaderKind = Literal["individual", "joint"]
 
@@ -124,4 +124,4 @@ def read_answer(text: str) -> str:
     >>> read_answer(" twelve  sacks ")
     'twelve sacks'
     """
-    return " ".join(text.split())
+    return one_line(text)

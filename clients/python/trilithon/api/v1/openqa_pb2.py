@@ -27,7 +27,7 @@ from trilithon.api.v1 import dialogue_pb2 as trilithon_dot_api_dot_v1_dot_dialog
 from trilithon.api.v1 import retrieval_pb2 as trilithon_dot_api_dot_v1_dot_retrieval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrilithon/api/v1/openqa.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\x1a\x1ftrilithon/api/v1/dialogue.proto\x1a trilithon/api/v1/retrieval.proto\"\xf6\x03\n\rAnswerRequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x10\n\x08question\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\t\x12-\n\tdocuments\x18\x04 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x36\n\x06reader\x18\x06 \x01(\x0e\x32&.trilithon.api.v1.AnswerRequest.Reader\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.trilithon.api.v1.Stopping\x12\x17\n\x0freturn_evidence\x18\t \x01(\x08\x12\x32\n\x04mode\x18\n \x01(\x0e\x32$.trilithon.api.v1.SearchRequest.Mode\x12\x11\n\tretriever\x18\x0b \x01(\t\x12\x13\n\x0bmin_version\x18\x0c \x01(\x04\"P\n\x06Reader\x12\x16\n\x12READER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bREADER_SPAN\x10\x03\x12\x11\n\rREADER_CAUSAL\x10\x04\"\x04\x08\x01\x10\x01\"\x04\x08\x02\x10\x02\"\xdb\x02\n\x0e\x41nswerResponse\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x11\n\tno_answer\x18\x03 \x01(\x08\x12,\n\x08\x65vidence\x18\x04 \x03(\x0b\x32\x1a.trilithon.api.v1.Evidence\x12\x15\n\rindex_version\x18\x05 \x01(\x04\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12*\n\x07timings\x18\x07 \x01(\x0b\x32\x19.trilithon.api.v1.Timings\x12\r\n\x05model\x18\x08 \x01(\t\x12\x36\n\x06reader\x18\t \x01(\x0e\x32&.trilithon.api.v1.AnswerRequest.Reader\x12\x35\n\rfinish_reason\x18\n \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\"\xc3\x01\n\x08\x45vidence\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.trilithon.api.v1.Passage\x12\x19\n\x11retrieval_logprob\x18\x02 \x01(\x01\x12\x1b\n\x0e\x61nswer_logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x11\n\tcandidate\x18\x06 \x01(\t\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x42\x11\n\x0f_answer_logprob2\\\n\rOpenQAService\x12K\n\x06\x41nswer\x12\x1f.trilithon.api.v1.AnswerRequest\x1a .trilithon.api.v1.AnswerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtrilithon/api/v1/openqa.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\x1a\x1ftrilithon/api/v1/dialogue.proto\x1a trilithon/api/v1/retrieval.proto\"\x93\x04\n\rAnswerRequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x10\n\x08question\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\t\x12-\n\tdocuments\x18\x04 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x36\n\x06reader\x18\x06 \x01(\x0e\x32&.trilithon.api.v1.AnswerRequest.Reader\x12,\n\x08sampling\x18\x07 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12,\n\x08stopping\x18\x08 \x01(\x0b\x32\x1a.trilithon.api.v1.Stopping\x12\x17\n\x0freturn_evidence\x18\t \x01(\x08\x12\x32\n\x04mode\x18\n \x01(\x0e\x32$.trilithon.api.v1.SearchRequest.Mode\x12\x11\n\tretriever\x18\x0b \x01(\t\x12\x13\n\x0bmin_version\x18\x0c \x01(\x04\"m\n\x06Reader\x12\x16\n\x12READER_UNSPECIFIED\x10\x00\x12\x10\n\x0cREADER_JOINT\x10\x01\x12\x15\n\x11READER_INDIVIDUAL\x10\x02\x12\x0f\n\x0bREADER_SPAN\x10\x03\x12\x11\n\rREADER_CAUSAL\x10\x04\"\xdb\x02\n\x0e\x41nswerResponse\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x11\n\tno_answer\x18\x03 \x01(\x08\x12,\n\x08\x65vidence\x18\x04 \x03(\x0b\x32\x1a.trilithon.api.v1.Evidence\x12\x15\n\rindex_version\x18\x05 \x01(\x04\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12*\n\x07timings\x18\x07 \x01(\x0b\x32\x19.trilithon.api.v1.Timings\x12\r\n\x05model\x18\x08 \x01(\t\x12\x36\n\x06reader\x18\t \x01(\x0e\x32&.trilithon.api.v1.AnswerRequest.Reader\x12\x35\n\rfinish_reason\x18\n \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\"\xc3\x01\n\x08\x45vidence\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.trilithon.api.v1.Passage\x12\x19\n\x11retrieval_logprob\x18\x02 \x01(\x01\x12\x1b\n\x0e\x61nswer_logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x11\n\tcandidate\x18\x06 \x01(\t\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x42\x11\n\x0f_answer_logprob2\\\n\rOpenQAService\x12K\n\x06\x41nswer\x12\x1f.trilithon.api.v1.AnswerRequest\x1a .trilithon.api.v1.AnswerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'trilithon.api.v1.openqa_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ANSWERREQUEST']._serialized_start=150
-  _globals['_ANSWERREQUEST']._serialized_end=652
+  _globals['_ANSWERREQUEST']._serialized_end=681
   _globals['_ANSWERREQUEST_READER']._serialized_start=572
-  _globals['_ANSWERREQUEST_READER']._serialized_end=652
-  _globals['_ANSWERRESPONSE']._serialized_start=655
-  _globals['_ANSWERRESPONSE']._serialized_end=1002
-  _globals['_EVIDENCE']._serialized_start=1005
-  _globals['_EVIDENCE']._serialized_end=1200
-  _globals['_OPENQASERVICE']._serialized_start=1202
-  _globals['_OPENQASERVICE']._serialized_end=1294
+  _globals['_ANSWERREQUEST_READER']._serialized_end=681
+  _globals['_ANSWERRESPONSE']._serialized_start=684
+  _globals['_ANSWERRESPONSE']._serialized_end=1031
+  _globals['_EVIDENCE']._serialized_start=1034
+  _globals['_EVIDENCE']._serialized_end=1229
+  _globals['_OPENQASERVICE']._serialized_start=1231
+  _globals['_OPENQASERVICE']._serialized_end=1323
 # @@protoc_insertion_point(module_scope)

@@ -37,7 +37,13 @@ class AnswerRequest(google.protobuf.message.Message):
     class _ReaderEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[AnswerRequest._Reader.ValueType], builtins.type):
         DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
         READER_UNSPECIFIED: AnswerRequest._Reader.ValueType  # 0
-        """What `meta.model` is: SPAN of an encoder that was trained on spans, CAUSAL of a model that generates text."""
+        """What `meta.model` is: SPAN of an encoder that was trained on spans, JOINT or INDIVIDUAL of an encoder-decoder that
+        was trained to read so, CAUSAL of another model that generates text.
+        """
+        READER_JOINT: AnswerRequest._Reader.ValueType  # 1
+        """An encoder-decoder that writes one answer to all passages, which its decoder reads together."""
+        READER_INDIVIDUAL: AnswerRequest._Reader.ValueType  # 2
+        """An encoder-decoder that writes an answer to each passage; each distinct one is scored as by CAUSAL."""
         READER_SPAN: AnswerRequest._Reader.ValueType  # 3
         """An encoder that marks a span of a passage: log p(passage) + log p(span), the best of all passages."""
         READER_CAUSAL: AnswerRequest._Reader.ValueType  # 4
@@ -47,7 +53,13 @@ class AnswerRequest(google.protobuf.message.Message):
 
     class Reader(_Reader, metaclass=_ReaderEnumTypeWrapper): ...
     READER_UNSPECIFIED: AnswerRequest.Reader.ValueType  # 0
-    """What `meta.model` is: SPAN of an encoder that was trained on spans, CAUSAL of a model that generates text."""
+    """What `meta.model` is: SPAN of an encoder that was trained on spans, JOINT or INDIVIDUAL of an encoder-decoder that
+    was trained to read so, CAUSAL of another model that generates text.
+    """
+    READER_JOINT: AnswerRequest.Reader.ValueType  # 1
+    """An encoder-decoder that writes one answer to all passages, which its decoder reads together."""
+    READER_INDIVIDUAL: AnswerRequest.Reader.ValueType  # 2
+    """An encoder-decoder that writes an answer to each passage; each distinct one is scored as by CAUSAL."""
     READER_SPAN: AnswerRequest.Reader.ValueType  # 3
     """An encoder that marks a span of a passage: log p(passage) + log p(span), the best of all passages."""
     READER_CAUSAL: AnswerRequest.Reader.ValueType  # 4
@@ -93,11 +105,13 @@ class AnswerRequest(google.protobuf.message.Message):
 
     @property
     def sampling(self) -> trilithon.api.v1.common_pb2.Sampling:
-        """How CAUSAL writes. Unset: the likeliest token each time. With SPAN: an error."""
+        """How an answer is written. Unset: the likeliest token each time. With SPAN: an error."""
 
     @property
     def stopping(self) -> trilithon.api.v1.common_pb2.Stopping:
-        """When CAUSAL ends. Unset: at the line's end, or after 32 tokens. With SPAN: an error."""
+        """When an answer ends. Unset: CAUSAL at the line's end or after 32 tokens, JOINT and INDIVIDUAL at the model's end token
+        or after as many tokens as it was trained with. With SPAN: an error.
+        """
 
     def __init__(
         self,
@@ -137,7 +151,9 @@ class AnswerResponse(google.protobuf.message.Message):
     answer: builtins.str
     """Empty where `no_answer`."""
     logprob: builtins.float
-    """Of the answer: SPAN log p(passage) + log p(span); CAUSAL the log of the sum over the passages. Zero: no answer."""
+    """Of the answer: SPAN log p(passage) + log p(span); INDIVIDUAL and CAUSAL the log of the sum over the passages; JOINT
+    that of the answer given all passages. Zero: no answer.
+    """
     no_answer: builtins.bool
     """Nothing was found that answers the question."""
     index_version: builtins.int
@@ -193,13 +209,15 @@ class Evidence(google.protobuf.message.Message):
     retrieval_logprob: builtins.float
     """log p(passage | question), among those that were read."""
     answer_logprob: builtins.float
-    """SPAN: of this passage's own best span. CAUSAL: of the answer, given this passage alone. Unset: it was not scored."""
+    """SPAN: of this passage's own best span. INDIVIDUAL and CAUSAL: of the answer, given this passage alone. Unset: it was
+    not scored; with JOINT always.
+    """
     start: builtins.int
-    """SPAN: characters [start, end) of the passage's text. CAUSAL: 0 and 0."""
+    """SPAN: characters [start, end) of the passage's text. Other readers: 0 and 0."""
     end: builtins.int
     """See `start`."""
     candidate: builtins.str
-    """What this passage alone answers. Empty: nothing."""
+    """What this passage alone answers. Empty: nothing; with JOINT always."""
     truncated: builtins.bool
     """The end of the passage was not read: it did not fit the reader's window."""
     @property
