@@ -130,6 +130,9 @@ def test_acc_B06_replies_are_copied_from_the_knowledge(grounded: LLM) -> None:
     """
     On rows that it never saw: the perplexity with their own knowledge is below half of that with another row's, and
     what it writes shares twice as many words with the knowledge as without any.
+
+    Inverse seen: trained with another row's knowledge, it has the same perplexity with both, and shares 0.12 of the
+    words with it and 0.08 without.
     """
     rows = facts(200, 2)
     own, shuffled = perplexity(grounded, rows), perplexity(grounded, with_others(rows, "knowledge"))
@@ -228,7 +231,7 @@ def test_acc_D05_an_actor_is_known_by_its_references(habits: LLM, lines: Lines) 
     Over 400 turns of sentences that it never saw: own references beat those of another actor of the same place, and
     those beat none; each by 2 % of perplexity and more.
 
-    Inverse seen: trained with the other actor's references, own ones are worth no more than another's.
+    Inverse seen: trained with the other actor's references, own ones are worth less than another's.
     """
     rows = talk(lines.judged, 400, 2, alone=0.0)
     others = [{**row, "refs": row["other_refs"]} for row in rows]
