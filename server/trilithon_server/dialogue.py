@@ -30,7 +30,7 @@ from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_model import adapter_task
 from trilithon_server.tasks.dialogue_format import DialogueFormat, Packed
-from trilithon_server.tasks.msdp_format import MsdpFormat
+from trilithon_server.tasks.msdp_format import MsdpFormat, NoRoomError
 from trilithon_server.validation import Violations, invalid
 
 DEFAULT_TOKENS = 128
@@ -131,7 +131,7 @@ async def respond(
             packed = await asyncio.to_thread(
                 format_.pack, asked.topic, asked.conversation, model.tokenizer, knowledge=known.texts, room=left
             )
-        except ValueError:
+        except NoRoomError:
             rule = f"must leave room for a turn in the {room} tokens of the model"
             raise invalid("conversation", rule, code="prompt_too_long", todo="Shorten its last turn.") from None
     else:

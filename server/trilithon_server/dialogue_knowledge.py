@@ -57,7 +57,7 @@ async def write(
     Args:
         values: parameters by JSON name, of which those of every call count.
     Raises:
-        TrilithonError: refused, or the engine could not finish; ValueError: the last turn has no room.
+        TrilithonError: refused, or the engine could not finish; NoRoomError: for the last turn.
     """
     most = min(format.file.knowledge_tokens, room_of(model) // 2)
     ids = await asyncio.to_thread(

@@ -20,7 +20,7 @@ from trilithon_parallel.config import ModelError
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.tasks import TASK_FILE, read_task
 from trilithon_server.tasks.dialogue_format import DialogueFormat, Turn
-from trilithon_server.tasks.msdp_format import MsdpFormat
+from trilithon_server.tasks.msdp_format import MsdpFormat, NoRoomError
 
 EXAMPLES: list[dict[str, Any]] = [
     {
@@ -143,7 +143,7 @@ def test_examples_give_way_where_room_is_short(format_: MsdpFormat, tokenizer: T
 
     assert text_of(asked, tokenizer) == FIRST_STEP.split("\n", 1)[1]
     assert text_of(alone.tokens, tokenizer) == SECOND_STEP.format(knowledge="By rail.").rsplit("\n", 1)[1]
-    with pytest.raises(ValueError, match="does not fit in 9"):
+    with pytest.raises(NoRoomError, match="does not fit in 9"):
         format_.ask("Tea mills", TURNS, tokenizer, room=9)
 
 

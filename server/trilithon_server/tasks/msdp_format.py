@@ -42,6 +42,10 @@ MAX_EXAMPLES = 10_000
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
+class NoRoomError(Exception):
+    """What a prompt cannot be without is longer than it may be."""
+
+
 class Example(BaseModel):
     """A row of an examples' file; the last of `turns` is what was answered."""
 
@@ -148,7 +152,7 @@ class MsdpFormat:
         The prompt of the first step, in which the examples that are least similar are left out where `room` is short.
 
         Raises:
-            ValueError: there is no room for the conversation's last turn.
+            NoRoomError: there is no room for the conversation's last turn.
         """
         asked = f"( {_line(conversation[-1].text)} ) {_line(topic)} =>"
         shown = [
@@ -164,7 +168,7 @@ class MsdpFormat:
         The prompt of the second step: of the conversation it holds the last turn, and all of the knowledge.
 
         Raises:
-            ValueError: there is no room for them.
+            NoRoomError: there is no room for them.
         """
         asked = _situation(topic, conversation[-1].text, " ".join(knowledge))
         shown = [f"{_situation(one.topic, one.turns[-1], one.knowledge)} {_line(one.reply)} \n" for one in self.replies]
@@ -200,7 +204,7 @@ def _fitting(shown: Sequence[str], asked: str, tokenizer: Tokenizer, room: int) 
         tokens = [*writing.lead(tokenizer), *writing.literal(text, tokenizer)]
         if len(tokens) <= room:
             return tokens
-    raise ValueError(f"a prompt of {len(tokens)} tokens does not fit in {room}.")
+    raise NoRoomError(f"a prompt of {len(tokens)} tokens does not fit in {room}.")
 
 
 _line = writing.one_line
