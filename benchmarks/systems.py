@@ -8,6 +8,9 @@ A server of SmolLM2-135M-Instruct and all-MiniLM-L6-v2 is started on this machin
 that differ, so that the prefix cache has only what a task itself shares between its steps. Told are the median latency
 with the least and the greatest pass, and the engines' share: seconds that steps took by the clock of the pass, which
 is above 1 where both engines work at the same time. The rest is the front's: texts, knowledge, ranking, waiting.
+
+Last comes what a kept actor saves: the time to the first token of a first and of a second turn, which says something
+else, in the voice of one actor of some 512 tokens, of `--pairs` actors after a first one that warms up.
 """
 
 from __future__ import annotations
@@ -116,6 +119,37 @@ def one_pass(http: httpx.Client, path: str, bodies: Sequence[Body], concurrency:
     return statistics.median(latencies), len(bodies) / seconds, (step_seconds(http) - worked) / seconds
 
 
+ACTOR_TURNS = 13
+"""Of some 40 tokens each."""
+
+
+def actor_pair(http: httpx.Client, number: int) -> tuple[float, float, int]:
+    """Milliseconds to the first token of an actor's first turn and of the second one; tokens of the references."""
+    turns = [{"speaker": "target", "text": document(number * ACTOR_TURNS + i)[:140]} for i in range(ACTOR_TURNS)]
+    http.put(f"/v1/dialogue/actors/actor-{number}", json={"conversations": [turns]}).raise_for_status()
+    took, size = [], 0
+    for said in ("What do you see from the window?", "And who lives above the shops?"):
+        talk = [{"speaker": "other", "text": said}]
+        body = {"model": WRITER, "conversation": talk, "actor_id": f"actor-{number}", "max_tokens": 4, **GREEDY}
+        response = http.post("/v1/dialogue", json=body)
+        response.raise_for_status()
+        told = response.json()
+        took.append(told["timings"]["first_token_ms"])
+        size = told["reference_tokens"]
+    first, second = took
+    return first, second, size
+
+
+def tell_actors(http: httpx.Client, pairs: int) -> None:
+    """The medians, and the second by the first."""
+    found = [actor_pair(http, number) for number in range(pairs + 1)][1:]
+    first, second = (statistics.median(pair[i] for pair in found) for i in (0, 1))
+    ratios = sorted(pair[1] / pair[0] for pair in found)
+    told = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
+    print(f"first token of an actor's first turn {first:.0f} ms, of the second {second:.0f} ms, second / first {told}")
+    print(f"tokens of references {min(pair[2] for pair in found)} to {max(pair[2] for pair in found)}")
+
+
 def build_index(url: str) -> None:
     """Sixty passages."""
     with Client(url, timeout=120) as client:
@@ -130,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--requests", type=int, default=8, help="of a pass")
     parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=5, help="actors whose first and second turn are compared")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--concepts", type=Path, default=None, help="facts for the stories, relation<TAB>head<TAB>tail")
     args = parser.parse_args()
@@ -165,6 +200,7 @@ def main() -> None:
                 middle, share = f"{statistics.median(latency):.2f}", statistics.median(shares)
                 told = f"{middle} [{min(latency):.2f} .. {max(latency):.2f}]"
                 print(f"{task:14} {concurrency:7} {told:>22} {statistics.median(rate):11.2f} {share:8.2f}")
+        tell_actors(http, args.pairs)
 
 
 if __name__ == "__main__":

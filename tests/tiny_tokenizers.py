@@ -68,16 +68,26 @@ def _bpe_tokenizer(vocab: int) -> str:
         alphabet = sorted({character for piece, _ in seen for character in piece})
     if vocab < len(alphabet) + len(special):
         raise ValueError(f"vocab must be at least {len(alphabet) + len(special)}. Given: {vocab}.")
+    return _learned(_TEXT, vocab, special, sorted(alphabet))
+
+
+def retrain_bpe_tokenizer(path: Path, texts: Sequence[str], *, vocab: int) -> None:
+    """Give a directory of `write_bpe_tokenizer` a vocabulary of the words of these texts."""
+    special, alphabet = [END_OF_TEXT, TURN_START, TURN_END], sorted(pre_tokenizers.ByteLevel.alphabet())
+    (path / "tokenizer.json").write_text(_learned(texts, vocab, special, alphabet), encoding="utf-8")
+
+
+def _learned(texts: Sequence[str], vocab: int, special: list[str], alphabet: list[str]) -> str:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         special_tokens=special,
-        initial_alphabet=sorted(alphabet),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     _fill(tokenizer, vocab)
     text: str = tokenizer.to_str()
     return text

@@ -4,12 +4,14 @@ What retrieval finds on real questions.
     python benchmarks/quality/retrieval.py zero_shot
     python benchmarks/quality/retrieval.py ict --seed 1
     python benchmarks/quality/retrieval.py dpr --seed 1
+    python benchmarks/quality/retrieval.py sentences
 
 zero_shot  all-MiniLM-L6-v2 as it is, BM25, and both together: XQuAD in passages of 100 words, QED in whole paragraphs;
            and the same encoder by its first token alone, which it was not trained for.
 ict        a small encoder from new weights, by inverse cloze on XQuAD's training paragraphs and encyclopedia articles.
 dpr        all-MiniLM-L6-v2 on QED's training questions with BM25's negatives, judged on its held-out ones; and the same
            from new weights.
+sentences  sentences of knowledge for the dialogue system, by each of its scorers; see `sentences.py`.
 
 A passage counts as right where it holds an answer, word by word. Numbers are written to `results/`.
 """
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from sentences import found as sentences_found
 from vocabulary import random_start, word_pieces
 
 from trilithon_finetune.converters.questions import json_lines
@@ -217,7 +220,7 @@ def first_loss(result: Result) -> float:
 def main() -> None:
     """Run one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("case", choices=("zero_shot", "ict", "dpr"))
+    parser.add_argument("case", choices=("zero_shot", "ict", "dpr", "sentences"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="questions or rows, to try the script [all]")
@@ -226,6 +229,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if args.case == "zero_shot":
             numbers: Mapping[str, Any] = zero_shot(args.limit)
+        elif args.case == "sentences":
+            numbers = sentences_found(model_dir(MINILM), ("tfidf", "bm25", "dense", "hybrid"), args.limit)
         else:
             numbers = {"ict": ict, "dpr": dpr}[args.case](Path(name), args.seed, args.epochs, args.limit)
     tell(f"retrieval_{args.case}", {"seed": args.seed, "limit": args.limit, **numbers})

@@ -37,7 +37,8 @@ byId("ask").append(
     page.field("knowledge.scorer", "Sentences by", scorer, { hint: "Meaning needs a served encoder." }),
     page.number("knowledge.top_k", "Sentences", "5")),
   h("fieldset", {}, h("legend", {}, "Who it is"),
-    page.field("references", "Earlier conversations", h("textarea", { rows: 5, placeholder: "Me: I never leave the mill.\nThem: Why not?\n\nMe: Good morning." }), { hint: "Me is who answers. An empty line begins another conversation." })),
+    page.field("references", "Earlier conversations", h("textarea", { rows: 5, placeholder: "Me: I never leave the mill.\nThem: Why not?\n\nMe: Good morning." }), { hint: "Me is who answers. An empty line begins another conversation." }),
+    page.field("topic", "Topic", h("input", { type: "text" }), { hint: "For a model that is prompted by examples." })),
   h("fieldset", {}, h("legend", {}, "How it writes"),
     h("div", { class: "small" }, page.number("temperature", "Temperature", "1"), page.number("max_tokens", "Tokens", "128"), page.number("seed", "Seed", "drawn"))),
 );
@@ -45,11 +46,13 @@ byId("ask").append(
 function body() {
   const given = documents.values;
   const references = parseReferences(page.text("references"));
+  const topic = page.text("topic");
   const knowledge = { documents: given, scorer: scorer.value, ...page.values("knowledge.top_k") };
   return {
     model: model.value,
     conversation: state.turns,
     ...(references.length ? { references } : {}),
+    ...(topic.trim() ? { topic } : {}),
     ...(given.length ? { knowledge } : {}),
     ...page.values("temperature", "max_tokens", "seed"),
   };
@@ -61,7 +64,7 @@ function grounds(knowledge) {
     "details",
     { class: "grounds" },
     h("summary", {}, `Knowledge: ${knowledge.length} sentence${knowledge.length === 1 ? "" : "s"}`),
-    h("ol", {}, ...knowledge.map(({ text, document_id, score }) => h("li", {}, h("span", {}, text), h("small", {}, document_id, " ", score.toFixed(2))))),
+    h("ol", {}, ...knowledge.map(({ text, document_id, score, generated }) => h("li", {}, h("span", {}, text), h("small", {}, generated ? "made up by the model" : `${document_id} ${score.toFixed(2)}`)))),
   );
 }
 

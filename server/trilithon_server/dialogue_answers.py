@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from trilithon_server import answers
-from trilithon_server.dialogue import ActorFacts, KnowledgeFacts, Reply
+from trilithon_server.dialogue import Reply
+from trilithon_server.dialogue_store import ActorFacts, KnowledgeFacts
 from trilithon_server.knowledge.local import Chosen
 
 
@@ -21,25 +22,33 @@ def responded(reply: Reply, *, with_knowledge: bool) -> dict[str, Any]:
             }
             for choice in generation.choices
         ],
-        "knowledge": [used(item) for item in reply.used] if with_knowledge else [],
+        "knowledge": used(reply) if with_knowledge else [],
         "reference_tokens": packed.references,
         "turns_dropped": packed.dropped.conversation,
         "reference_turns_dropped": packed.dropped.references,
         "knowledge_dropped": packed.dropped.knowledge,
         "model": generation.model.name,
-        "usage": answers.usage(generation.usage),
+        "usage": answers.usage(reply.usage),
         "timings": answers.timings(generation.timings),
     }
 
 
-def used(item: Chosen) -> dict[str, Any]:
-    """KnowledgeUsed"""
+def used(reply: Reply) -> list[dict[str, Any]]:
+    """KnowledgeUsed, in the order of the prompt."""
+    known = reply.known
+    if known.written:
+        return [{"text": known.written, "document_id": "", "sentence": 0, "score": 0.0, "generated": True}]
+    return [_of_document(item) for item in known.chosen]
+
+
+def _of_document(item: Chosen) -> dict[str, Any]:
     sentence = item.sentence
     return {
         "text": sentence.text,
         "document_id": sentence.document_id,
         "sentence": sentence.number,
         "score": item.score,
+        "generated": False,
     }
 
 

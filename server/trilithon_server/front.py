@@ -216,6 +216,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
     from trilithon_server.task_model import load_reader, load_task
     from trilithon_server.tasks import read_task
     from trilithon_server.tasks.dialogue_format import DialogueFormat
+    from trilithon_server.tasks.msdp_format import MsdpFormat
     from trilithon_server.tasks.question_format import QuestionFormat
     from trilithon_server.tasks.reader_format import ReaderFormat
     from trilithon_server.tasks.retrieval import RetrievalFormat
@@ -240,7 +241,7 @@ def load_model(engine: EngineConfig, client: EngineClient, config: ServeConfig) 
         limits=limits,
         checker=checker if model.num_decoder_layers else None,
         task=load_task(directory, config=model, tokenizer=tokenizer, max_context=max_context),
-        dialogue=task if isinstance(task, DialogueFormat) else None,
+        dialogue=task if isinstance(task, DialogueFormat | MsdpFormat) else None,
         story=task if isinstance(task, StoryFormat) else None,
         retrieval=task if isinstance(task, RetrievalFormat) else None,
         questions=task if isinstance(task, QuestionFormat) else None,

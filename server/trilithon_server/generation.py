@@ -56,6 +56,18 @@ class Usage:
     cached_tokens: int
     preemptions: int = 0
 
+    def __add__(self, other: Usage) -> Usage:
+        """Of both."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            generated_tokens=self.generated_tokens + other.generated_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            preemptions=self.preemptions + other.preemptions,
+        )
+
+
+NO_TOKENS = Usage(prompt_tokens=0, generated_tokens=0, cached_tokens=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:

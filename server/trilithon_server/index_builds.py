@@ -25,7 +25,7 @@ from trilithon.errors import (
     Unavailable,
 )
 from trilithon_server.auth import Principal
-from trilithon_server.dialogue import check_documents
+from trilithon_server.dialogue_requests import check_documents
 from trilithon_server.knowledge.dense import BACKENDS
 from trilithon_server.knowledge.indexes import Build, Facts, Work
 from trilithon_server.knowledge.live import LiveIndex

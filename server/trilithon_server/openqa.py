@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
-from trilithon_server.dialogue import check_documents
-from trilithon_server.generation import Timings, Usage
+from trilithon_server.dialogue_requests import check_documents
+from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.version import Hit, Queries, search_passages
 from trilithon_server.openqa_readers import (
@@ -31,10 +31,8 @@ from trilithon_server.openqa_readers import (
     read_together,
     write_answers,
 )
-from trilithon_server.openqa_writing import added
 from trilithon_server.retrieval import (
     MAX_QUERY_CHARS,
-    NO_TOKENS,
     Wanted,
     check_line,
     check_mode,
@@ -135,7 +133,7 @@ async def answer(
     meta = {name: value for name, value in values.items() if name in META_NAMES}
     hits, version, searched = await _passages(service, call, asked, meta)
     reading = await _read(service, call, model, reader, asked.question, hits, values)
-    usage = added(searched, reading.usage)
+    usage = searched + reading.usage
     record = call.record  # each part told of itself alone
     record.prompt_tokens, record.generated_tokens = usage.prompt_tokens, usage.generated_tokens
     record.cached_tokens, record.model = usage.cached_tokens, model.label
@@ -218,7 +216,7 @@ async def _passages(
             question = await encode_queries(service, call, model, [asked.question], values)
             queries = dataclasses.replace(queries, vectors_NH=question.vectors_NH)
             vectors_MH, scale = known.vectors_NH, format_of(model).score_scale
-            usage = added(known.usage, question.usage)
+            usage = known.usage + question.usage
     hits = await asyncio.to_thread(
         search_passages, passages, queries, top_k, mode=mode, vectors_MH=vectors_MH, scale=scale
     )

@@ -14,9 +14,8 @@ from typing import Any
 
 from trilithon.errors import DeadlineExceeded
 from trilithon_server.assembly import FinishReason
-from trilithon_server.generation import Timings, Usage
+from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.prompts import Sequenced
-from trilithon_server.retrieval import NO_TOKENS
 from trilithon_server.sampling_rules import META_NAMES
 from trilithon_server.scoring import ScoreItem, score
 from trilithon_server.served import Call, ServedModel
@@ -102,7 +101,7 @@ async def weigh(
         logprob=sums.get(answer, 0.0),
         by_prompt=scored.by_answer.get(answer),
         written=written,
-        usage=added(generation.usage, scored.usage),
+        usage=generation.usage + scored.usage,
         timings=generation.timings,
         is_cut_off=late or len(scored.by_answer) < len(candidates),
     )
@@ -145,18 +144,8 @@ async def _score(
                 raise
             break
         done += len(part)
-        usage = added(usage, scores.usage)
+        usage += scores.usage
         for (text, i, _), (one,) in zip(part, scores.items, strict=True):
             sums.setdefault((text, i), []).append(one.sum_logprob)
     whole = list(candidates)[: done // (len(prompts) * len(ends))]
     return _Scored({text: [log_sum(sums[text, i]) for i in range(len(prompts))] for text in whole}, usage)
-
-
-def added(a: Usage, b: Usage) -> Usage:
-    """Tokens of both."""
-    return Usage(
-        prompt_tokens=a.prompt_tokens + b.prompt_tokens,
-        generated_tokens=a.generated_tokens + b.generated_tokens,
-        cached_tokens=a.cached_tokens + b.cached_tokens,
-        preemptions=a.preemptions + b.preemptions,
-    )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trilithon.errors import FailedPrecondition, InvalidArgument, NotFound
 from trilithon_server.embedding import embed
-from trilithon_server.generation import Usage
+from trilithon_server.generation import NO_TOKENS, Usage
 from trilithon_server.knowledge.html import read_html, read_text
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.knowledge.local import Document
@@ -81,9 +81,6 @@ class Found:
     index_version: int
     model: ServedModel | None
     usage: Usage
-
-
-NO_TOKENS = Usage(prompt_tokens=0, generated_tokens=0, cached_tokens=0)
 
 
 async def encode(

@@ -214,6 +214,7 @@ async def _run(
     with contextlib.ExitStack() as stack:
         streams = []
         for reading in readings:
+            sampling.prompt_logprobs_from = reading.start
             stream = service.submit(call, model, reading.packed, params, limit_s=limit_s, sampling=sampling)
             stack.enter_context(aborting(service, call, stream))
             streams.append(stream)
@@ -252,8 +253,7 @@ async def _read(model: ServedModel, stream: EngineStream) -> tuple[list[TokenInf
     return tokens, cached
 
 
-def _score(reading: _Reading, prompt_tokens: Sequence[TokenInfo]) -> Score:
-    tokens = prompt_tokens[reading.start - 1 :]  # the engine reports from the second token on
+def _score(reading: _Reading, tokens: Sequence[TokenInfo]) -> Score:
     return Score(
         sum_logprob=sum(token.logprob or 0.0 for token in tokens),
         byte_count=reading.byte_count,

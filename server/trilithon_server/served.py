@@ -22,6 +22,7 @@ from trilithon_server.limits import bounds_for
 from trilithon_server.metrics import RequestRecord
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.msdp_format import MsdpFormat
 from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.reader_format import ReaderFormat
 from trilithon_server.tasks.retrieval import RetrievalFormat
@@ -84,7 +85,7 @@ class ServedModel:
         limits: of the server.
         checker: compiles constraints before they are admitted; None for encoders.
         task: what its head was trained for; None for models without one.
-        dialogue: how the model of the engine reads conversations, where it was trained on them.
+        dialogue: how the model of the engine reads conversations, where its task file says it.
         story: how it reads stories, where it was trained for a part of them.
         retrieval: how an encoder reads questions and passages, where it was trained on them.
         questions: how it is asked for questions, where it was trained to write them.
@@ -104,7 +105,7 @@ class ServedModel:
     limits: LimitsConfig
     checker: ConstraintChecker | None = None
     task: TaskModel | None = None
-    dialogue: DialogueFormat | None = None
+    dialogue: DialogueFormat | MsdpFormat | None = None
     story: StoryFormat | None = None
     retrieval: RetrievalFormat | None = None
     questions: QuestionFormat | None = None

@@ -94,6 +94,21 @@ def test_E3_prompt_logprobs_are_given_on_a_cached_prompt_too(start: Start) -> No
     assert scored.prompt_logprobs == pytest.approx(plain.prompt_logprobs, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("first", [1, 16, 17, 20, len(PROMPT) - 1])
+def test_E3_prompt_tokens_before_the_first_scored_one_are_read_from_the_cache(start: Start, first: int) -> None:
+    """
+    Log-probabilities that are wanted from one token on are those of the whole prompt read anew, and whole blocks before
+    it are cached. Inverse seen red: read one block more.
+    """
+    driver = start()
+    driver.answer(PROMPT)
+    scored = driver.answer(PROMPT, sampling={"prompt_logprobs": 0, "prompt_logprobs_from": first, "max_tokens": 0})
+    plain = start(prefix_cache=False).answer(PROMPT, sampling={"prompt_logprobs": 0, "max_tokens": 0})
+
+    assert scored.cached_tokens == (first - 1) // 16 * 16
+    assert scored.prompt_logprobs == pytest.approx(plain.prompt_logprobs[first - 1 :], abs=TOLERANCE)
+
+
 def test_prompt_logprobs_equal_those_of_generation(start: Start) -> None:
     """Scoring a generated text gives the log-probabilities that generation reported; max_tokens 0 only scores."""
     driver = start()

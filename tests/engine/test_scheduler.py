@@ -35,6 +35,7 @@ class World:
         self.in_flight: deque[Batch] = deque()
         self.memory: dict[int, int] = {}  # slot -> hash of all tokens up to and including the one written there
         self.prefixes: dict[int, list[int]] = {}  # the same hashes as every sequence should find them
+        self.scored: dict[int, int] = {}  # request -> prompt positions whose successor has its score
         self.random = random.Random(seed)
         self.requests: dict[int, Request] = {}
         self.now_s = 0.0
@@ -51,10 +52,16 @@ class World:
         priority: int = 0,
         salt: bytes = b"",
         bypass: bool = False,
-        scores: bool = False,
+        scored_from: int = 0,
         sources: list[list[int]] | None = None,
     ) -> Request | None:
-        sampling = Sampling(num_sequences=n, max_tokens=new, prompt_logprobs=0 if scores else -1)
+        """`scored_from`: the first prompt token that is scored; 0: none is."""
+        sampling = Sampling(
+            num_sequences=n,
+            max_tokens=new,
+            prompt_logprobs=0 if scored_from else -1,
+            prompt_logprobs_from=scored_from,
+        )
         message = Submit(prompt=prompt, sampling=sampling, priority=priority, cache_salt=salt, bypass_cache=bypass)
         for source in sources or []:
             message.source_tokens.extend(source)
@@ -98,6 +105,11 @@ class World:
             assert not sequence.request.is_reading, "the decoder begins before its sources are encoded"
             for source in sequence.request.sources:
                 self._check_source(source)
+            if item.score_to > item.score_from:
+                request = sequence.request
+                due = self.scored.get(request.id, request.submit.sampling.prompt_logprobs_from - 1)
+                assert item.score_from == due, "a prompt token is scored twice or not at all"
+                self.scored[request.id] = item.score_to
             expected = self._prefix_hashes(sequence)
             for position in range(item.start):
                 assert self.memory.get(self._slot(sequence, position)) == expected[position], "a wrong block is read"
@@ -140,7 +152,10 @@ class World:
                 sequence.tokens.append(self.random.randrange(4))
                 if sequence.num_generated >= sequence.request.max_new_tokens:
                     self.end(sequence)
-            if not item.draws and item.sequence.request.max_new_tokens == 0 and item.sequence.remaining == 0:
+            request = item.sequence.request
+            if not item.draws and request.max_new_tokens == 0 and item.sequence.remaining == 0:
+                first, due = request.submit.sampling.prompt_logprobs_from, request.num_prompt - 1
+                assert not 0 < first <= due or self.scored[request.id] == due, "a prompt token was not scored"
                 self.end(item.sequence)
 
     def end(self, sequence: Sequence) -> None:
@@ -188,13 +203,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-2, 2),
         salt=st.sampled_from([b"", b"", b"a"]),
         bypass=st.sampled_from([False, False, False, True]),
-        scores=st.booleans(),
+        scored_from=st.sampled_from([0, 0, 1, 16, 17, 40]),
     )
     def submit(
-        self, prompt: list[int], n: int, new: int, priority: int, salt: bytes, bypass: bool, scores: bool
+        self, prompt: list[int], n: int, new: int, priority: int, salt: bytes, bypass: bool, scored_from: int
     ) -> None:
         n = n if new else 1
-        self.world.submit(prompt, n=n, new=new, priority=priority, salt=salt, bypass=bypass, scores=scores)
+        self.world.submit(prompt, n=n, new=new, priority=priority, salt=salt, bypass=bypass, scored_from=scored_from)
 
     @rule(
         sources=st.lists(st.sampled_from([[1], [1] * 16, [1] * 17, [2] * 40, [3] * 5]), min_size=1, max_size=4),
@@ -380,8 +395,8 @@ def test_a_prefix_hit_skips_full_blocks_but_never_the_last_token() -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [{"salt": b"other"}, {"bypass": True}, {"scores": True}])
-def test_S8_another_salt_bypass_or_prompt_scores_never_hit(change: dict[str, bytes | bool]) -> None:
+@pytest.mark.parametrize("change", [{"salt": b"other"}, {"bypass": True}, {"scored_from": 1}])
+def test_S8_another_salt_bypass_or_prompt_scores_never_hit(change: dict[str, bytes | bool | int]) -> None:
     """
     Another tenant's salt misses; so does who asked to; prompt scores need the computation.
 

@@ -85,6 +85,7 @@ class Dialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> Reply: ...
@@ -97,6 +98,7 @@ class Dialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> ReplyStream: ...
@@ -108,6 +110,7 @@ class Dialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> Reply | ReplyStream:
@@ -120,10 +123,11 @@ class Dialogue:
             references: earlier conversations of the target speaker, oldest first; not together with `actor`.
             actor: name of a stored one.
             knowledge: documents, or a stored knowledge base, whose sentences may be used.
+            topic: what is talked about; of a model that is prompted by examples, and of no other.
             n: how many candidates. Default: 1.
             options: see `TaskOptions`.
         """
-        fields = respond_fields(conversation, references, actor, knowledge, n, options)
+        fields = respond_fields(conversation, references, actor, knowledge, topic, n, options)
         if stream:
             return self._client._stream(RESPOND, fields, options, EVENTS, Reply)
         return self._client._call(RESPOND, fields, options, Reply)
@@ -183,6 +187,7 @@ class AsyncDialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> Reply: ...
@@ -195,6 +200,7 @@ class AsyncDialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> AsyncReplyStream: ...
@@ -206,6 +212,7 @@ class AsyncDialogue:
         references: Sequence[Sequence[DialogueTurn]] | None = None,
         actor: str | None = None,
         knowledge: Knowledge | None = None,
+        topic: str | None = None,
         n: int | None = None,
         **options: Unpack[TaskOptions],
     ) -> Reply | AsyncReplyStream:
@@ -218,10 +225,11 @@ class AsyncDialogue:
             references: earlier conversations of the target speaker, oldest first; not together with `actor`.
             actor: name of a stored one.
             knowledge: documents, or a stored knowledge base, whose sentences may be used.
+            topic: what is talked about; of a model that is prompted by examples, and of no other.
             n: how many candidates. Default: 1.
             options: see `TaskOptions`.
         """
-        fields = respond_fields(conversation, references, actor, knowledge, n, options)
+        fields = respond_fields(conversation, references, actor, knowledge, topic, n, options)
         if stream:
             return await self._client._stream(RESPOND, fields, options, EVENTS, Reply)
         return await self._client._call(RESPOND, fields, options, Reply)
@@ -271,6 +279,7 @@ def respond_fields(
     references: Sequence[Sequence[DialogueTurn]] | None,
     actor: str | None,
     knowledge: Knowledge | None,
+    topic: str | None,
     n: int | None,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -280,6 +289,7 @@ def respond_fields(
         "references": None if references is None else turns_of(references),
         "actor_id": actor,
         "knowledge": None if knowledge is None else {"return_knowledge": True, **knowledge},
+        "topic": topic,
         "n": n,
     }
     return task("respond", fields, options)

@@ -18,12 +18,17 @@ class Candidate(_Answer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnowledgeUsed(_Answer):
-    """A sentence that the prompt held: the document's `sentence`-th, counted from 0, and its score by the scorer."""
+    """
+    A sentence that the prompt held: the document's `sentence`-th, counted from 0, and its score by the scorer.
+
+    `generated`: the model wrote it itself, and no document says it.
+    """
 
     text: str = ""
     document_id: str = ""
     sentence: int = 0
     score: float = 0.0
+    generated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

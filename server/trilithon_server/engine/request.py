@@ -79,7 +79,6 @@ class Request:
     preemptions: int = 0
     num_cached: int = 0  # prompt tokens that the prefix cache served when the request started
     output_bytes: int = 0  # of an encoder's task logits
-    num_scored: int = 0  # prompt positions whose successor has its log-probability
     sources: list[Source] = field(default_factory=list)
     unread: list[Source] = field(default_factory=list)
     encoded: int = 0
@@ -88,6 +87,7 @@ class Request:
     # Read for every token of every step, so taken out of the message once.
     num_prompt: int = field(init=False)
     num_source_tokens: int = field(init=False)
+    num_scored: int = field(init=False)  # prompt positions whose successor has its log-probability, or needs none
     max_new_tokens: int = field(init=False)  # upper bound on the tokens of each answer
     wants_scores: bool = field(init=False)  # log-probabilities of prompt tokens were asked for
     end_ids: frozenset[int] = field(init=False)
@@ -103,6 +103,7 @@ class Request:
         self.num_source_tokens = sum(self.submit.source_lengths)
         self.max_new_tokens = sampling.max_tokens
         self.wants_scores = self.submit.HasField("sampling") and sampling.prompt_logprobs >= 0
+        self.num_scored = max(0, sampling.prompt_logprobs_from - 1)
         self.end_ids = frozenset(sampling.end_token_ids)
         self.stop_ids = frozenset(sampling.stop_token_ids)
         self.has_types = any(self.submit.types) or self.submit.answer_type > 0
@@ -145,10 +146,15 @@ class Request:
         """How many of [start, start + length) lie behind the prompt."""
         return max(0, start + length - max(start, self.num_prompt))
 
-    def may_read_cache(self) -> bool:
-        """A prompt whose log-probabilities are still owed must be computed, not looked up."""
+    def num_readable(self, num_tokens: int) -> int:
+        """
+        How many leading ones of so many tokens may be looked up. Computed must be those that log-probabilities are
+        still owed from, and the last one, whose logits are needed.
+        """
+        if self.submit.bypass_cache:
+            return 0
         scores_owed = self.wants_scores and self.num_scored < self.num_prompt - 1
-        return not self.submit.bypass_cache and not scores_owed
+        return min(self.num_scored, num_tokens - 1) if scores_owed else num_tokens - 1
 
     def worst_case_blocks(self, *, block_size: int, max_context: int) -> int:
         """KV blocks held when every answer is at its longest."""

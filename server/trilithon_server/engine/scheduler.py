@@ -217,10 +217,10 @@ class Scheduler:
         """Blocks for all tokens that the request has now, as few as the prefix cache and sharing allow."""
         size = self.limits.block_size
         lead, *others = request.live
-        reads = self.limits.prefix_cache and request.may_read_cache()
+        readable = request.num_readable(len(lead.tokens)) if self.limits.prefix_cache else 0
         hits: list[int] = []
-        if reads:
-            num_readable = (len(lead.tokens) - 1) // size  # the last token is always computed: its logits are needed
+        if readable:
+            num_readable = readable // size
             self._extend_keys(lead, num_readable)
             hits = self.pool.lookup(lead.keys[:num_readable])
         # After a preemption every answer has tokens of its own: full blocks of the prompt stay shared, the rest isn't.
@@ -238,7 +238,7 @@ class Scheduler:
         lead.computed = lead.scheduled = len(hits) * size
         lead.num_registered = len(hits)
         lead.parked = False
-        if reads:
+        if readable:
             asked, hit = asked + len(lead.tokens), hit + lead.computed
         if request.started_s is None:
             self.queried_tokens += asked

@@ -332,6 +332,7 @@ class Sampling(google.protobuf.message.Message):
     LOGPROBS_AFTER_PROCESSING_FIELD_NUMBER: builtins.int
     CONSTRAINT_FIELD_NUMBER: builtins.int
     BEAM_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FROM_FIELD_NUMBER: builtins.int
     num_sequences: builtins.int
     """n, or best_of: sequences that share the prompt; choice index 0..num_sequences-1"""
     temperature: builtins.float
@@ -362,6 +363,8 @@ class Sampling(google.protobuf.message.Message):
     prompt_logprobs: builtins.int
     """likewise, for prompt tokens from the second on"""
     logprobs_after_processing: builtins.bool
+    prompt_logprobs_from: builtins.int
+    """the first prompt token that they are wanted of; 0 = the second, 1"""
     @property
     def top_p_reset_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -418,9 +421,10 @@ class Sampling(google.protobuf.message.Message):
         logprobs_after_processing: builtins.bool = ...,
         constraint: Global___Constraint | None = ...,
         beam: Global___Beam | None = ...,
+        prompt_logprobs_from: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["beam", b"beam", "constraint", b"constraint"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "beam", b"beam", "constraint", b"constraint", "end_token_ids", b"end_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_after_processing", b"logprobs_after_processing", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram", b"no_repeat_ngram", "num_sequences", b"num_sequences", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "top_p_decay", b"top_p_decay", "top_p_floor", b"top_p_floor", "top_p_reset_token_ids", b"top_p_reset_token_ids", "typical_p", b"typical_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "beam", b"beam", "constraint", b"constraint", "end_token_ids", b"end_token_ids", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "logprob_token_ids", b"logprob_token_ids", "logprobs", b"logprobs", "logprobs_after_processing", b"logprobs_after_processing", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "no_repeat_ngram", b"no_repeat_ngram", "num_sequences", b"num_sequences", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "prompt_logprobs_from", b"prompt_logprobs_from", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "top_p_decay", b"top_p_decay", "top_p_floor", b"top_p_floor", "top_p_reset_token_ids", b"top_p_reset_token_ids", "typical_p", b"typical_p"]) -> None: ...
 
 Global___Sampling: typing_extensions.TypeAlias = Sampling
 
@@ -801,7 +805,7 @@ class SequenceDelta(google.protobuf.message.Message):
 
     @property
     def prompt_tokens(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """with prompt_logprobs: tokens 1.. of the prompt, once, on one answer"""
+        """with prompt_logprobs: the prompt's from the first wanted, once, on one answer"""
 
     @property
     def embedding(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from trilithon.api.v1 import dialogue_pb2, dialogue_pb2_grpc
-from trilithon_server import dialogue, dialogue_answers
-from trilithon_server.dialogue import Asked, Grounds, Reply
+from trilithon_server import dialogue, dialogue_answers, dialogue_store
+from trilithon_server.dialogue import Reply
+from trilithon_server.dialogue_requests import Asked, Grounds
 from trilithon_server.grpc import convert
 from trilithon_server.grpc.gate import current_call
 from trilithon_server.knowledge.local import SCORERS, Document
@@ -44,6 +45,7 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
             references=[_turns(f"references[{i}]", item, found) for i, item in enumerate(request.references)],
             actor_id=request.actor_id,
             grounds=_grounds(request.knowledge, found) if request.HasField("knowledge") else None,
+            topic=request.topic,
         )
         name = await convert.model_name(self._service, request.meta)
         values = convert.task_values(request)
@@ -56,17 +58,16 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
         reply = await self._begin(request, context, stream=False)
         async with reply.generation:
             await reply.joined()
-            return _response(reply, with_knowledge=request.knowledge.return_knowledge)
+            return _response(reply, with_knowledge=_tells_knowledge(request))
 
     async def RespondStream(
         self, request: dialogue_pb2.RespondRequest, context: Any
     ) -> AsyncIterator[dialogue_pb2.RespondEvent]:
         """The next turn, as it is written."""
-        reply, told = await self._begin(request, context, stream=True), request.knowledge.return_knowledge
+        reply, told = await self._begin(request, context, stream=True), _tells_knowledge(request)
         async with reply.generation:
-            for item in reply.used if told else ():
-                used = dialogue_pb2.KnowledgeUsed(**dialogue_answers.used(item))
-                yield dialogue_pb2.RespondEvent(knowledge=used)
+            for item in dialogue_answers.used(reply) if told else ():
+                yield dialogue_pb2.RespondEvent(knowledge=dialogue_pb2.KnowledgeUsed(**item))
             async for index, piece in reply.news():
                 if index == 0:
                     yield dialogue_pb2.RespondEvent(delta=piece)
@@ -77,19 +78,19 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
         found = Violations()
         conversations = [_turns(f"conversations[{i}]", item, found) for i, item in enumerate(request.conversations)]
         found.raise_if_any()
-        facts = await dialogue.put_actor(self._service, current_call(), request.actor_id, conversations)
+        facts = await dialogue_store.put_actor(self._service, current_call(), request.actor_id, conversations)
         return dialogue_pb2.Actor(**dialogue_answers.actor(facts))
 
     async def GetActor(self, request: dialogue_pb2.GetActorRequest, context: Any) -> dialogue_pb2.Actor:
         """What is kept of an actor."""
-        facts = await dialogue.get_actor(self._service, current_call(), request.actor_id)
+        facts = await dialogue_store.get_actor(self._service, current_call(), request.actor_id)
         return dialogue_pb2.Actor(**dialogue_answers.actor(facts))
 
     async def DeleteActor(
         self, request: dialogue_pb2.DeleteActorRequest, context: Any
     ) -> dialogue_pb2.DeleteActorResponse:
         """Forget an actor."""
-        await dialogue.delete_actor(self._service, current_call(), request.actor_id)
+        await dialogue_store.delete_actor(self._service, current_call(), request.actor_id)
         return dialogue_pb2.DeleteActorResponse()
 
     async def PutKnowledge(
@@ -97,7 +98,7 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
     ) -> dialogue_pb2.PutKnowledgeResponse:
         """Keep documents."""
         documents = documents_of(request.documents)
-        facts = await dialogue.put_knowledge(
+        facts = await dialogue_store.put_knowledge(
             self._service, current_call(), request.kb_id, documents, replace=request.replace
         )
         return dialogue_pb2.PutKnowledgeResponse(**dialogue_answers.knowledge(facts))
@@ -106,15 +107,20 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
         self, request: dialogue_pb2.GetKnowledgeRequest, context: Any
     ) -> dialogue_pb2.PutKnowledgeResponse:
         """What is kept under a name."""
-        facts = await dialogue.get_knowledge(self._service, current_call(), request.kb_id)
+        facts = await dialogue_store.get_knowledge(self._service, current_call(), request.kb_id)
         return dialogue_pb2.PutKnowledgeResponse(**dialogue_answers.knowledge(facts))
 
     async def DeleteKnowledge(
         self, request: dialogue_pb2.DeleteKnowledgeRequest, context: Any
     ) -> dialogue_pb2.DeleteKnowledgeResponse:
         """Forget a knowledge base."""
-        await dialogue.delete_knowledge(self._service, current_call(), request.kb_id)
+        await dialogue_store.delete_knowledge(self._service, current_call(), request.kb_id)
         return dialogue_pb2.DeleteKnowledgeResponse()
+
+
+def _tells_knowledge(request: dialogue_pb2.RespondRequest) -> bool:
+    """What a model has written for itself is told without being asked for."""
+    return not request.HasField("knowledge") or request.knowledge.return_knowledge
 
 
 def _response(reply: Reply, *, with_knowledge: bool) -> dialogue_pb2.RespondResponse:

@@ -270,7 +270,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "DialogueAnswer": _object(
         {
             "candidates": _list(_object({"text": _STR, "mean_logprob": _NUM, "finish_reason": _FINISH})),
-            "knowledge": _list(_object({"text": _STR, "document_id": _STR, "sentence": _INT, "score": _NUM})),
+            "knowledge": _list(
+                _object({"text": _STR, "document_id": _STR, "sentence": _INT, "score": _NUM, "generated": _BOOL})
+            ),
             "reference_tokens": _INT,
             "turns_dropped": _INT,
             "reference_turns_dropped": _INT,

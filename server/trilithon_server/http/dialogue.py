@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trilithon_server import dialogue, dialogue_answers
-from trilithon_server.dialogue import Asked, Grounds, Reply
+from trilithon_server import dialogue, dialogue_answers, dialogue_store
+from trilithon_server.dialogue import Reply
+from trilithon_server.dialogue_requests import MAX_TOP_K, Asked, Grounds
 from trilithon_server.http.endpoint import Route
 from trilithon_server.http.events import EventStream
 from trilithon_server.http.exchange import Exchange
@@ -56,7 +57,7 @@ class DialogueKnowledge(_Strict):
     documents: list[DialogueDocument] = Field(default_factory=list)
     kb_id: str = ""
     scorer: Literal["", "tfidf", "bm25", "dense", "hybrid"] = Field("", description="Empty means tfidf.")
-    top_k: int = Field(0, ge=0, le=dialogue.MAX_TOP_K, description="Sentences at most; 0 means 5.")
+    top_k: int = Field(0, ge=0, le=MAX_TOP_K, description="Sentences at most; 0 means 5.")
     min_score: float | None = Field(None, allow_inf_nan=False, description="null means the scorer's own.")
     return_knowledge: bool = True
 
@@ -80,6 +81,9 @@ class DialogueRequest(_Strict):
         default_factory=list, description="Earlier conversations of the target actor, oldest first."
     )
     actor_id: str = Field("", description="A stored actor, in place of `references`.")
+    topic: str = Field(
+        "", description="What is talked about; of a model that is prompted by examples, and of no other."
+    )
     knowledge: DialogueKnowledge | None = None
     stream: bool = False
 
@@ -106,8 +110,9 @@ async def respond(service: Service, exchange: Exchange, call: Call) -> None:
         references=[_turns(item) for item in body.references],
         actor_id=body.actor_id,
         grounds=None if body.knowledge is None else body.knowledge.grounds(),
+        topic=body.topic,
     )
-    told = body.knowledge is not None and body.knowledge.return_knowledge
+    told = body.knowledge is None or body.knowledge.return_knowledge
 
     async def work() -> None:
         reply = await dialogue.respond(
@@ -126,8 +131,8 @@ async def respond(service: Service, exchange: Exchange, call: Call) -> None:
 
 async def _stream(exchange: Exchange, reply: Reply, *, told: bool) -> None:
     async with EventStream(exchange, named_errors=True) as events:
-        for item in reply.used if told else ():
-            await events.send(_event(b"knowledge", dialogue_answers.used(item)))
+        for item in dialogue_answers.used(reply) if told else ():
+            await events.send(_event(b"knowledge", item))
         async for index, piece in reply.news():
             if index == 0:
                 await events.send(_event(b"delta", {"delta": piece}))
@@ -147,19 +152,19 @@ async def put_actor(service: Service, exchange: Exchange, call: Call) -> None:
     parsed = parse(ActorRequest, await exchange.json(), service.limits, parameters=False)
     parsed.found.raise_if_any()
     conversations = [_turns(item) for item in parsed.body.conversations]
-    facts = await dialogue.put_actor(service, call, exchange.path_params["id"], conversations)
+    facts = await dialogue_store.put_actor(service, call, exchange.path_params["id"], conversations)
     await exchange.respond_json(dialogue_answers.actor(facts))
 
 
 async def get_actor(service: Service, exchange: Exchange, call: Call) -> None:
     """GET /v1/dialogue/actors/{id}"""
-    facts = await dialogue.get_actor(service, call, exchange.path_params["id"])
+    facts = await dialogue_store.get_actor(service, call, exchange.path_params["id"])
     await exchange.respond_json(dialogue_answers.actor(facts))
 
 
 async def delete_actor(service: Service, exchange: Exchange, call: Call) -> None:
     """DELETE /v1/dialogue/actors/{id}"""
-    await dialogue.delete_actor(service, call, exchange.path_params["id"])
+    await dialogue_store.delete_actor(service, call, exchange.path_params["id"])
     await exchange.respond_json({})
 
 
@@ -169,19 +174,19 @@ async def put_knowledge(service: Service, exchange: Exchange, call: Call) -> Non
     parsed.found.raise_if_any()
     documents = [item.document() for item in parsed.body.documents]
     name, replace = exchange.path_params["kb"], parsed.body.replace
-    facts = await dialogue.put_knowledge(service, call, name, documents, replace=replace)
+    facts = await dialogue_store.put_knowledge(service, call, name, documents, replace=replace)
     await exchange.respond_json(dialogue_answers.knowledge(facts))
 
 
 async def get_knowledge(service: Service, exchange: Exchange, call: Call) -> None:
     """GET /v1/knowledge/{kb}"""
-    facts = await dialogue.get_knowledge(service, call, exchange.path_params["kb"])
+    facts = await dialogue_store.get_knowledge(service, call, exchange.path_params["kb"])
     await exchange.respond_json(dialogue_answers.knowledge(facts))
 
 
 async def delete_knowledge(service: Service, exchange: Exchange, call: Call) -> None:
     """DELETE /v1/knowledge/{kb}"""
-    await dialogue.delete_knowledge(service, call, exchange.path_params["kb"])
+    await dialogue_store.delete_knowledge(service, call, exchange.path_params["kb"])
     await exchange.respond_json({})
 
 

@@ -16,6 +16,7 @@ from trilithon_parallel.config import ModelError
 from trilithon_server.tasks.answer_spans import AnswerFormat
 from trilithon_server.tasks.classes import ClassFormat
 from trilithon_server.tasks.dialogue_format import DialogueFormat
+from trilithon_server.tasks.msdp_format import MsdpFile, MsdpFormat
 from trilithon_server.tasks.question_format import QuestionFormat
 from trilithon_server.tasks.reader_format import ReaderFormat
 from trilithon_server.tasks.relations import RelationFormat
@@ -29,7 +30,10 @@ TASK_FILE = "task.json"
 HeadFormat: TypeAlias = TaggingFormat | SpanFormat | RelationFormat | ClassFormat | AnswerFormat
 """Of encoders with a task head."""
 
-TaskFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat | QuestionFormat | ReaderFormat
+TrainedFormat: TypeAlias = HeadFormat | DialogueFormat | RetrievalFormat | StoryFormat | QuestionFormat | ReaderFormat
+"""Of models that were trained for a task."""
+
+TaskFormat: TypeAlias = TrainedFormat | MsdpFormat
 
 HEADS: dict[str, type[HeadFormat]] = {
     "ner": TaggingFormat,
@@ -40,7 +44,7 @@ HEADS: dict[str, type[HeadFormat]] = {
 }
 """Format by the name of a task that ends in a head."""
 
-FORMATS: dict[str, type[TaskFormat]] = {
+FORMATS: dict[str, type[TrainedFormat]] = {
     **HEADS,
     "dialogue": DialogueFormat,
     "retrieval": RetrievalFormat,
@@ -51,7 +55,7 @@ FORMATS: dict[str, type[TaskFormat]] = {
 """Format by what a task file calls its task."""
 
 
-def task_format(document: Mapping[str, Any]) -> TaskFormat:
+def task_format(document: Mapping[str, Any]) -> TrainedFormat | MsdpFile:
     """
     The format that a task file describes.
 
@@ -62,6 +66,8 @@ def task_format(document: Mapping[str, Any]) -> TaskFormat:
     if task not in FORMATS:
         raise _invalid(f"{TASK_FILE} task must be one of {', '.join(FORMATS)}. Given: {task!r}.")
     try:
+        if task == MsdpFile.task and "msdp" in document:
+            return MsdpFile.from_task_file(document)
         return FORMATS[task].from_task_file(document)
     except KeyError as error:
         raise _invalid(f"{TASK_FILE} of a {task} model must have {error.args[0]}. Given: {sorted(document)}.") from None
@@ -85,7 +91,14 @@ def read_task(model_dir: Path) -> TaskFormat | None:
         raise _invalid(f"{TASK_FILE} is not JSON: {error}.") from None
     if not isinstance(document, dict):
         raise _invalid(f"{TASK_FILE} must hold a JSON object. Given: {type(document).__name__}.")
-    return task_format(document)
+    task = task_format(document)
+    if not isinstance(task, MsdpFile):
+        return task
+    try:
+        return task.beside(model_dir)
+    except ValueError as error:
+        hint = "Mend the file of examples, which lies beside the task file."
+        raise ModelError(f"{TASK_FILE} {error}.", code="task_invalid", hint=hint) from None
 
 
 def _invalid(message: str) -> ModelError:

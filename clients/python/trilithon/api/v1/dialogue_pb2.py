@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trilithon.api.v1 import common_pb2 as trilithon_dot_api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrilithon/api/v1/dialogue.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\"\x90\x01\n\x04Turn\x12/\n\x07speaker\x18\x01 \x01(\x0e\x32\x1e.trilithon.api.v1.Turn.Speaker\x12\x0c\n\x04text\x18\x02 \x01(\t\"I\n\x07Speaker\x12\x17\n\x13SPEAKER_UNSPECIFIED\x10\x00\x12\x12\n\x0eSPEAKER_TARGET\x10\x01\x12\x11\n\rSPEAKER_OTHER\x10\x02\"5\n\x0c\x43onversation\x12%\n\x05turns\x18\x01 \x03(\x0b\x32\x16.trilithon.api.v1.Turn\"Z\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12\x0e\n\x04html\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x62ody\"\xb1\x02\n\x10KnowledgeOptions\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\r\n\x05kb_id\x18\x02 \x01(\t\x12\x39\n\x06scorer\x18\x03 \x01(\x0e\x32).trilithon.api.v1.KnowledgeOptions.Scorer\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tmin_score\x18\x05 \x01(\x02\x12\x18\n\x10return_knowledge\x18\x06 \x01(\x08\"h\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCORER_TFIDF\x10\x01\x12\x10\n\x0cSCORER_DENSE\x10\x02\x12\x0f\n\x0bSCORER_BM25\x10\x03\x12\x11\n\rSCORER_HYBRID\x10\x04\"\xcc\x02\n\x0eRespondRequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x34\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1e.trilithon.api.v1.Conversation\x12\x32\n\nreferences\x18\x03 \x03(\x0b\x32\x1e.trilithon.api.v1.Conversation\x12\x10\n\x08\x61\x63tor_id\x18\x04 \x01(\t\x12\x35\n\tknowledge\x18\x05 \x01(\x0b\x32\".trilithon.api.v1.KnowledgeOptions\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.trilithon.api.v1.Stopping\"S\n\rKnowledgeUsed\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x10\n\x08sentence\x18\x03 \x01(\r\x12\r\n\x05score\x18\x04 \x01(\x02\"f\n\tCandidate\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cmean_logprob\x18\x02 \x01(\x01\x12\x35\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\"\xc6\x02\n\x0fRespondResponse\x12/\n\ncandidates\x18\x01 \x03(\x0b\x32\x1b.trilithon.api.v1.Candidate\x12\x32\n\tknowledge\x18\x02 \x03(\x0b\x32\x1f.trilithon.api.v1.KnowledgeUsed\x12\x18\n\x10reference_tokens\x18\x03 \x01(\r\x12\x15\n\rturns_dropped\x18\x04 \x01(\r\x12&\n\x05usage\x18\x05 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12*\n\x07timings\x18\x06 \x01(\x0b\x32\x19.trilithon.api.v1.Timings\x12\x1f\n\x17reference_turns_dropped\x18\x07 \x01(\r\x12\x19\n\x11knowledge_dropped\x18\x08 \x01(\r\x12\r\n\x05model\x18\t \x01(\t\"\x95\x01\n\x0cRespondEvent\x12\x34\n\tknowledge\x18\x01 \x01(\x0b\x32\x1f.trilithon.api.v1.KnowledgeUsedH\x00\x12\x0f\n\x05\x64\x65lta\x18\x02 \x01(\tH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.trilithon.api.v1.RespondResponseH\x00\x42\x07\n\x05\x65vent\"Z\n\x0fPutActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x35\n\rconversations\x18\x02 \x03(\x0b\x32\x1e.trilithon.api.v1.Conversation\"#\n\x0fGetActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\"P\n\x05\x41\x63tor\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x15\n\rconversations\x18\x02 \x01(\r\x12\r\n\x05turns\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"&\n\x12\x44\x65leteActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteActorResponse\"d\n\x13PutKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\x12-\n\tdocuments\x18\x02 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"$\n\x13GetKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\"M\n\x14PutKnowledgeResponse\x12\x11\n\tdocuments\x18\x01 \x01(\r\x12\x11\n\tsentences\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\'\n\x16\x44\x65leteKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\"\x19\n\x17\x44\x65leteKnowledgeResponse2\xc8\x05\n\x0f\x44ialogueService\x12N\n\x07Respond\x12 .trilithon.api.v1.RespondRequest\x1a!.trilithon.api.v1.RespondResponse\x12S\n\rRespondStream\x12 .trilithon.api.v1.RespondRequest\x1a\x1e.trilithon.api.v1.RespondEvent0\x01\x12\x46\n\x08PutActor\x12!.trilithon.api.v1.PutActorRequest\x1a\x17.trilithon.api.v1.Actor\x12\x46\n\x08GetActor\x12!.trilithon.api.v1.GetActorRequest\x1a\x17.trilithon.api.v1.Actor\x12Z\n\x0b\x44\x65leteActor\x12$.trilithon.api.v1.DeleteActorRequest\x1a%.trilithon.api.v1.DeleteActorResponse\x12]\n\x0cPutKnowledge\x12%.trilithon.api.v1.PutKnowledgeRequest\x1a&.trilithon.api.v1.PutKnowledgeResponse\x12]\n\x0cGetKnowledge\x12%.trilithon.api.v1.GetKnowledgeRequest\x1a&.trilithon.api.v1.PutKnowledgeResponse\x12\x66\n\x0f\x44\x65leteKnowledge\x12(.trilithon.api.v1.DeleteKnowledgeRequest\x1a).trilithon.api.v1.DeleteKnowledgeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrilithon/api/v1/dialogue.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\"\x90\x01\n\x04Turn\x12/\n\x07speaker\x18\x01 \x01(\x0e\x32\x1e.trilithon.api.v1.Turn.Speaker\x12\x0c\n\x04text\x18\x02 \x01(\t\"I\n\x07Speaker\x12\x17\n\x13SPEAKER_UNSPECIFIED\x10\x00\x12\x12\n\x0eSPEAKER_TARGET\x10\x01\x12\x11\n\rSPEAKER_OTHER\x10\x02\"5\n\x0c\x43onversation\x12%\n\x05turns\x18\x01 \x03(\x0b\x32\x16.trilithon.api.v1.Turn\"Z\n\x08\x44ocument\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0b\n\x03url\x18\x03 \x01(\t\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12\x0e\n\x04html\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x62ody\"\xb1\x02\n\x10KnowledgeOptions\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\r\n\x05kb_id\x18\x02 \x01(\t\x12\x39\n\x06scorer\x18\x03 \x01(\x0e\x32).trilithon.api.v1.KnowledgeOptions.Scorer\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\tmin_score\x18\x05 \x01(\x02\x12\x18\n\x10return_knowledge\x18\x06 \x01(\x08\"h\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCORER_TFIDF\x10\x01\x12\x10\n\x0cSCORER_DENSE\x10\x02\x12\x0f\n\x0bSCORER_BM25\x10\x03\x12\x11\n\rSCORER_HYBRID\x10\x04\"\xdb\x02\n\x0eRespondRequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x34\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1e.trilithon.api.v1.Conversation\x12\x32\n\nreferences\x18\x03 \x03(\x0b\x32\x1e.trilithon.api.v1.Conversation\x12\x10\n\x08\x61\x63tor_id\x18\x04 \x01(\t\x12\x35\n\tknowledge\x18\x05 \x01(\x0b\x32\".trilithon.api.v1.KnowledgeOptions\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12,\n\x08stopping\x18\x07 \x01(\x0b\x32\x1a.trilithon.api.v1.Stopping\x12\r\n\x05topic\x18\x08 \x01(\t\"f\n\rKnowledgeUsed\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x10\n\x08sentence\x18\x03 \x01(\r\x12\r\n\x05score\x18\x04 \x01(\x02\x12\x11\n\tgenerated\x18\x05 \x01(\x08\"f\n\tCandidate\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x14\n\x0cmean_logprob\x18\x02 \x01(\x01\x12\x35\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\"\xc6\x02\n\x0fRespondResponse\x12/\n\ncandidates\x18\x01 \x03(\x0b\x32\x1b.trilithon.api.v1.Candidate\x12\x32\n\tknowledge\x18\x02 \x03(\x0b\x32\x1f.trilithon.api.v1.KnowledgeUsed\x12\x18\n\x10reference_tokens\x18\x03 \x01(\r\x12\x15\n\rturns_dropped\x18\x04 \x01(\r\x12&\n\x05usage\x18\x05 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12*\n\x07timings\x18\x06 \x01(\x0b\x32\x19.trilithon.api.v1.Timings\x12\x1f\n\x17reference_turns_dropped\x18\x07 \x01(\r\x12\x19\n\x11knowledge_dropped\x18\x08 \x01(\r\x12\r\n\x05model\x18\t \x01(\t\"\x95\x01\n\x0cRespondEvent\x12\x34\n\tknowledge\x18\x01 \x01(\x0b\x32\x1f.trilithon.api.v1.KnowledgeUsedH\x00\x12\x0f\n\x05\x64\x65lta\x18\x02 \x01(\tH\x00\x12\x35\n\x08\x66inished\x18\x03 \x01(\x0b\x32!.trilithon.api.v1.RespondResponseH\x00\x42\x07\n\x05\x65vent\"Z\n\x0fPutActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x35\n\rconversations\x18\x02 \x03(\x0b\x32\x1e.trilithon.api.v1.Conversation\"#\n\x0fGetActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\"P\n\x05\x41\x63tor\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\x12\x15\n\rconversations\x18\x02 \x01(\r\x12\r\n\x05turns\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\x04\"&\n\x12\x44\x65leteActorRequest\x12\x10\n\x08\x61\x63tor_id\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteActorResponse\"d\n\x13PutKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\x12-\n\tdocuments\x18\x02 \x03(\x0b\x32\x1a.trilithon.api.v1.Document\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"$\n\x13GetKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\"M\n\x14PutKnowledgeResponse\x12\x11\n\tdocuments\x18\x01 \x01(\r\x12\x11\n\tsentences\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\"\'\n\x16\x44\x65leteKnowledgeRequest\x12\r\n\x05kb_id\x18\x01 \x01(\t\"\x19\n\x17\x44\x65leteKnowledgeResponse2\xc8\x05\n\x0f\x44ialogueService\x12N\n\x07Respond\x12 .trilithon.api.v1.RespondRequest\x1a!.trilithon.api.v1.RespondResponse\x12S\n\rRespondStream\x12 .trilithon.api.v1.RespondRequest\x1a\x1e.trilithon.api.v1.RespondEvent0\x01\x12\x46\n\x08PutActor\x12!.trilithon.api.v1.PutActorRequest\x1a\x17.trilithon.api.v1.Actor\x12\x46\n\x08GetActor\x12!.trilithon.api.v1.GetActorRequest\x1a\x17.trilithon.api.v1.Actor\x12Z\n\x0b\x44\x65leteActor\x12$.trilithon.api.v1.DeleteActorRequest\x1a%.trilithon.api.v1.DeleteActorResponse\x12]\n\x0cPutKnowledge\x12%.trilithon.api.v1.PutKnowledgeRequest\x1a&.trilithon.api.v1.PutKnowledgeResponse\x12]\n\x0cGetKnowledge\x12%.trilithon.api.v1.GetKnowledgeRequest\x1a&.trilithon.api.v1.PutKnowledgeResponse\x12\x66\n\x0f\x44\x65leteKnowledge\x12(.trilithon.api.v1.DeleteKnowledgeRequest\x1a).trilithon.api.v1.DeleteKnowledgeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,35 +45,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KNOWLEDGEOPTIONS_SCORER']._serialized_start=580
   _globals['_KNOWLEDGEOPTIONS_SCORER']._serialized_end=684
   _globals['_RESPONDREQUEST']._serialized_start=687
-  _globals['_RESPONDREQUEST']._serialized_end=1019
-  _globals['_KNOWLEDGEUSED']._serialized_start=1021
-  _globals['_KNOWLEDGEUSED']._serialized_end=1104
-  _globals['_CANDIDATE']._serialized_start=1106
-  _globals['_CANDIDATE']._serialized_end=1208
-  _globals['_RESPONDRESPONSE']._serialized_start=1211
-  _globals['_RESPONDRESPONSE']._serialized_end=1537
-  _globals['_RESPONDEVENT']._serialized_start=1540
-  _globals['_RESPONDEVENT']._serialized_end=1689
-  _globals['_PUTACTORREQUEST']._serialized_start=1691
-  _globals['_PUTACTORREQUEST']._serialized_end=1781
-  _globals['_GETACTORREQUEST']._serialized_start=1783
-  _globals['_GETACTORREQUEST']._serialized_end=1818
-  _globals['_ACTOR']._serialized_start=1820
-  _globals['_ACTOR']._serialized_end=1900
-  _globals['_DELETEACTORREQUEST']._serialized_start=1902
-  _globals['_DELETEACTORREQUEST']._serialized_end=1940
-  _globals['_DELETEACTORRESPONSE']._serialized_start=1942
-  _globals['_DELETEACTORRESPONSE']._serialized_end=1963
-  _globals['_PUTKNOWLEDGEREQUEST']._serialized_start=1965
-  _globals['_PUTKNOWLEDGEREQUEST']._serialized_end=2065
-  _globals['_GETKNOWLEDGEREQUEST']._serialized_start=2067
-  _globals['_GETKNOWLEDGEREQUEST']._serialized_end=2103
-  _globals['_PUTKNOWLEDGERESPONSE']._serialized_start=2105
-  _globals['_PUTKNOWLEDGERESPONSE']._serialized_end=2182
-  _globals['_DELETEKNOWLEDGEREQUEST']._serialized_start=2184
-  _globals['_DELETEKNOWLEDGEREQUEST']._serialized_end=2223
-  _globals['_DELETEKNOWLEDGERESPONSE']._serialized_start=2225
-  _globals['_DELETEKNOWLEDGERESPONSE']._serialized_end=2250
-  _globals['_DIALOGUESERVICE']._serialized_start=2253
-  _globals['_DIALOGUESERVICE']._serialized_end=2965
+  _globals['_RESPONDREQUEST']._serialized_end=1034
+  _globals['_KNOWLEDGEUSED']._serialized_start=1036
+  _globals['_KNOWLEDGEUSED']._serialized_end=1138
+  _globals['_CANDIDATE']._serialized_start=1140
+  _globals['_CANDIDATE']._serialized_end=1242
+  _globals['_RESPONDRESPONSE']._serialized_start=1245
+  _globals['_RESPONDRESPONSE']._serialized_end=1571
+  _globals['_RESPONDEVENT']._serialized_start=1574
+  _globals['_RESPONDEVENT']._serialized_end=1723
+  _globals['_PUTACTORREQUEST']._serialized_start=1725
+  _globals['_PUTACTORREQUEST']._serialized_end=1815
+  _globals['_GETACTORREQUEST']._serialized_start=1817
+  _globals['_GETACTORREQUEST']._serialized_end=1852
+  _globals['_ACTOR']._serialized_start=1854
+  _globals['_ACTOR']._serialized_end=1934
+  _globals['_DELETEACTORREQUEST']._serialized_start=1936
+  _globals['_DELETEACTORREQUEST']._serialized_end=1974
+  _globals['_DELETEACTORRESPONSE']._serialized_start=1976
+  _globals['_DELETEACTORRESPONSE']._serialized_end=1997
+  _globals['_PUTKNOWLEDGEREQUEST']._serialized_start=1999
+  _globals['_PUTKNOWLEDGEREQUEST']._serialized_end=2099
+  _globals['_GETKNOWLEDGEREQUEST']._serialized_start=2101
+  _globals['_GETKNOWLEDGEREQUEST']._serialized_end=2137
+  _globals['_PUTKNOWLEDGERESPONSE']._serialized_start=2139
+  _globals['_PUTKNOWLEDGERESPONSE']._serialized_end=2216
+  _globals['_DELETEKNOWLEDGEREQUEST']._serialized_start=2218
+  _globals['_DELETEKNOWLEDGEREQUEST']._serialized_end=2257
+  _globals['_DELETEKNOWLEDGERESPONSE']._serialized_start=2259
+  _globals['_DELETEKNOWLEDGERESPONSE']._serialized_end=2284
+  _globals['_DIALOGUESERVICE']._serialized_start=2287
+  _globals['_DIALOGUESERVICE']._serialized_end=2999
 # @@protoc_insertion_point(module_scope)

@@ -196,8 +196,11 @@ class RespondRequest(google.protobuf.message.Message):
     KNOWLEDGE_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     STOPPING_FIELD_NUMBER: builtins.int
+    TOPIC_FIELD_NUMBER: builtins.int
     actor_id: builtins.str
     """A stored actor. Zero: none."""
+    topic: builtins.str
+    """What is talked about; must be set for a model that is prompted by examples, and for no other. Zero: nothing."""
     @property
     def meta(self) -> trilithon.api.v1.common_pb2.RequestMeta:
         """Unset: all of its defaults."""
@@ -232,9 +235,10 @@ class RespondRequest(google.protobuf.message.Message):
         knowledge: Global___KnowledgeOptions | None = ...,
         sampling: trilithon.api.v1.common_pb2.Sampling | None = ...,
         stopping: trilithon.api.v1.common_pb2.Stopping | None = ...,
+        topic: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["conversation", b"conversation", "knowledge", b"knowledge", "meta", b"meta", "sampling", b"sampling", "stopping", b"stopping"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["actor_id", b"actor_id", "conversation", b"conversation", "knowledge", b"knowledge", "meta", b"meta", "references", b"references", "sampling", b"sampling", "stopping", b"stopping"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["actor_id", b"actor_id", "conversation", b"conversation", "knowledge", b"knowledge", "meta", b"meta", "references", b"references", "sampling", b"sampling", "stopping", b"stopping", "topic", b"topic"]) -> None: ...
 
 Global___RespondRequest: typing_extensions.TypeAlias = RespondRequest
 
@@ -248,6 +252,7 @@ class KnowledgeUsed(google.protobuf.message.Message):
     DOCUMENT_ID_FIELD_NUMBER: builtins.int
     SENTENCE_FIELD_NUMBER: builtins.int
     SCORE_FIELD_NUMBER: builtins.int
+    GENERATED_FIELD_NUMBER: builtins.int
     text: builtins.str
     """The sentence."""
     document_id: builtins.str
@@ -255,7 +260,9 @@ class KnowledgeUsed(google.protobuf.message.Message):
     sentence: builtins.int
     """Its number in the document, from 0."""
     score: builtins.float
-    """By the scorer."""
+    """By the scorer. Zero: no scorer found it."""
+    generated: builtins.bool
+    """The model wrote it itself, and no document says it; `document_id`, `sentence` and `score` are then zero."""
     def __init__(
         self,
         *,
@@ -263,8 +270,9 @@ class KnowledgeUsed(google.protobuf.message.Message):
         document_id: builtins.str = ...,
         sentence: builtins.int = ...,
         score: builtins.float = ...,
+        generated: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["document_id", b"document_id", "score", b"score", "sentence", b"sentence", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["document_id", b"document_id", "generated", b"generated", "score", b"score", "sentence", b"sentence", "text", b"text"]) -> None: ...
 
 Global___KnowledgeUsed: typing_extensions.TypeAlias = KnowledgeUsed
 
@@ -321,7 +329,7 @@ class RespondResponse(google.protobuf.message.Message):
 
     @property
     def knowledge(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KnowledgeUsed]:
-        """The sentences used, in the order of the prompt. Empty unless `return_knowledge`."""
+        """The sentences used, in the order of the prompt. Empty where `knowledge` is set without `return_knowledge`."""
 
     @property
     def usage(self) -> trilithon.api.v1.common_pb2.Usage:
