@@ -1,4 +1,6 @@
-"""A server of three small models - one writes, one makes vectors, one marks spans - that keeps indexes and files."""
+"""
+A server of small models that keeps indexes and files: one writes, one makes vectors, one marks spans, two are readers.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,20 @@ from typing import Any
 import grpc
 import httpx
 from served import Server, serving
-from tiny import tiny_bert, tiny_llama
+from tiny import tiny_bert, tiny_llama, tiny_t5
 from tiny_tasks import tiny_task
 
 from trilithon.api.v1 import openqa_pb2_grpc, retrieval_pb2_grpc
+from trilithon_server.tasks.reader_format import ReaderFormat
 
 ALICE, BOB = "alice-key-0001", "bob-key-000001"
-WRITER, ENCODER, SPANS = "writer", "encoder", "spans"
+WRITER, ENCODER, SPANS, JOINT, INDIVIDUAL = "writer", "encoder", "spans", "joint", "individual"
+SIZES = {"max_question_tokens": 32, "max_passage_tokens": 96, "max_answer_tokens": 8}
+READERS = {
+    JOINT: ReaderFormat(kind="joint", strength=1.5, **SIZES),
+    INDIVIDUAL: ReaderFormat(kind="individual", **SIZES),
+}
+VOCABULARIES = {JOINT: "wordpiece", INDIVIDUAL: "metaspace"}
 INDEXES = "/v1/retrieval/indexes"
 QUESTION = "How far is the sea from the old mill?"
 DOCUMENTS = [
@@ -81,9 +90,17 @@ class Open:
         return str(response.json()["id"])
 
 
+def reader_model(path: Path, kind: str) -> Path:
+    """An encoder-decoder of random weights that reads as its name says."""
+    shape = {"hidden": 128, "head_dim": 32, "ffn": 256, "gated": True, "tied": False}
+    tiny_t5(path, **shape, scale=0.3, seed=2, tokenizer=VOCABULARIES[kind])
+    (path / "task.json").write_text(json.dumps(READERS[kind].task_file()))
+    return path
+
+
 @contextlib.contextmanager
 def serving_open(folder: Path) -> Iterator[Open]:
-    """All three models behind one front, for two tenants."""
+    """All of them behind one front, for two tenants."""
     writer = tiny_llama(folder / WRITER, context=2048)
     encoder = tiny_bert(folder / ENCODER)
     spans = tiny_task(folder / SPANS, "span_qa", hidden=48, seed=3)
@@ -93,7 +110,8 @@ def serving_open(folder: Path) -> Iterator[Open]:
     keys.write_text(f"{ALICE} tenant=alice\n{BOB} tenant=bob\n")
     keys.chmod(0o600)
     flags = ["--dtype", "float32", "--api-keys-file", str(keys), "--public-ui"]
-    for i, directory in enumerate((encoder, spans), 1):
+    readers = [reader_model(folder / kind, kind) for kind in READERS]
+    for i, directory in enumerate((encoder, spans, *readers), 1):
         for name, value in {"name": f"e{i}", "model": directory, "num_threads": 1, "dtype": "float32"}.items():
             flags += ["--set", f"engines.{i}.{name}={value}"]
     for name, value in {"server.store": folder / "store", "jobs.store": folder / "jobs", "jobs.slots": 0}.items():

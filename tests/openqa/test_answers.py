@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from open_questions import DOCUMENTS, ENCODER, INDEXES, QUESTION, SPANS, WRITER, Open
+from open_questions import DOCUMENTS, ENCODER, INDEXES, INDIVIDUAL, JOINT, QUESTION, SPANS, WRITER, Open
 from served import serving
 from tiny import tiny_llama
 
@@ -97,7 +97,7 @@ def test_acc_A12_a_written_answer_is_weighed_over_all_passages(served: Open, ind
     assert told["usage"]["generated_tokens"] > 0
 
 
-@pytest.mark.parametrize("model", [SPANS, WRITER])
+@pytest.mark.parametrize("model", [SPANS, WRITER, JOINT, INDIVIDUAL])
 def test_E3_both_protocols_and_documents_in_place_of_their_index_are_one(served: Open, index: str, model: str) -> None:
     """gRPC says what HTTP says; documents given with the question answer it as their index does."""
     drawn = {"sampling": SHORT} if model == WRITER else {}
@@ -161,7 +161,8 @@ def test_acc_A12_a_refresh_fails_no_running_answer(served: Open) -> None:
     def ask(client: httpx.Client, count: int) -> None:
         body = {"index": "busy", "question": QUESTION, "top_k": 2, "return_evidence": True}
         for i in range(count):
-            drawn = {"model": WRITER, "sampling": SHORT} if i % 2 else {"model": SPANS}
+            model = (SPANS, WRITER, JOINT, INDIVIDUAL)[i % 4]
+            drawn = {"model": model, **({} if model == SPANS else {"sampling": SHORT})}
             answers.append(client.post(ASK, json={**body, **drawn}))
 
     threads = [threading.Thread(target=ask, args=(served.http, 10)) for _ in range(5)]
@@ -196,6 +197,8 @@ def test_without_a_name_the_first_model_that_reads_so_answers(served: Open, inde
 
     assert served.post(ASK, reader="causal", **asked, sampling=SHORT)["model"] == WRITER
     assert served.post(ASK, reader="span", **asked)["model"] == SPANS
+    assert served.post(ASK, reader="joint", **asked)["model"] == JOINT
+    assert served.post(ASK, reader="individual", **asked)["model"] == INDIVIDUAL
     assert served.post(ASK, **asked)["model"] == SPANS
 
 
@@ -207,7 +210,9 @@ def test_without_a_name_the_first_model_that_reads_so_answers(served: Open, inde
         ({"question": "x"}, "index", "one of the two"),
         ({"question": "x", "index": "nobody"}, None, "does not exist"),
         ({"question": "x", "index": "asked", "top_k": 51}, "top_k", "less than or equal to 50"),
-        ({"question": "x", "index": "asked", "reader": "joint"}, "reader", "span"),
+        ({"question": "x", "index": "asked", "reader": "both"}, "reader", "span"),
+        ({"question": "x", "index": "asked", "model": JOINT, "reader": "individual"}, None, "It reads as joint"),
+        ({"question": "x", "index": "asked", "model": INDIVIDUAL, "reader": "causal"}, None, "It reads as individual"),
         ({"question": "x", "index": "asked", "model": WRITER, "reader": "span"}, None, "cannot read as span"),
         ({"question": "x", "index": "asked", "model": ENCODER}, None, "cannot read passages"),
         ({"question": "x", "index": "asked", "model": SPANS, "sampling": SHORT}, "max_tokens", "found, not drawn"),
