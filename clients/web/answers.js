@@ -9,7 +9,7 @@ const documents = new Documents();
 const model = h("select", {});
 const index = h("select", {});
 const question = h("textarea", { rows: 2, placeholder: "Who built the old mill?" });
-const reader = h("select", {}, ...[["", "what the model is"], ["span", "span: words of a passage"], ["causal", "causal: own words"]].map(([value, label]) => h("option", { value }, label)));
+const reader = h("select", {}, ...[["", "what the model is"], ["span", "span: words of a passage"], ["joint", "joint: all passages together"], ["individual", "individual: each passage"], ["causal", "causal: own words"]].map(([value, label]) => h("option", { value }, label)));
 const mode = h("select", {}, ...[["", "meaning"], ["bm25", "words (BM25)"], ["hybrid", "both"]].map(([value, label]) => h("option", { value }, label)));
 
 byId("ask").append(

@@ -22,6 +22,7 @@ from trilithon_parallel.reading import ReaderBatch, individual_losses, joint_los
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_parallel.weights.loader import load_stage
 from trilithon_server import LLM, SamplingParams
+from trilithon_server.llm import Completion
 from trilithon_server.prompts import Sequenced
 from trilithon_server.task_model import load_reader
 from trilithon_server.tasks.reader_format import ReaderFormat, frame, read_answer
@@ -71,12 +72,18 @@ class Trained:
             cu_seqlens=[0, len(targets)],
         )
 
-    def write(self, prompts: list[Sequenced]) -> list[str]:
+    def run(self, prompts: list[Sequenced]) -> list[Completion]:
         """Greedy answers, by the engine in this process."""
         _, end = frame(self.tokenizer)
-        params = SamplingParams(temperature=0, max_tokens=self.format.max_answer_tokens, stop_token_ids=[end])
+        params = SamplingParams(
+            temperature=0, max_tokens=self.format.max_answer_tokens, stop_token_ids=[end], logprobs=0
+        )
         with LLM(self.directory, num_threads=1, kv_cache_bytes=8 << 20) as llm:
-            return [read_answer(output.choices[0].text) for output in llm.generate(prompts, params)]
+            return [output.choices[0] for output in llm.generate(prompts, params)]
+
+    def write(self, prompts: list[Sequenced]) -> list[str]:
+        """Their texts."""
+        return [read_answer(answer.text) for answer in self.run(prompts)]
 
 
 def test_acc_A12_a_joint_answer_is_what_training_says_of_all_passages(served: Open, index: str) -> None:
@@ -139,10 +146,12 @@ def test_acc_A06_a_joint_answer_does_not_depend_on_the_order_of_documents(served
 
 @pytest.mark.parametrize("model", [JOINT, INDIVIDUAL])
 def test_an_empty_answer_is_no_answer(served: Open, index: str, model: str) -> None:
-    """A reader that ends at once says that there is none; what is drawn obeys the request's parameters."""
+    """A reader that ends at once says that there is none. Here its first token ends it."""
+    trained = Trained(served.folder / model)
+    source = trained.sources(hits_of(served, index))[0]
+    (spoken,) = trained.run([Sequenced(ids=[START], sources=[source])])
     body = {"model": model, "index": index, "question": QUESTION, "top_k": 1}
-    _, end = frame(load_tokenizer(served.folder / model))
-    silent = served.post(ASK, **body, sampling={"allowed_token_ids": [end]})
+    silent = served.post(ASK, **body, sampling={"stop_token_ids": [spoken.token_ids[0]]})
 
     assert (silent["answer"], silent["no_answer"], silent["logprob"]) == ("", True, 0.0)
     assert silent["usage"]["generated_tokens"] == 1

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from trilithon._async_client import AsyncClient
     from trilithon._client import Client
 
-Reader = Literal["span", "causal"]
-"""An encoder that marks a span of a passage, or a model that writes an answer to each."""
+Reader = Literal["span", "joint", "individual", "causal"]
+"""
+An encoder that marks a span of a passage; an encoder-decoder that writes one answer to all passages together, or one to
+each; another model that writes an answer to each.
+"""
 
 
 class Sampling(TypedDict, total=False):
-    """How the reader `causal` writes; names and ranges as in `GenerationOptions`. Default: the likeliest tokens."""
+    """How a reader writes that does; names and ranges as in `GenerationOptions`. Default: the likeliest tokens."""
 
     temperature: float
     top_k: int
@@ -68,7 +71,7 @@ class OpenQA:
             mode: how passages are searched. Default: dense.
             retriever: the encoder. Default: the index's own, for documents the first that is served.
             min_version: refuse where an older version of the index is served.
-            sampling: how the reader `causal` writes.
+            sampling: how an answer is written; not with the reader `span`.
             return_evidence: tell the passages that were read.
         """
         own = (index, documents, top_k, reader, mode, retriever, min_version, sampling, return_evidence)
@@ -107,7 +110,7 @@ class AsyncOpenQA:
             mode: how passages are searched. Default: dense.
             retriever: the encoder. Default: the index's own, for documents the first that is served.
             min_version: refuse where an older version of the index is served.
-            sampling: how the reader `causal` writes.
+            sampling: how an answer is written; not with the reader `span`.
             return_evidence: tell the passages that were read.
         """
         own = (index, documents, top_k, reader, mode, retriever, min_version, sampling, return_evidence)

@@ -149,7 +149,7 @@ class OpenAnswer(_Answer):
         logprob: log p(answer | question).
         evidence: the passages that were read, best first, where they were asked for.
         index_version: that was searched; 0: documents of the call.
-        model, reader: who read, and how: span or causal.
+        model, reader: who read, and how: span, joint, individual or causal.
         finish_reason: time_limit where time ran out, and this is the best so far; else empty.
     """
 

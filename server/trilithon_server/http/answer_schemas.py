@@ -344,7 +344,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
                 )
             ),
             "index_version": _INT,
-            "reader": {"enum": ["span", "causal"]},
+            "reader": {"enum": ["span", "joint", "individual", "causal"]},
             "finish_reason": {"enum": ["time_limit", None]},
             **_TOLD,
         }
