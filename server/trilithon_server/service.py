@@ -36,15 +36,7 @@ from trilithon_server.knowledge.fact_vectors import FactVectors
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.limits import KeyLimiter
 from trilithon_server.metrics import Metrics
-from trilithon_server.prompts import (
-    Prepared,
-    Prompt,
-    Sequenced,
-    answer_room,
-    bad_word_ids,
-    check_reading,
-    prepare,
-)
+from trilithon_server.prompts import Prepared, Prompt, Sequenced, answer_room, bad_word_ids, check_reading, prepare
 from trilithon_server.recent import Recent
 from trilithon_server.running import Running
 from trilithon_server.sampling import SamplingParams, to_wire, validate

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import Server, serving
+from tiny import tiny_t5
 from under_load import LONG, Load, Processes, readiness, wait_until
 
 MAX_RESTARTS = 3
@@ -94,6 +95,18 @@ def test_R1_killing_any_rank_under_load_ends_everything_typed_and_restarts(
         server.stop()
         assert last is None or last.left() == []
     assert list(sockets.iterdir()) == []
+
+
+def test_R1_requests_of_an_encoder_decoder_end_typed_too(tmp_path: Path, sockets: Path) -> None:
+    """What its decoder writes when a rank is killed fails as `engine_lost`; then it is ready again."""
+    model = tiny_t5(tmp_path / "t5", tokenizer="metaspace", config={"n_positions": 2048})
+    with serving(model, "--tp", "2", *FLAGS, env={"XDG_RUNTIME_DIR": str(sockets)}) as server:
+        with Load(server, max_tokens=2000) as load:
+            Processes(server).rank(1).send_signal(signal.SIGKILL)
+            load.wait(seconds=FAILED_S)
+        server.wait_ready()
+
+    assert [outcome.ended for outcome in load.outcomes] == ["engine_lost"] * 4
 
 
 def _index(lines: list[dict[str, object]], victim: int) -> int:

@@ -87,6 +87,7 @@ class Request:
 
     # Read for every token of every step, so taken out of the message once.
     num_prompt: int = field(init=False)
+    num_source_tokens: int = field(init=False)
     max_new_tokens: int = field(init=False)  # upper bound on the tokens of each answer
     wants_scores: bool = field(init=False)  # log-probabilities of prompt tokens were asked for
     end_ids: frozenset[int] = field(init=False)
@@ -99,6 +100,7 @@ class Request:
     def __post_init__(self) -> None:
         sampling = self.submit.sampling
         self.num_prompt = len(self.submit.prompt)
+        self.num_source_tokens = sum(self.submit.source_lengths)
         self.max_new_tokens = sampling.max_tokens
         self.wants_scores = self.submit.HasField("sampling") and sampling.prompt_logprobs >= 0
         self.end_ids = frozenset(sampling.end_token_ids)
@@ -122,11 +124,6 @@ class Request:
     def is_reading(self) -> bool:
         """Whether there are sources that no plan has encoded or is encoding."""
         return self.encoding < len(self.unread)
-
-    @property
-    def num_source_tokens(self) -> int:
-        """Tokens of all its sources."""
-        return sum(self.submit.source_lengths)
 
     def types(self, start: int, length: int) -> list[int]:
         """Token types of [start, start + length) of a sequence; empty where all of a request's are zero."""
