@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 from trilithon_server.config import ServeConfig, authority
+from trilithon_server.preflight import ModelKind
 
 
-def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
+def ready_block(config: ServeConfig, *, kind: ModelKind, needs_key: bool) -> str:
     """
     Addresses, one curl line, an openai and a trilithon snippet, and the playground's address.
 
     Args:
-        encoder: the first model is an encoder: its example asks for embeddings.
+        kind: of the first model, which the examples ask for what it does.
         needs_key: callers must send an API key.
     """
     server = config.server
@@ -22,17 +24,10 @@ def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
     scheme = "https" if server.tls_cert else "http"
     url, grpc_url = f"{scheme}://{authority(host, server.http_port)}", f"grpc://{authority(host, server.grpc_port)}"
     key = "YOUR_KEY" if needs_key else "none"
-    body = {"model": model, "input": "Hello"} if encoder else {"model": model, "messages": _MESSAGES}
-    route = "/v1/embeddings" if encoder else "/v1/chat/completions"
+    route, body, openai_call, trilithon_call = _EXAMPLES[kind]
+    openai_call = openai_call.replace("MODEL", repr(model))
+    asked = shlex.quote(json.dumps({"model": model, **body}))
     header = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
-    if encoder:
-        openai_call = f"client.embeddings.create(model={model!r}, input='Hello').data[0].embedding"
-        trilithon_call = "client.embed(['Hello'])"
-    else:
-        openai_call = (
-            f"client.chat.completions.create(model={model!r}, messages={_MESSAGES!r}).choices[0].message.content"
-        )
-        trilithon_call = f"client.chat({_MESSAGES!r}, max_tokens=32).text"
     api_key = ", api_key='YOUR_KEY'" if needs_key else ""
     names = ", ".join(engine.served_name or engine.name for engine in config.engines)
     lines = [
@@ -44,7 +39,7 @@ def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
         f"  playground  {url}/",
         "",
         "curl:",
-        f"  curl -s {url}{route}{header} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        f"  curl -s {url}{route}{header} -H 'Content-Type: application/json' -d {asked}",
         "openai:",
         f"  from openai import OpenAI; client = OpenAI(base_url='{url}/v1', api_key='{key}')",
         f"  print({openai_call})",
@@ -59,3 +54,24 @@ def ready_block(config: ServeConfig, *, encoder: bool, needs_key: bool) -> str:
 
 
 _MESSAGES = [{"role": "user", "content": "Hello"}]
+# Route, body, and the same through openai's client and ours.
+_EXAMPLES: dict[ModelKind, tuple[str, dict[str, Any], str, str]] = {
+    "decoder": (
+        "/v1/chat/completions",
+        {"messages": _MESSAGES},
+        f"client.chat.completions.create(model=MODEL, messages={_MESSAGES!r}).choices[0].message.content",
+        f"client.chat({_MESSAGES!r}, max_tokens=32).text",
+    ),
+    "encoder-decoder": (
+        "/v1/completions",
+        {"prompt": "Hello"},
+        "client.completions.create(model=MODEL, prompt='Hello').choices[0].text",
+        "client.generate('Hello', max_tokens=32).text",
+    ),
+    "encoder": (
+        "/v1/embeddings",
+        {"input": "Hello"},
+        "client.embeddings.create(model=MODEL, input='Hello').data[0].embedding",
+        "client.embed(['Hello'])",
+    ),
+}

@@ -60,7 +60,7 @@ def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launc
     try:
         loaded = resolve(load_from_args(args), model_dir=find_model)
         check_files(loaded.config)
-        encoders = [check_model(engine) for engine in loaded.config.engines]
+        kinds = [check_model(engine) for engine in loaded.config.engines]
         started = launch(loaded.config)
         queue = started.config.limits.max_queue_requests
         named = started.config.server.catalog is not None
@@ -86,7 +86,7 @@ def run_serve(args: argparse.Namespace, *, launch: Callable[[ServeConfig], Launc
     needs_key = config.server.api_keys_file is not None or environment_api_keys() is not None
 
     def on_ready() -> None:
-        print(ready_block(config, encoder=encoders[0], needs_key=needs_key), flush=True)
+        print(ready_block(config, kind=kinds[0], needs_key=needs_key), flush=True)
 
     try:
         with run_directory(Path(args.run_dir) if args.run_dir is not None else None) as run_dir:

@@ -280,7 +280,7 @@ class Hosting:
     def _prepare(self, hosted: _Hosted) -> tuple[str, ServedModel]:
         """What can be known without starting anything, and what the ranks are told. Encoders run in fp32."""
         engine = hosted.engine
-        if check_model(engine):
+        if check_model(engine) == "encoder":
             engine = engine.model_copy(update={"dtype": "float32"})
         spec = engine_spec(engine, limits_queue=self._config.limits.max_queue_requests)
         return spec.to_json(), self._load(engine, hosted.client)

@@ -10,10 +10,13 @@ import math
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 from trilithon_server.config import EngineConfig, ServeConfig
 from trilithon_server.config_sources import ConfigError
 from trilithon_server.engine.spec import EngineSpec
+
+ModelKind = Literal["decoder", "encoder", "encoder-decoder"]
 
 _SERVER_FILES = ("api_keys_file", "tls_cert", "tls_key", "tls_client_ca")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -41,9 +44,9 @@ def find_model(name_or_path: str) -> Path:
         raise ModelRefused(str(error.args[0]) if error.args else str(error)) from None
 
 
-def check_model(engine: EngineConfig) -> bool:
+def check_model(engine: EngineConfig) -> ModelKind:
     """
-    Read the model's config, check the layout and that the weights alone can fit; True for an encoder.
+    Read the model's config, check the layout and that the weights alone can fit; says what kind of model it is.
 
     Raises:
         ModelRefused: with the rule, the value and what to do.
@@ -74,7 +77,9 @@ def check_model(engine: EngineConfig) -> bool:
                 f"engine {engine.name} weights must fit into the available memory of {available / 2**30:.1f} GiB. "
                 f"Given: {weights / 2**30:.1f} GiB as {engine.dtype}. Free memory, or serve a smaller model."
             )
-    return model.family == "bert"
+    if model.is_seq2seq:
+        return "encoder-decoder"
+    return "decoder" if model.is_causal else "encoder"
 
 
 def engine_spec(engine: EngineConfig, *, limits_queue: int, takes_adapters: bool = False) -> EngineSpec:

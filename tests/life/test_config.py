@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import tiny_t5
 
 from trilithon_server.config import ServeConfig, check_exposure, read_config, write_config
 from trilithon_server.config_sources import ConfigError, Setting, best_dtype, load, resolve, show
 from trilithon_server.flags import FLAGS, add_config_flags, environment_name, field_of, load_from_args, settings_table
+from trilithon_server.preflight import ModelRefused, check_model
 
 MODEL = "engines.0.model=m"
 
@@ -140,6 +142,19 @@ def test_open_values_are_filled_and_say_why(tmp_path: Path) -> None:
     assert best_dtype("cpu")[1] in text
     assert "server.http_port = 8000" in text
     assert "# default" in text
+
+
+def test_R11_encoder_decoders_have_no_batch_invariant_mode(tmp_path: Path) -> None:
+    """Left open it is off and says why; asked for, it is refused before anything starts."""
+    model = f"engines.0.model={tiny_t5(tmp_path / 't5')}"
+    usual = resolve(load(sets=[model], environ={}), model_dir=Path)
+    asked = resolve(load(sets=[model, "engines.0.batch_invariant=true"], environ={}), model_dir=Path)
+
+    assert usual.config.engines[0].batch_invariant is False
+    assert "encoder-decoders have no such mode" in show(usual, origin=True)
+    assert check_model(usual.config.engines[0]) == "encoder-decoder"
+    with pytest.raises(ModelRefused, match="batch_invariant must be false for an encoder-decoder"):
+        check_model(asked.config.engines[0])
 
 
 def test_the_flag_list_is_frozen() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ def test_acc_A12_a_joint_answer_is_what_training_says_of_all_passages(served: Op
 def test_acc_A12_an_individual_answer_is_weighed_over_all_passages(served: Open, index: str) -> None:
     """
     Each passage's answer is the in-process engine's, and the best has the highest sum of p(z|q) p(a|q, z) by what is
-    trained.
+    trained. Inverse seen: passages that all weigh alike.
     """
     told = served.post(ASK, model=INDIVIDUAL, index=index, question=QUESTION, top_k=3, return_evidence=True)
     hits, trained = hits_of(served, index), Trained(served.folder / INDIVIDUAL)
@@ -266,13 +268,17 @@ def test_R11_a_task_file_of_another_model_is_refused(tmp_path: Path, given: Read
     assert caught.value.code == "task_invalid"
 
 
-def test_a_model_that_was_not_trained_to_read_does_not(served: Open, tmp_path: Path) -> None:
-    """An encoder-decoder without a task file writes, and is no reader."""
+def test_a_model_that_was_not_trained_to_read_does_not(tmp_path: Path) -> None:
+    """An encoder-decoder without a task file writes, as the line says that its start prints, and is no reader."""
     with serving(tiny_t5(tmp_path / "plain", tokenizer="metaspace"), "--dtype", "float32") as server:
         body = {"question": "x", "documents": DOCUMENTS, "mode": "bm25"}
         unnamed = httpx.post(server.url + ASK, json=body, timeout=60).json()["error"]
         named = httpx.post(server.url + ASK, json={**body, "model": "plain"}, timeout=60).json()["error"]
+        curl = next(line for line in server.output().splitlines() if line.strip().startswith("curl -s"))
+        *_, example = shlex.split(curl)
+        done = httpx.post(server.url + COMPLETE, json=json.loads(example), timeout=60)
 
     assert "no model is served that reads passages" in unnamed["message"]
     assert "cannot read passages. It can: generate, score, tokenize" in named["message"]
-    assert served.http.get("/v1/models").status_code == 200
+    assert COMPLETE in curl
+    assert done.json()["object"] == "text_completion"
