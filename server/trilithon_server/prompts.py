@@ -252,7 +252,8 @@ def answer_room(
     sources = prepared.packed.sources
     found, sequences, wanted = Violations(), params.num_sequences, params.max_tokens
     if not size or not all(map(len, sources)):
-        message = f"`{field}` must not be empty. Given: 0 tokens. Set `add_bos` to true to generate from nothing."
+        todo = "" if sources else " Set `add_bos` to true to generate from nothing."
+        message = f"`{field}` must not be empty. Given: 0 tokens.{todo}"
         found.say(field, message, code="empty_prompt", rule="must not be empty", given="0 tokens")
         found.raise_if_any()
     scoring = wanted == 0

@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from open_questions import DOCUMENTS, ENCODER, INDEXES, INDIVIDUAL, JOINT, QUESTION, READERS, Open, reader_model
+from open_questions import ALICE, DOCUMENTS, ENCODER, INDEXES, INDIVIDUAL, JOINT, QUESTION, READERS, Open, reader_model
 from served import serving
 from tiny import tiny_t5
 
+from trilithon import Client
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelError, load_config
 from trilithon_parallel.grid import Grid
@@ -193,8 +194,8 @@ def test_acc_A12_the_layout_does_not_matter(tmp_path: Path) -> None:
 
 def test_E3_a_plain_prompt_is_what_the_encoder_reads(served: Open) -> None:
     """
-    Completions of a text are those of the engine in this process; the text's tokens are counted, and scores of what was
-    written are those that it was written with.
+    Completions of a text are those of the engine in this process, over both protocols; the text's tokens are counted,
+    and scores of what was written are those that it was written with.
     """
     trained, text = Trained(served.folder / INDIVIDUAL), "how far is the sea?"
     ids = trained.tokenizer.encode(text, add_special_tokens=True)
@@ -203,10 +204,12 @@ def test_E3_a_plain_prompt_is_what_the_encoder_reads(served: Open) -> None:
         (output,) = llm.generate(text, params)
     body = {"model": INDIVIDUAL, "temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": 0}
     by_text, by_ids = (served.post(COMPLETE, prompt=prompt, **body) for prompt in (text, ids))
+    with Client(served.server.grpc_target, api_key=ALICE) as client:
+        by_grpc = client.generate(text, model=INDIVIDUAL, temperature=0, max_tokens=6, ignore_eos=True)
     items = [{"context": text, "continuation_tokens": [list(output.choices[0].token_ids)]}]
     (item,) = served.post(SCORE, model=INDIVIDUAL, items=items)["items"]
 
-    assert by_text["choices"][0]["text"] == by_ids["choices"][0]["text"] == output.choices[0].text
+    assert by_text["choices"][0]["text"] == by_ids["choices"][0]["text"] == output.choices[0].text == by_grpc.text
     assert list(output.prompt_token_ids) == ids
     assert by_text["usage"]["prompt_tokens"] == len(ids)
     assert item["sum_logprob"][0] == pytest.approx(output.choices[0].cumulative_logprob, abs=FLOAT32)
