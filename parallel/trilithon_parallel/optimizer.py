@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw  # the class would load the compiler, which takes a second of every rank's start
 
 from trilithon_parallel.buckets import Bucket, Buckets, Slot, rectangles
 from trilithon_parallel.checkpoint.piece import Piece
@@ -52,6 +52,16 @@ class Outcome:
     is_skipped: bool
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Masters that move alike, and what AdamW keeps of each."""
+
+    weight_decay: float
+    rate: float
+    masters: list[nn.Parameter]
+    states: list[dict[str, Tensor]]
+
+
 class Optimizer:
     """
     The optimizer of one rank.
@@ -68,31 +78,25 @@ class Optimizer:
         self.buckets, self.config, self.settings, self.loss_scale = buckets, config, settings, loss_scale
         self._shapes = global_shapes(config)
         self.masters: list[nn.Parameter] = []
+        self._states: list[dict[str, Tensor]] = []
+        groups: dict[tuple[bool, float], _Group] = {}
         for bucket in buckets.buckets:
             share = bucket.data[bucket.share]
             is_wide = share.dtype == bucket.grad.dtype
             master = nn.Parameter(share if is_wide else share.to(bucket.grad.dtype))
             master.grad = bucket.grad_share
+            # Made now and not at the first step, so that a checkpoint can be loaded into them.
+            state = {"step": torch.zeros((), dtype=torch.float32, device=master.device)}
+            state |= {name: torch.zeros_like(master) for name in STATES}
             self.masters.append(master)
-        groups: dict[tuple[bool, float], dict[str, Any]] = {}
-        for master, bucket in zip(self.masters, buckets.buckets, strict=True):
+            self._states.append(state)
             decays, rate = bucket.kind.decays, bucket.kind.rate
             decay = settings.weight_decay if decays else 0.0
-            group = groups.setdefault((decays, rate), {"params": [], "weight_decay": decay, "rate": rate})
-            group["params"].append(master)
-        self._adamw: torch.optim.AdamW | None = None  # of a rank whose parameters are all frozen
-        if groups:
-            self._adamw = torch.optim.AdamW(
-                list(groups.values()), betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True
-            )
+            group = groups.setdefault((decays, rate), _Group(decay, rate, [], []))
+            group.masters.append(master)
+            group.states.append(state)
+        self._groups = list(groups.values())
         self._num_steps = 0
-        self._states: list[dict[str, Tensor]] = []
-        for master in self.masters:  # made now and not at the first step, so that a checkpoint can be loaded into them
-            assert self._adamw is not None
-            state = self._adamw.state[master]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state |= {name: torch.zeros_like(master) for name in STATES}
-            self._states.append(state)
 
     @property
     def num_steps(self) -> int:
@@ -124,13 +128,31 @@ class Optimizer:
         if factor != 1.0:
             for bucket in self.buckets.buckets:
                 bucket.grad_share.mul_(factor)
-        if self._adamw is not None:
-            for group in self._adamw.param_groups:
-                group["lr"] = learning_rate * group["rate"]
-            self._adamw.step()
+        self._move(learning_rate)
         self._num_steps += 1
         self.publish()
         return Outcome(norm, is_skipped=False)
+
+    @torch.no_grad()
+    def _move(self, learning_rate: float) -> None:
+        settings = self.settings
+        for group in self._groups:
+            adamw(
+                list(group.masters),
+                [master.grad for master in group.masters if master.grad is not None],
+                exp_avgs=[state["exp_avg"] for state in group.states],
+                exp_avg_sqs=[state["exp_avg_sq"] for state in group.states],
+                max_exp_avg_sqs=[],
+                state_steps=[state["step"] for state in group.states],
+                fused=True,
+                amsgrad=False,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                lr=learning_rate * group.rate,
+                weight_decay=group.weight_decay,
+                eps=settings.eps,
+                maximize=False,
+            )
 
     def publish(self) -> None:
         """Bring the masters to the parameters, on every rank."""
