@@ -3,7 +3,8 @@ Tasks `story_keywords` and `story_generator`: say what a story's next sentence i
 
     {"sentences": ["...", "...", ...], "title": "..."}
 
-and, labelled by `trilithon data stories`, a step for each sentence but the first:
+and, labelled by the job (`options.concepts`, `options.encoder`) or by `trilithon data stories`, a step for each
+sentence but the first:
 
     "steps": [{"keywords": ["..."], "facts": ["..."], "ranked": ["..."], "others": ["..."]}, ...]
 
@@ -27,7 +28,7 @@ from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.metrics.texts import num_words
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
-from trilithon_finetune.recipes.story_rows import SENTENCES, Step, check_story, steps_of
+from trilithon_finetune.recipes.story_rows import SENTENCES, LabelSources, Step, check_story, labelled, steps_of
 from trilithon_finetune.recipes.texts import next_token_targets, nothing_learned, untrained_end
 from trilithon_server.tasks.story_format import KeywordFormat, NoRoom, Packed, SentenceFormat
 
@@ -41,7 +42,7 @@ class StoryOptions(Section):
     """Of the story so far, at most: its last whole sentences."""
 
 
-class GeneratorOptions(StoryOptions):
+class GeneratorOptions(StoryOptions, LabelSources):
     """Options of the task `story_generator`."""
 
     facts: Annotated[int, Field(ge=0)] = 3
@@ -83,7 +84,7 @@ class _Story(Recipe):
         if found := self._unmarked(context, file=file, line=line):
             return [found]
         try:
-            packed = [(step, self.packed(step, context)) for step in steps_of(row)]
+            packed = [(step, self.packed(step, context)) for step in steps_of(labelled(row, context))]
         except NoRoom as error:
             rule = f"{error} (data.max_tokens {context.max_tokens})"
             return [finding("E-DATA-021", rule, file=file, line=line, path="sentences", hint="Raise data.max_tokens.")]

@@ -1,6 +1,6 @@
 """
 Task `story_ranker`: an encoder whose vectors bring a story and the facts that its next sentence needs together. Rows
-are stories labelled by `trilithon data stories`, see `story.py`.
+are stories with labels, or the job makes them, see `story.py`.
 
 A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
 the global batch, by cross-entropy. The story's side never sees the sentence. One encoder reads both.
@@ -18,18 +18,28 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
-from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
 from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, ranks_of
-from trilithon_finetune.recipes.story_rows import SENTENCES, Step, check_story, steps_of
-from trilithon_finetune.recipes.texts import nothing_learned
+from trilithon_finetune.recipes.story_rows import (
+    LABEL_FIRST,
+    SENTENCES,
+    LabelSources,
+    Step,
+    check_story,
+    labelled,
+    steps_of,
+)
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat
 
 
-class RankerOptions(Section):
+_MORE_FACTS = "Give more concepts, or leave such rows out: data.bad_rows_allowed."
+
+
+class RankerOptions(LabelSources):
     """Options of the task `story_ranker`."""
 
     story_tokens: Annotated[int, Field(ge=8)] = 128
@@ -62,8 +72,8 @@ class StoryRanker(Recipe):
         """JSON lines only."""
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
-        """Sentences and their steps."""
-        return check_story(row, file=file, line=line, labelled=True)
+        """Sentences, and steps where there are any."""
+        return check_story(row, file=file, line=line)
 
     def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
         """None: the head is a vector."""
@@ -84,11 +94,18 @@ class StoryRanker(Recipe):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""
+        row = labelled(row, context)
+        if "steps" not in row:
+            rule = "is missing: nothing says which facts go with a sentence."
+            return [finding("E-DATA-008", rule, file=file, line=line, path="steps", hint=LABEL_FIRST)]
         samples: list[Sample] = []
         for step in steps_of(row):
             for fact in step.facts[: _options(context).positives] if step.others else ():
                 samples += self._group(step, fact, context, line=line, first=len(samples))
-        return samples or [nothing_learned(context, file=file, line=line, path="steps")]
+        if samples:
+            return samples
+        rule = "teach nothing: no sentence has facts that fit it and others that do not."
+        return [finding("E-DATA-022", rule, file=file, line=line, path="steps", hint=_MORE_FACTS)]
 
     def _group(self, step: Step, fact: str, context: Context, *, line: int, first: int) -> list[Sample]:
         options, format_, tokenizer = _options(context), _format(context), context.tokenizer
