@@ -1,4 +1,4 @@
-"""Stories that a job labels itself: the labels of the command, kept for the next job, and what is wrong with a source."""
+"""Stories that a job labels itself: the labels of the command, kept for the next job, and sources that are none."""
 
 from __future__ import annotations
 

@@ -222,6 +222,10 @@ class Recipe(Protocol):
         """Of inner products, where vectors are told apart."""
         return 1.0
 
+    def margin(self, context: Context) -> float | None:
+        """That vectors are told apart by; None for cross-entropy."""
+        return None
+
     def dress(self, sample: Sample, *, seed: int, epoch: int) -> Sample:
         """The sample as an epoch sees it: another mask each time, for example. Pure; most tasks change nothing."""
         return sample

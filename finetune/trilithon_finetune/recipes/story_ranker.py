@@ -3,19 +3,19 @@ Task `story_ranker`: an encoder whose vectors bring a story and the facts that i
 are stories with labels, or the job makes them, see `story.py`.
 
 A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
-the global batch, by cross-entropy. The story's side never sees the sentence. One encoder reads both.
+the global batch, by cross-entropy or by a margin. The story's side never sees the sentence. One encoder reads both.
 
-Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders and a margin.
+Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margin.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding
@@ -35,7 +35,7 @@ from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat
 
-
+MARGIN = 0.5
 _MORE_FACTS = "Give more concepts, or leave such rows out: data.bad_rows_allowed."
 
 
@@ -50,8 +50,21 @@ class RankerOptions(LabelSources):
     """Facts of a sentence that are learned, at most, the best ones."""
     negatives: Annotated[int, Field(ge=0, le=7)] = 3
     """Candidates of the sentence that each is told from, beside the facts of the other stories."""
+    loss: Literal["cross_entropy", "max_margin"] = "cross_entropy"
+    """`cross_entropy`: of the fact among all others. `max_margin`: how far each other is within a margin, summed."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Of `max_margin`, in scaled inner products. None: 0.5."""
     score_scale: Annotated[float, Field(gt=0)] | None = None
-    """Of inner products before the softmax. None: 20 where vectors have length 1, else 1 / sqrt(hidden size)."""
+    """
+    Of inner products. None: 1 / sqrt(hidden size), or, where vectors have length 1, 20 before a softmax and 1 with a
+    margin.
+    """
+
+    @model_validator(mode="after")
+    def _margin(self) -> Self:
+        if self.margin is not None and self.loss != "max_margin":
+            raise ValueError(f"margin {self.margin:g} must come with loss max_margin: {self.loss} has none")
+        return self
 
 
 class StoryRanker(Recipe):
@@ -87,10 +100,17 @@ class StoryRanker(Recipe):
     def score_scale(self, context: Context) -> float:
         """Of inner products."""
         options, model = _options(context), context.model
+        if options.loss == "max_margin" and model.normalize:
+            return options.score_scale or 1.0
         known = RetrievalFormat.for_encoder(
             normalize=model.normalize, hidden_size=model.hidden_size, max_context=context.max_tokens
         )
         return options.score_scale or known.score_scale
+
+    def margin(self, context: Context) -> float | None:
+        """As the options say."""
+        options = _options(context)
+        return (options.margin or MARGIN) if options.loss == "max_margin" else None
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""
