@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from finetune_jobs import JobDir, make_job, write_rows
+from stories.story_jobs import HELD_OUT, SMALL, STORIES, a_job, with_many_facts
 
 from trilithon.cli import main
 from trilithon.cli._finetune_config import parsed
@@ -27,31 +27,16 @@ from trilithon_finetune.setup import read_job
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.catalog import Catalog
 
-STORIES = [
-    {"sentences": ["The miller had a dog.", "The dog saw a boat.", "It is so.", "A lamp was in the boat."]},
-    {"sentences": ["A boat was late.", "It was the dog.", "This is the boat."], "title": "Late"},
-    {"sentences": ["The dog slept.", "A lamp fell into the boat."]},
-]
-HELD_OUT = [
-    {"sentences": ["The lamp was out.", "The dog ran to the boat."]},
-    {"sentences": ["A dog came.", "It saw a boat."]},
-]
-MORE = [f"AtLocation\t{thing}\t{place}\n" for thing in ("boat", "dog") for place in
-        ("river", "sea", "lake", "hill", "yard", "barn", "road", "field", "town", "farm", "mill", "shore")]  # fmt: skip
 LABELLED = {
     "sentences": ["A dog.", "The dog saw a boat."],
     "steps": [{"keywords": ["dog"], "facts": ["mine"], "ranked": ["mine"], "others": ["yours"]}],
 }
-SMALL = {"data": {"max_tokens": 96}, "training": {"batch_size": 4}}
 
 
 @pytest.fixture
 def many(concepts: Path, tmp_path: Path) -> Path:
     """More facts than fit a sentence."""
-    folder = tmp_path / "many"
-    shutil.copytree(concepts, folder)
-    (folder / "more.tsv").write_text("".join(MORE))
-    return folder
+    return with_many_facts(concepts, tmp_path / "many")
 
 
 @pytest.fixture
@@ -65,16 +50,6 @@ def command(many: Path, encoder: Path, tmp_path: Path) -> Any:
         return made
 
     return label
-
-
-def a_job(folder: Path, model: Path, concepts: Path, encoder: Path, task: str, **options: Any) -> JobDir:
-    """A job over plain rows that names its sources, where a worker has found them."""
-    folder.mkdir()
-    train, valid = write_rows(folder / "t.jsonl", STORIES), write_rows(folder / "v.jsonl", HELD_OUT)
-    named = {"concepts": "village", "encoder": "minilm"}
-    made = make_job(folder, model, train, valid, task=task, options={**named, **options}, **SMALL)
-    made.change({"concepts_path": str(concepts), "encoder_dir": str(encoder)})
-    return made
 
 
 def samples(made: JobDir) -> list[dict[str, Any]]:
