@@ -138,7 +138,7 @@ def test_E4_a_served_adapter_loses_what_the_job_was_told(trained: Server, teller
     The server's log-probabilities of the held-out sentences make the job's validation loss and word perplexity. Inverse
     seen: the base model without the adapter.
     """
-    work, samples = valid_of(teller)
+    _, samples = valid_of(teller)
     numbers = judged(teller)
     items: list[Any] = []
     for sample in samples:
