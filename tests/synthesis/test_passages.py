@@ -38,8 +38,8 @@ def run(*arguments: str | Path | int) -> int:
 
 def a_run(served: Asked, titles: Path, out: Path, **more: Any) -> list[str]:
     """Arguments: passages of which some are long enough."""
-    named = {"generate": COUNT, "titles": titles, "passage-model": "words", "passage-tokens": TOKENS, "min-words": FEWEST, "seed": SEED,
-             "filter": "none", "url": served.server.url, "output": out, **more}  # fmt: skip
+    named = {"generate": COUNT, "titles": titles, "passage-model": "words", "passage-tokens": TOKENS, "seed": SEED,
+             "min-words": FEWEST, "filter": "none", "url": served.server.url, "output": out, **more}  # fmt: skip
     return [part for name, value in named.items() for part in (f"--{name}", str(value))]
 
 
