@@ -38,6 +38,9 @@ class StoryOptions(Section):
 
     markers: Literal["text", "tokens"] = "text"
     """What parts a sequence: words, or special tokens, which the base's vocabulary must have."""
+    names: Literal["words", "tags"] = "words"
+    """`tags`: people of the story are [MALE], [FEMALE] or [NEUTRAL], special tokens that the base's vocabulary must
+    have; the server puts their names back."""
     story_tokens: Annotated[int, Field(ge=16)] = 160
     """Of the story so far, at most: its last whole sentences."""
 
@@ -99,7 +102,7 @@ class _Story(Recipe):
         try:
             self.format(context).check(context.tokenizer)
         except ValueError as error:
-            hint = "Set options.markers to text."
+            hint = "Set options.markers to text and options.names to words, or take a base that has it."
             return finding("E-DATA-022", f"cannot be learned: {error}", file=file, line=line, hint=hint)
         return None
 
@@ -131,7 +134,7 @@ class StoryKeywords(_Story):
         """By the options."""
         options = context.options
         assert isinstance(options, StoryOptions)
-        return KeywordFormat(options.markers, max_story=options.story_tokens)
+        return KeywordFormat(options.markers, max_story=options.story_tokens, names=options.names)
 
     def packed(self, step: Step, context: Context) -> Packed | None:
         """Sentences of stop words alone have no keywords."""
@@ -153,6 +156,7 @@ class StoryGenerator(_Story):
         return SentenceFormat(
             options.markers,
             max_story=options.story_tokens,
+            names=options.names,
             max_knowledge=options.knowledge_tokens,
             with_keywords=options.with_keywords,
         )
