@@ -30,6 +30,7 @@ REASONS = {
     "repeated": "stand there already",
     "no_answer": "find no answer",
     "other_answer": "lead to another answer",
+    "answered": "have an answer after all",
 }
 """Why the server drops questions, in words."""
 EXAMPLES = 2
@@ -58,6 +59,7 @@ class Settings:
     seed: int
     answers: int
     questions: int
+    unanswerable: int
     filter: Filter
     model: str = ""
     answer_model: str = ""
@@ -159,6 +161,7 @@ def work(
             [{"id": document.id, "text": document.text} for document in part],
             answers_per_passage=settings.answers,
             questions_per_answer=settings.questions,
+            unanswerable_per_answer=settings.unanswerable or None,
             filter=settings.filter,
             answer_model=settings.answer_model or None,
             reader_model=settings.reader_model or None,
@@ -189,10 +192,12 @@ def _parts(documents: Sequence[Document], batch: int) -> Iterator[list[Document]
     yield part
 
 
-def squad(corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:
+def squad(
+    corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]], *, with_impossible: bool = False
+) -> dict[str, Any]:
     """
-    The kept questions as a SQuAD 1.1 document: neighbouring passages of one title are an article; one without a title
-    is an article by its id. Passages without a question are left out.
+    The kept questions as a SQuAD 1.1 document, or 2.0 where some have no answer: neighbouring passages of one title are
+    an article; one without a title is an article by its id. Passages without a question are left out.
     """
     articles: list[dict[str, Any]] = []
     for document in corpus:
@@ -206,12 +211,21 @@ def squad(corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]]) -
             {
                 "id": f"{document.id}-{number}",
                 "question": item["question"],
-                "answers": [{"text": item["answer"], "answer_start": item["answer_start"]}],
+                **_answers(item, with_impossible=with_impossible),
             }
             for number, item in enumerate(kept)
         ]
         articles[-1]["paragraphs"].append({"context": document.text, "qas": questions})
-    return {"version": "1.1", "data": articles}
+    return {"version": "v2.0" if with_impossible else "1.1", "data": articles}
+
+
+def _answers(item: Triple, *, with_impossible: bool) -> dict[str, Any]:
+    spans = [{"text": item["answer"], "answer_start": item["answer_start"]}]
+    if not with_impossible:
+        return {"answers": spans}
+    if item["is_impossible"]:
+        return {"answers": [], "plausible_answers": spans, "is_impossible": True}
+    return {"answers": spans, "is_impossible": False}
 
 
 def summary(triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:

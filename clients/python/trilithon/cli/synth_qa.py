@@ -33,9 +33,12 @@ CALL_S = 600.0
 def add_arguments(parser: Parser) -> None:
     """Add what the verb takes."""
     parser.add_argument("corpus", type=Path, nargs="?", metavar="CORPUS", help='JSON lines {"text", "id"?, "title"?}')
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the SQuAD 1.1 file to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the SQuAD file to write")
     parser.add_argument("--answers", type=int, default=5, metavar="N", help="answers of a passage, at most [5]")
     parser.add_argument("--questions", type=int, default=2, metavar="N", help="questions about an answer [2]")
+    parser.add_argument(
+        "--unanswerable", type=int, default=0, metavar="N", help="also questions without an answer: SQuAD 2.0 [0]"
+    )
     parser.add_argument(
         "--filter", choices=("pair_any", "single", "none"), default="pair_any", help="what is kept [pair_any]"
     )
@@ -90,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     except ResumeError as error:
         raise UsageError(str(error)) from None
     part = args.output.with_name(f".{args.output.name}.new")
-    part.write_text(json.dumps(squad(made.corpus, made.kept.triples), ensure_ascii=False) + "\n", encoding="utf-8")
+    document = squad(made.corpus, made.kept.triples, with_impossible=args.unanswerable > 0)
+    part.write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(args.output)
     for file in (made.kept.file, made.written):
         if file is not None:
@@ -189,6 +193,7 @@ def _settings(args: argparse.Namespace) -> runs.Settings:
         seed=args.seed,
         answers=args.answers,
         questions=args.questions,
+        unanswerable=args.unanswerable,
         filter=args.filter,
         model=args.model or "",
         answer_model=args.answer_model,
