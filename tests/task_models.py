@@ -42,6 +42,8 @@ MODELS: dict[str, ModelConfig] = {
     "vectors": replace(ENCODER, pooling="mean", normalize=True),
     "preference": replace(LLAMA, num_heads=6, num_kv_heads=3, head_dim=16, ffn_size=96),
 }
+CONFIGS = {**MODELS, "margin": MODELS["vectors"]}
+MARGIN = 0.5
 # Of each sequence of a global batch: a query, its answer or another passage; whose it is; which text. Queries and their
 # answers stand on different dp ranks, one passage has the text of the first answer, and two sequences ask for nothing.
 ROLES, PAIRS, KEYS = (0, 0, 1, 1, 0, 1, 2, 2), (0, 1, 0, 1, 2, 2, 2, 0), (10, 11, 12, 13, 14, 15, 16, 12)
@@ -115,9 +117,11 @@ def batch_of(kind: str, rows: list[dict[str, Any]], first: int) -> PackedBatch:
         ends = [bound + max(row["end"], first) for row, bound, first in zip(rows, bounds, firsts, strict=False)]
         context_T = torch.cat([row["context"] for row in rows])
         return JointSpanBatch(**common, starts_B=torch.tensor(starts), ends_B=torch.tensor(ends), context_T=context_T)
-    if kind == "vectors":
+    if kind in ("vectors", "margin"):
         chosen = slice(first % len(LENGTHS), first % len(LENGTHS) + len(rows))
         facts = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}
+        if kind == "margin":
+            return VectorBatch(**common, **facts, score_scale=1.0, margin=MARGIN)
         return VectorBatch(**common, **facts, score_scale=5.0)
     if kind == "preference":
         reference = torch.cat([row["reference"] for row in rows]).view(-1, 2)

@@ -28,6 +28,8 @@ from trilithon_parallel.config import ModelConfig, ModelError, load_config
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.text.template import TemplateError, load_template
 
+_PATHS = ("model_dir", "training_path", "validation_path", "adapter_dir", "concepts_path", "encoder_dir")
+
 
 @dataclass(frozen=True)
 class JobFile:
@@ -41,6 +43,7 @@ class JobFile:
         base_digest, data_digest, template_digest: empty before `validate`.
         training_name, validation_name: the files' names, as their owner knows them.
         max_findings: that a check tells; 0 for the usual number.
+        concepts_path, encoder_dir: what the job labels its rows by; None where it doesn't.
     """
 
     job_id: str
@@ -60,6 +63,8 @@ class JobFile:
     training_name: str = ""
     validation_name: str = ""
     max_findings: int = 0
+    concepts_path: Path | None = None
+    encoder_dir: Path | None = None
 
     @property
     def prepared_dir(self) -> Path:
@@ -80,11 +85,7 @@ def read_job(directory: Path) -> JobFile:
             raw |= json.loads(prepared.read_text("utf-8"))
         known = {item.name for item in dataclasses.fields(JobFile)}
         given = {name: value for name, value in raw.items() if name in known and value is not None}
-        paths = {
-            name: Path(given[name])
-            for name in ("model_dir", "training_path", "validation_path", "adapter_dir")
-            if given.get(name)
-        }
+        paths = {name: Path(given[name]) for name in _PATHS if given.get(name)}
         rest = {"validation_path": None, **given, **paths}
         return JobFile(
             **{

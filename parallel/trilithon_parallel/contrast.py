@@ -35,14 +35,16 @@ class Pool:
     keys_N: Tensor
 
 
-def contrast(pool: Pool, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def contrast(pool: Pool, *, scale: float, margin: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """
-    What each query loses: the cross-entropy of its answer among all passages, by scaled inner products.
+    What each query loses, by scaled inner products s: the cross-entropy of its answer among all passages, or, with a
+    margin M, the sum of max(0, M - s(answer) + s(other)) over all others (arXiv 2010.00840, contextual ranker).
 
     Passages with the text of a query's answer are no negatives of it.
 
     Args:
         scale: of the products, for example 1 / sqrt(H), or 20 where vectors have length 1.
+        margin: above 0, in the measure of the scaled products; None for cross-entropy.
     Returns:
         `losses_N`: fp64, 0 where a vector is no query. `gradient_NH`: of their sum. `ranks_N`: int64, the place of each
         query's answer among the passages that count, from 1; 0 where a vector is no query.
@@ -58,7 +60,11 @@ def contrast(pool: Pool, *, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         scores_QC = scale * vectors_NH[queries] @ vectors_NH[passages].T
         counted_QC = scores_QC.masked_fill(is_same_QC & ~is_answer_QC, -torch.inf)
-        losses_Q = -torch.log_softmax(counted_QC, 1).gather(1, targets_Q.unsqueeze(1)).squeeze(1)
+        if margin is None:
+            losses_Q = -torch.log_softmax(counted_QC, 1).gather(1, targets_Q.unsqueeze(1)).squeeze(1)
+        else:
+            short_QC = margin - scores_QC.gather(1, targets_Q.unsqueeze(1)) + scores_QC
+            losses_Q = short_QC.masked_fill(is_same_QC, 0.0).relu().sum(1)
         (gradient_NH,) = torch.autograd.grad(losses_Q.sum(), vectors_NH)
     reached_Q = counted_QC.detach().gather(1, targets_Q.unsqueeze(1))
     losses_N = torch.zeros(len(vectors_NH), dtype=torch.float64).index_put((queries,), losses_Q.detach())

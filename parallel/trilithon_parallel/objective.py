@@ -326,15 +326,16 @@ class VectorBatch(PackedBatch):
     """
     Queries and passages, each a vector that is told apart from all others of the global batch; see `contrast.py`.
 
-    `roles_B`, `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `score_scale`: of inner products. `pulls_BH`, with
-    `losses_B`: the gradient of what the global batch loses to these vectors, and what these queries lose; None until
-    the vectors of all ranks are known. Outputs: the vectors [B, H].
+    `roles_B`, `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `score_scale`, `margin`: as in `contrast`. `pulls_BH`,
+    with `losses_B`: the gradient of what the global batch loses to these vectors, and what these queries lose; None
+    until the vectors of all ranks are known. Outputs: the vectors [B, H].
     """
 
     roles_B: Tensor
     pairs_B: Tensor
     keys_B: Tensor
     score_scale: float
+    margin: float | None = None
     pulls_BH: Tensor | None = None
     losses_B: Tensor | None = None
 

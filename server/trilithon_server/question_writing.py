@@ -58,15 +58,17 @@ class Writer:
     generated_tokens: int = field(default=0, init=False)
     cached_tokens: int = field(default=0, init=False)
 
-    async def ask(self, text: str, answer: Span, number: int, *, seed: int, field: str) -> Written:
+    async def ask(
+        self, text: str, answer: Span, number: int, *, seed: int, field: str, answerable: bool = True
+    ) -> Written:
         """
-        The question `number` about characters [start, end) of a text.
+        The question `number` about characters [start, end) of a text; or one that they only seem to answer.
 
         Raises:
             TrilithonError: refused, or the engine could not finish.
         """
         try:
-            prompt = self._prompt(text, answer)
+            prompt = self._prompt(text, answer, answerable=answerable)
         except ValueError:  # the answer fills the context
             return Written("", None, too_long=True)
         values = {**self._draw(number), **self.values, "seed": seed, **self._ends()}
@@ -92,9 +94,9 @@ class Writer:
         stop = plain_questions.STOP if self.format is None else CLOSE
         return {"max_tokens": most, "stop": [stop], "include_stop_str_in_output": True}
 
-    def _prompt(self, text: str, answer: Span) -> Prompt:
+    def _prompt(self, text: str, answer: Span, *, answerable: bool) -> Prompt:
         if self.format is not None:
-            packed = self.format.pack(text, answer, self.model.tokenizer)
+            packed = self.format.pack(text, answer, self.model.tokenizer, answerable=answerable)
             return Sequenced(ids=packed.tokens, types=packed.types, answer_type=packed.answer_type)
         if "chat" not in self.model.capabilities:
             return plain_questions.question_prompt(text, answer)

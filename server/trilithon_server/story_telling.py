@@ -147,10 +147,11 @@ class Telling:
 
         packed = await _packed(cast.writer, pack)
         drawn = {**story.values, **self._values, "seed": seed_of(story.seed, index), "max_tokens": wanted}
+        drawn |= cast.writing.drawing(told, cast.writer.tokenizer)
         written = await self._write(cast.writer, packed, drawn, cast.writing.stops)
         return Sentence(
             index=index,
-            text=written.text,
+            text=cast.writing.with_names(written.text, told),
             keywords=tuple(keywords),
             facts=tuple(facts[: packed.knowledge]),
             unknown=unknown,
@@ -183,8 +184,9 @@ class Telling:
         room = _room(cast.predictor, KEYWORD_TOKENS)
         packed = await _packed(cast.predictor, lambda: cast.predicting.pack(told, cast.predictor.tokenizer, room=room))
         values = {**self._values, "temperature": 0, "max_tokens": KEYWORD_TOKENS, "skip_special_tokens": False}
+        values |= cast.predicting.drawing(told, cast.predictor.tokenizer)
         written = await self._write(cast.predictor, packed, values, cast.predicting.stops, whole=True)
-        return cast.predicting.read(written.text)
+        return cast.predicting.read(cast.predicting.with_names(written.text, told))
 
     async def _facts(self, told: Sequence[str], keywords: Sequence[str]) -> tuple[list[ScoredFact], tuple[str, ...]]:
         """The best facts of the keywords, and keywords that no concept stands for."""

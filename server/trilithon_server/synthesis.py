@@ -32,7 +32,7 @@ from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.task_run import TaskRun, off_loop
 from trilithon_server.tasks.answer_spans import AnswerFormat, Candidates, Proposal, capitals_and_numbers
 from trilithon_server.tasks.pieces import Encoded
-from trilithon_server.tasks.round_trip import FILTERS, Asked, Filter, judge
+from trilithon_server.tasks.round_trip import FILTERS, Asked, Filter, judge, judge_unanswerable
 from trilithon_server.tasks.spans import Logits, SpanAnswers, SpanFormat
 from trilithon_server.validation import Violations, nearest
 
@@ -137,18 +137,28 @@ class Synthesis:
     async def _work(self, index: int, passage: Passage) -> list[Triple]:
         """All triples of a passage."""
         text, where = passage.text, f"passages[{index}].text"
-        count = self._wanted.questions or DEFAULT_QUESTIONS
+        count, more = self._wanted.questions or DEFAULT_QUESTIONS, self._wanted.unanswerable
         proposals = await self._propose(text, where)
+        # Seeds of the second kind stand behind all that the first may have: one kind changes nothing for the other.
+        draws = [(n, n) for n in range(count)] + [(n, MAX_QUESTIONS + n) for n in range(more)]
         written = await _all(
-            self.writer.ask(text, (item.start, item.end), n, seed=seed_of(self.seed, text, item, n), field=where)
+            self.writer.ask(
+                text,
+                (item.start, item.end),
+                n,
+                seed=seed_of(self.seed, text, item, place),
+                field=where,
+                answerable=place < MAX_QUESTIONS,
+            )
             for item in proposals
-            for n in range(count)
+            for n, place in draws
         )
         asked = await self._read(text, written, where)
         triples: list[Triple] = []
-        for item, at in zip(proposals, range(0, len(asked), count), strict=True):
+        for item, at in zip(proposals, range(0, len(asked), len(draws)), strict=True):
             answer = text[item.start : item.end]
-            verdicts = judge(answer, asked[at : at + count], self._filter)
+            own, others = asked[at : at + count], asked[at + count : at + len(draws)]
+            verdicts = judge(answer, own, self._filter) + judge_unanswerable(others, self._filter, answerable=own)
             triples += [
                 Triple(
                     passage_id=passage.id,
@@ -160,8 +170,11 @@ class Synthesis:
                     qa_probability=found.probability,
                     kept=verdict.kept,
                     reason=verdict.reason,
+                    is_impossible=place >= MAX_QUESTIONS,
                 )
-                for said, found, verdict in zip(written[at : at + count], asked[at : at + count], verdicts, strict=True)
+                for (_, place), said, found, verdict in zip(
+                    draws, written[at : at + len(draws)], [*own, *others], verdicts, strict=True
+                )
             ]
         return triples
 
@@ -223,6 +236,12 @@ async def synthesise(
     _check(wanted, violations)
     TaskRun(service, call, {}, violations).check_texts("passages", [passage.text for passage in wanted.passages])
     writer = await writer_of(service, call, model_name, values)
+    if wanted.unanswerable and (writer.format is None or not writer.format.unanswerable):
+        raise FailedPrecondition(
+            f"model `{writer.model.name}` has not learned to ask what a text does not answer.",
+            code="unsupported_model",
+            hint="Train one with options.unanswerable of the task question_gen, or set unanswerable_per_answer to 0.",
+        )
     common = _common(values)
     proposer = await _encoder(service, call, common, wanted.answer_model or service.first("propose"), "propose")
     reader_name = wanted.reader_model or service.first("answer")
@@ -234,6 +253,12 @@ async def synthesise(
             hint="Serve one of the task span_qa, or set filter to none.",
         )
     reader = await _encoder(service, call, common, reader_name, "answer") if is_checked else None
+    if wanted.unanswerable and reader is not None and _always_answers(reader.task):
+        raise FailedPrecondition(
+            f"model `{reader.model.name}` answers every question, so it cannot tell which have no answer.",
+            code="unsupported_model",
+            hint="Serve a reader that learned from questions without an answer, or set filter to none.",
+        )
     bounds = writer.model.bounds(call.principal, writer.model.ready())
     seed = validate(values, bounds, violations).seed
     violations.raise_if_any()
@@ -248,6 +273,10 @@ async def _encoder(
     run = TaskRun(service, call, values, None)
     model, task = await run.model(name, capability)
     return _Encoder(run, model, task)
+
+
+def _always_answers(task: TaskModel) -> bool:
+    return isinstance(task.format, SpanFormat) and task.format.null_threshold is None
 
 
 def _common(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +304,8 @@ def _check(wanted: Wanted, found: Violations) -> None:
     ):
         if not 0 <= value <= most:
             found.add(name, f"must be from 1 to {most}", given=value)
+    if not 0 <= wanted.unanswerable <= MAX_QUESTIONS:
+        found.add("unanswerable_per_answer", f"must be from 0 to {MAX_QUESTIONS}", given=wanted.unanswerable)
     if wanted.filter and wanted.filter not in FILTERS:
         hint = nearest(wanted.filter, FILTERS).strip()
         found.add("filter", f"must be one of {', '.join(FILTERS)}", given=wanted.filter, todo=hint)

@@ -35,6 +35,7 @@ def triple(item: Triple) -> dict[str, Any]:
         "qa_prob": item.qa_probability,
         "qa_answer": item.qa_answer,
         "reason": item.reason,
+        "is_impossible": item.is_impossible,
     }
 
 

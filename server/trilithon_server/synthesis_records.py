@@ -24,6 +24,7 @@ class Wanted:
 
     Attributes:
         answers, questions: of a passage, and of an answer; 0 for the defaults, 5 and 2.
+        unanswerable: questions beside an answer that its passage does not answer.
         filter: of `tasks.round_trip`; empty for `pair_any`.
         answer_model, reader_model: by name; empty for the first served that can.
     """
@@ -31,6 +32,7 @@ class Wanted:
     passages: Sequence[Passage]
     answers: int = 0
     questions: int = 0
+    unanswerable: int = 0
     filter: str = ""
     answer_model: str = ""
     reader_model: str = ""
@@ -44,6 +46,7 @@ class Triple:
     Attributes:
         question: as it was written, where it can't be read.
         start: of the answer, in characters of the passage.
+        is_impossible: whether the passage should not answer the question; the answer then only looks right.
         p_answer: of the answer among all spans. qa_answer, qa_probability: the reader's own; empty and 0 where it finds
             none or was not asked.
     """
@@ -57,6 +60,7 @@ class Triple:
     qa_probability: float
     kept: bool
     reason: Reason
+    is_impossible: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from trilithon.cli._output import exit_code
 from trilithon.cli._parser import Parser
 
 # They start processes, reach the network or need files; their own tests run them.
-PARSED_ONLY = ("serve", "pull", "data", "pretrain", "finetune", "checkpoint", "index", "synth-qa")
+PARSED_ONLY = ("serve", "pull", "data", "pretrain", "finetune", "checkpoint", "index", "synth-qa", "story")
 
 
 def _parser(verb: str) -> Parser:

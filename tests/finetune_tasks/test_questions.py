@@ -14,6 +14,7 @@ from finetune_tasks.encoder_fixtures import ASKED, context_for, letter_tokenizer
 from tiny_tokenizers import write_bpe_tokenizer
 
 from trilithon_finetune.converters import convert
+from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding
 from trilithon_finetune.metrics.questions import proposal_recall, rouge_l
 from trilithon_finetune.recipes import RECIPES
@@ -83,6 +84,7 @@ def test_the_loss_of_a_judged_span_is_that_of_training(letters: Tokenizer) -> No
             "E-DATA-021",
         ),
         (QUESTIONS, {**ROW, "answers": [], "is_impossible": True}, {}, "E-DATA-008"),
+        (QUESTIONS, {**ROW, "answers": [], "is_impossible": True}, {"unanswerable": True}, "E-DATA-008"),
         (QUESTIONS, {**ROW, "answers": [{"text": TEXT, "answer_start": 0}]}, {"context_tokens": 16}, "E-DATA-021"),
         (QUESTIONS, {**ROW, "question": "why? " * 300}, {}, "E-DATA-021"),
     ],
@@ -183,6 +185,37 @@ def test_R11_fairytales_without_their_stories_are_told() -> None:
         convert("fairytaleqa", documents[0])
     with pytest.raises(ValueError, match=r"story 'a' has no sections \['2'\] in the second file"):
         convert("fairytaleqa", *documents)
+
+
+def test_acc_005_both_kinds_are_learned_under_their_names(bytes_: Tokenizer) -> None:
+    """
+    A row of SQuAD 2.0 without an answer is learned from its plausible one, and prompted as a server does. Answers and
+    plausible ones exclude each other, and both stand where they are said to.
+    """
+    plausible = {**ROW, "answers": [], "is_impossible": True, "plausible_answers": ROW["answers"]}
+    context = context_for(QUESTIONS, bytes_, max_tokens=300, options={"unanswerable": True})
+    format_ = QuestionFormat(unanswerable=True)
+    asked = {**plausible, "plausible_answers": [{**ROW["answers"][0], "more": 1}]}
+    del asked["context"]
+    document = {"data": [{"paragraphs": [{"context": TEXT, "qas": [asked]}]}]}
+    (read,) = read_squad(json.dumps(document).encode(), file="f") or ()
+
+    assert QUESTIONS.task_file(context, {})["unanswerable"] is True
+    for row, answerable in ((ROW, True), (plausible, False), (read, False)):
+        assert QUESTIONS.check(row, QUESTIONS.detect(row) or "", file="f", line=1) == []  # type: ignore[arg-type]
+        (sample,) = samples(QUESTIONS.encode(row, 1, context, file="f"))  # type: ignore[arg-type]
+        prompt = format_.pack(TEXT, (41, 43), bytes_, answerable=answerable).tokens
+        assert sample.tokens[: len(prompt)] == prompt
+    for wrong, code, path in (
+        ({**ROW, "plausible_answers": ROW["answers"]}, "E-DATA-008", "plausible_answers"),
+        (
+            {**plausible, "plausible_answers": [{"text": "12", "answer_start": 3}]},
+            "E-DATA-041",
+            "plausible_answers[0].answer_start",
+        ),
+    ):
+        (finding,) = QUESTIONS.check(wrong, QUESTIONS.formats[0], file="f", line=1)
+        assert (finding.code, finding.path) == (code, path)
 
 
 def test_rows_are_checked_as_those_of_span_qa() -> None:

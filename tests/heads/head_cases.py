@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from task_models import MODELS, batches_of, make_model, relative
+from task_models import CONFIGS, MODELS, batches_of, make_model, relative
 
 from trilithon_parallel import rendezvous
 from trilithon_parallel.backend import select
@@ -96,6 +96,7 @@ def _cases() -> dict[int, list[Case]]:
         ("preference", {"pp": 2, "dp": 2}, rates),
         ("vectors", {"pp": 2, "dp": 2}, dropout),
         ("vectors", {"dp": 4}, {}),
+        *[("margin", sizes, {}) for sizes in ({"tp": 2}, {"dp": 2}, {"pp": 2, "dp": 2})],
     ]
     cases = [Case(kind, tuple(sizes.items()), **extra) for kind, sizes, extra in wanted]
     by_size: dict[int, list[Case]] = {}
@@ -118,7 +119,7 @@ def grid_of(layout: Layout) -> Grid:
 def learn(case: Case, layout: Layout, grid: Grid) -> tuple[TrainingModel, list[StepResult]]:
     """Some steps of two sequences a micro-batch."""
     options = {"dropout": case.dropout, "rate_of": case.rate_of}
-    model = make_model(MODELS[case.kind], grid, layout, dtype=case.dtype, **options)
+    model = make_model(CONFIGS[case.kind], grid, layout, dtype=case.dtype, **options)
     results = [
         model.train_step(batches_of(case.kind, step, layout, grid.dp.rank), learning_rate=1e-2, step=step)
         for step in range(STEPS)
@@ -135,7 +136,7 @@ def alone(case: Case) -> tuple[TrainingModel, list[StepResult]]:
 def steps(case: Case) -> None:
     """Losses, norms, weights and predictions of a layout against one process'."""
     layout = case.layout
-    layout.check(MODELS[case.kind], tokens_per_micro_batch=20)
+    layout.check(CONFIGS[case.kind], tokens_per_micro_batch=20)
     grid = grid_of(layout)
     model, results = learn(case, layout, grid)
     reference, expected = alone(replace(case, sizes=()))

@@ -35,6 +35,39 @@ def test_a_query_loses_what_cross_entropy_says() -> None:
     assert float(gradient[0, 0]) < 0 < float(gradient[4, 0])
 
 
+def test_a_query_loses_what_a_margin_says() -> None:
+    """
+    How far each other passage comes within the margin of the answer, summed; one that is further away loses and pulls
+    nothing, nor does another one with the answer's text. The gradient is that of small differences. Inverse seen: the
+    answer counted among the others.
+    """
+    vectors = [[1.0, 0.2], [0.3, 1.0], [0.9, 0.1], [0.1, 0.8], [0.8, 0.0], [-1.0, 0.0], [9.0, 9.0]]
+    roles, pairs = [QUERY, QUERY, ANSWER, ANSWER, OTHER, OTHER, OTHER], [0, 1, 0, 1, 0, 0, 0]
+    pool = pool_of(vectors, roles, pairs, [0, 0, 2, 3, 4, 5, 2])
+    losses, gradient, ranks = contrast(pool, scale=2.0, margin=0.5)
+
+    def short(query: int, answer: int, other: int) -> float:
+        products = [2 * sum(a * b for a, b in zip(vectors[query], vectors[i], strict=True)) for i in (answer, other)]
+        return max(0.0, 0.5 - products[0] + products[1])
+
+    assert short(0, 2, 3) == short(0, 2, 5) == 0.0 < short(0, 2, 4)
+    assert losses.tolist()[:2] == pytest.approx(
+        [short(0, 2, 4), sum(short(1, 3, other) for other in (2, 4, 5, 6))], rel=1e-12
+    )
+    assert gradient[5].tolist() == [0.0, 0.0]
+    assert ranks.tolist()[:2] == [1, 2]
+    step = 1e-6
+    for i in range(len(vectors)):
+        for j in range(2):
+            moved = []
+            for sign in (1, -1):
+                other = [list(vector) for vector in vectors]
+                other[i][j] += sign * step
+                found, _, _ = contrast(pool_of(other, roles, pairs, [0, 0, 2, 3, 4, 5, 2]), scale=2.0, margin=0.5)
+                moved.append(float(found.sum()))
+            assert float(gradient[i, j]) == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-7)
+
+
 def test_the_text_of_an_answer_is_no_negative() -> None:
     """A second passage with the same key changes nothing for its query, and stays a negative of the others."""
     vectors = [[1.0, 0.2], [0.3, 1.0], [1.0, 0.1], [0.0, 1.0]]

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import string
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,24 @@ def test_acc_C03_the_same_facts_each_time(shared_data: SharedData, conceptnet: C
     keywords = ["person", "dogs", "a red car", "playing games"]
 
     assert again.facts(keywords) == conceptnet.facts(keywords)
+
+
+def test_acc_C03_it_is_built_and_asked_quickly(shared_data: SharedData, story_words: list[str]) -> None:
+    """
+    In this process' own time: 70,000 facts are read and indexed within 10 s, and 99 of 100 content words are answered
+    within 5 ms. Inverse seen: an index that looks through all facts.
+    """
+    begun = time.process_time()
+    graph = ConceptGraph(read_triples(shared_data("kb/conceptnet100k_train.tsv"), relations=templates()))
+    built_s = time.process_time() - begun
+    taken_s = []
+    for word in story_words:
+        begun = time.process_time()
+        graph.facts([word])
+        taken_s.append(time.process_time() - begun)
+
+    assert built_s < 10
+    assert sorted(taken_s)[len(taken_s) * 99 // 100] < 0.005
 
 
 SMALL = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,26 @@ def serving_parts(first: Path, *others: Path, tp: int = 1, pp: int = 1) -> Itera
         grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
     ):
         yield Asked(server, http, synth_qa_pb2_grpc.SynthQAServiceStub(channel))
+
+
+def asker_of_both(words: Path, path: Path) -> Path:
+    """The decoder of `parts` as one that was trained to ask both kinds; what it likes to write ends a question."""
+    shutil.copytree(words, path)
+    document = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    vocabulary = document["model"]["vocab"]
+    vocabulary["?\u0120:question"] = vocabulary.pop("?")
+    (path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    format_ = QuestionFormat(unanswerable=True)
+    (path / "task.json").write_text(json.dumps(format_.task_file()), encoding="utf-8")
+    return path
+
+
+def sceptic_of(reader: Path, path: Path) -> Path:
+    """The reader of `parts` as one that finds no answer to about half of its questions."""
+    shutil.copytree(reader, path)
+    document = json.loads((path / "task.json").read_text("utf-8"))
+    (path / "task.json").write_text(json.dumps({**document, "null_threshold": -6.0}), encoding="utf-8")
+    return path
 
 
 def parts(folder: Path) -> tuple[Path, Path, Path]:

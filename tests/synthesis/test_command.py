@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthesis.synthesizing import PASSAGES, Asked, parts, serving_parts, triples
+from synthesis.synthesizing import PASSAGES, Asked, asker_of_both, parts, serving_parts, triples
 
 from trilithon.cli import main
 from trilithon.cli._synth_qa_run import CorpusError, Document, read_corpus, squad
@@ -144,6 +144,30 @@ def test_R11_a_line_that_is_no_passage_is_told(tmp_path: Path, line: str, says: 
 
     assert says in str(error.value)
     assert run(path, "-o", tmp_path / "out.json") == 3
+
+
+def test_questions_without_an_answer_make_a_second_version(tmp_path: Path) -> None:
+    """
+    From a model that learned both kinds comes SQuAD 2.0: every question says whether it has an answer, one that has
+    none keeps what only looks like it; both a reader and an asker find the rows sound.
+    """
+    models = parts(tmp_path)
+    asker, corpus, out = asker_of_both(models[0], tmp_path / "both"), tmp_path / "c.jsonl", tmp_path / "made.json"
+    corpus.write_text("".join(f"{json.dumps(item)}\n" for item in PASSAGES[:2]), encoding="utf-8")
+    with serving_parts(models[0], asker, *models[1:]) as asked:
+        code = run(corpus, "-o", out, "--url", asked.server.url, "--model", "both", "--unanswerable", "2", "--filter",
+                   "none", "--answers", "8")  # fmt: skip
+    document = json.loads(out.read_text("utf-8")) if code == 0 else {}
+    found = read_squad(out.read_bytes(), file="made.json")
+    questions = [q for article in document["data"] for paragraph in article["paragraphs"] for q in paragraph["qas"]]
+
+    assert document["version"] == "v2.0"
+    assert {q["is_impossible"] for q in questions} == {True, False}
+    for row, question in zip(found or (), questions, strict=True):
+        assert row["is_impossible"] == question["is_impossible"] == (not row["answers"])  # type: ignore[index]
+        assert bool(question.get("plausible_answers")) == question["is_impossible"]
+        for task in ("span_qa", "question_gen"):
+            assert RECIPES[task].check(row, RECIPES[task].formats[1], file="f", line=1) == []  # type: ignore[arg-type]
 
 
 def test_neighbours_of_one_title_are_an_article() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -65,6 +66,22 @@ def test_markers_are_words(tiny: Tokenizer) -> None:
     assert asked.tokens == packed.tokens[:start]
     assert asked.question == (start, start)
     assert packed.types == ()
+
+
+@pytest.mark.parametrize("roles", ["markers", "types"])
+def test_a_model_of_both_kinds_is_told_which_is_wanted(tiny: Tokenizer, roles: Any) -> None:
+    """By the last word of the prompt, alike in all else; a file that says nothing is of one that asks one kind."""
+    both = QuestionFormat(roles=roles, unanswerable=True)
+    one, other = (both.pack(TEXT, (START, START + 2), tiny, answerable=answerable) for answerable in (True, False))
+    plain = QuestionFormat(roles=roles).pack(TEXT, (START, START + 2), tiny)
+    word = said(tiny, plain.tokens).removesuffix("question:")
+    document = QuestionFormat().task_file()
+    del document["unanswerable"]
+
+    assert said(tiny, one.tokens) == f"{word}answerable question:"
+    assert said(tiny, other.tokens) == f"{word}unanswerable question:"
+    assert len(other.types) == (len(other.tokens) if roles == "types" else 0)
+    assert QuestionFormat.from_task_file(document) == QuestionFormat()
 
 
 def test_types_tell_the_parts(tiny: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trilithon_server.tasks.answer_match import exact_match, normalise
-from trilithon_server.tasks.round_trip import Asked, Filter, judge
+from trilithon_server.tasks.round_trip import Asked, Filter, judge, judge_unanswerable
 
 BACK, SAME = Asked("q1", reply="The 12 sacks!", probability=0.9), Asked("q2", reply="12 sacks", probability=0.6)
 WRONG, SILENT, BROKEN = Asked("q3", reply="a miller", probability=0.4), Asked("q4"), Asked(None)
@@ -50,6 +50,22 @@ def test_acc_E03_the_truth_table(case: str, mode: Filter) -> None:
 
     assert [verdict.reason for verdict in verdicts] == wanted[mode]
     assert [verdict.kept for verdict in verdicts] == [reason == "" for reason in wanted[mode]]
+
+
+@pytest.mark.parametrize("mode", ["pair_any", "single", "none"])
+def test_acc_E03_a_question_without_an_answer_must_find_none(mode: Filter) -> None:
+    """
+    Each on its own merit, whatever the mode: one that the reader answers is dropped, as is one that its text answers
+    too by another question, and what can't be read. Inverse seen: those kept to which a reader replies.
+    """
+    asked = [SILENT, Asked("q5", reply="a miller"), Asked("q1"), BROKEN, SILENT, LONG]
+    verdicts = judge_unanswerable(asked, mode, answerable=[BACK, BROKEN])
+    answered = "" if mode == "none" else "answered"
+
+    assert [verdict.reason for verdict in verdicts] == [
+        "", answered, "repeated", "unreadable", "repeated", "too_long",
+    ]  # fmt: skip
+    assert [verdict.kept for verdict in verdicts] == [verdict.reason == "" for verdict in verdicts]
 
 
 def test_answers_are_compared_as_squad_does() -> None:

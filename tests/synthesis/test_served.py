@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthesis.synthesizing import PASSAGES, PATH, Asked, parts, rounded, serving_parts, tiny_asker, triples
+from synthesis.synthesizing import (
+    PASSAGES,
+    PATH,
+    Asked,
+    asker_of_both,
+    parts,
+    rounded,
+    sceptic_of,
+    serving_parts,
+    tiny_asker,
+    triples,
+)
 
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.question_writing import DRAWS
 from trilithon_server.synthesis import seed_of
 from trilithon_server.tasks.answer_match import exact_match
 from trilithon_server.tasks.answer_spans import Proposal
-from trilithon_server.tasks.question_format import QuestionFormat
+from trilithon_server.tasks.question_format import QuestionFormat, read_question
 
 TEXTS = {passage["id"]: passage["text"] for passage in PASSAGES}
 
@@ -91,6 +102,7 @@ def test_E3_grpc_tells_the_same(served: Asked) -> None:
                 "passage_id": m.triple.passage_id, "question": m.triple.question, "answer": m.triple.answer,
                 "answer_start": m.triple.answer_start, "kept": m.triple.kept, "p_answer": m.triple.p_answer,
                 "qa_prob": m.triple.qa_prob, "qa_answer": m.triple.qa_answer, "reason": m.triple.reason,
+                "is_impossible": m.triple.is_impossible,
             }
             for m in told
         ] == triples(events)  # fmt: skip
@@ -159,6 +171,57 @@ def test_acc_005_a_trained_model_is_asked_in_its_format(folder: Path, models: tu
 
     assert len(found) == 6
     assert {text[item["answer_start"] :].split()[0] for item in found} <= {"The", "12", "144.", "Nobody", "1728."}
+
+
+def test_questions_without_an_answer_are_asked_and_checked(folder: Path, models: tuple[Path, Path, Path]) -> None:
+    """
+    Beside the others, which stay as they are without them: each is prompted under its name, kept exactly where the
+    reader finds no answer, and told as impossible; over gRPC the same. Inverse seen: both kinds prompted alike.
+    """
+    asker = asker_of_both(models[0], folder / "both")
+    sceptic = sceptic_of(models[2], folder / "sceptic")
+    options = {"passages": PASSAGES[:4], "model": "both", "answers_per_passage": 3, "unanswerable_per_answer": 2}
+    with serving_parts(models[0], asker, models[1], sceptic, models[2]) as asked:
+        events = asked.ask(**options)
+        found = triples(events)
+        plain = triples(asked.ask(**{**options, "unanswerable_per_answer": 0}))
+        unchecked = triples(asked.ask(**options, filter="none"))
+        calls = [event.triple for event in asked.call(
+            PASSAGES[:4], model="both", answers_per_passage=3, unanswerable_per_answer=2
+        ) if event.WhichOneof("event") == "triple"]  # fmt: skip
+        item = next(item for item in unchecked if item["is_impossible"])
+        start, text = item["answer_start"], PASSAGES[0]["text"]
+        proposal = Proposal(start, start + len(item["answer"]), item["p_answer"])
+        packed = QuestionFormat(unanswerable=True).pack(
+            text, (proposal.start, proposal.end), load_tokenizer(asker), answerable=False
+        )
+        body = {
+            "model": "both", "prompt": list(packed.tokens), "max_tokens": 48, "stop": [":question"],
+            "include_stop_str_in_output": True, "seed": seed_of(7, text, proposal, 8), **DRAWS[0],
+        }  # fmt: skip
+        written = asked.http.post("/v1/generate", json=body).json()["choices"][0]["text"]
+        wrong = ({"model": "words"}, {"model": "both", "reader_model": "reader"}, {"unanswerable_per_answer": 9})
+        refused = [
+            asked.http.post(PATH, json={"passages": PASSAGES[:1], "unanswerable_per_answer": 1, **more}).json()["error"]
+            for more in wrong
+        ]
+
+    impossible = [item for item in found if item["is_impossible"]]
+    assert rounded([item for item in found if not item["is_impossible"]]) == rounded(plain)
+    assert len(impossible) == len(plain) > 0
+    assert {item["reason"] for item in impossible} >= {"", "answered"}
+    assert item["question"] == (read_question(written) or written.strip())
+    for item in impossible:
+        assert item["kept"] == (item["reason"] == "")
+        assert (item["reason"] == "answered") <= (item["qa_answer"] != "")
+        assert not (item["kept"] and item["qa_answer"])
+    assert [(call.question, call.is_impossible, call.kept, call.reason) for call in calls] == [
+        (item["question"], item["is_impossible"], item["kept"], item["reason"]) for item in found
+    ]
+    assert [error["code"] for error in refused[:2]] == ["unsupported_model"] * 2
+    assert "has not learned" in refused[0]["message"]
+    assert "answers every question" in refused[1]["message"]
+    assert refused[2]["param"] == "unanswerable_per_answer"
 
 
 def test_token_types_travel_to_the_engine(folder: Path, models: tuple[Path, Path, Path]) -> None:

@@ -232,6 +232,7 @@ class AsyncClient:
         *,
         answers_per_passage: int | None = None,
         questions_per_answer: int | None = None,
+        unanswerable_per_answer: int | None = None,
         filter: Filter | None = None,
         answer_model: str | None = None,
         reader_model: str | None = None,
@@ -246,6 +247,7 @@ class AsyncClient:
             passages: 1 to 64.
             answers_per_passage: at most, 1 to 20. Default: 5.
             questions_per_answer: 1 to 8. Default: 2.
+            unanswerable_per_answer: questions that the passage does not answer, 0 to 8. Default: 0.
             filter: keep all questions of an answer where any leads back to it, those that do, or all that can be read.
                 Default: pair_any.
             answer_model: proposes answers. Default: the first served that can, else a rule.
@@ -253,7 +255,14 @@ class AsyncClient:
             options: `model` writes the questions [the first that was trained to, or can write].
         """
         fields = synth_qa_fields(
-            passages, answers_per_passage, questions_per_answer, filter, answer_model, reader_model, options
+            passages,
+            answers_per_passage,
+            questions_per_answer,
+            unanswerable_per_answer,
+            filter,
+            answer_model,
+            reader_model,
+            options,
         )
         return await self._stream(SYNTH_QA, fields, options, SYNTH_QA_EVENTS, SynthQASummary)
 

@@ -226,7 +226,9 @@ def _control(given: Mapping[str, Any]) -> story_pb2.SentenceControl:
 
 
 def _synth_qa(fields: Fields) -> synth_qa_pb2.SynthQARequest:
-    names = ("answers_per_passage", "questions_per_answer", "answer_model", "reader_model")
+    names = (
+        "answers_per_passage", "questions_per_answer", "unanswerable_per_answer", "answer_model", "reader_model",
+    )  # fmt: skip
     return task_request(
         synth_qa_pb2.SynthQARequest,
         fields,

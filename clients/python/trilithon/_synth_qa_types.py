@@ -34,8 +34,10 @@ class SynthQATriple(_Answer):
     Attributes:
         question: as it was written, where it can't be read.
         answer: what stands at character `answer_start` of the passage; `p_answer`: of all its spans.
-        kept, reason: whether the filter keeps it; if not, too_long, unreadable, repeated, no_answer or other_answer.
+        kept, reason: whether the filter keeps it; if not, too_long, unreadable, repeated, no_answer, other_answer or
+            answered.
         qa_answer, qa_prob: what the reader answers.
+        is_impossible: whether the passage should not answer it; `answer` then only looks right.
     """
 
     passage_id: str = ""
@@ -47,6 +49,7 @@ class SynthQATriple(_Answer):
     qa_prob: float = 0.0
     qa_answer: str = ""
     reason: str = ""
+    is_impossible: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,7 +69,7 @@ class Checks:
             "store": str(door.paths.root),
             "validation_path": None,
             "max_findings": max_findings,
-            **await door.run(door.base_paths, config.model, tenant=tenant),
+            **await door.run(door.paths_of, config, tenant=tenant),
         }
         for which, file_id in named:
             file = await door.run(door.jobs.get_file, file_id, tenant=tenant)

@@ -20,12 +20,14 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 from trilithon import _store
 from trilithon.errors import NotFound, Overloaded, Unavailable
+from trilithon_finetune.config import JobConfig
 from trilithon_finetune.errors import FinetuneError
 from trilithon_finetune.jobs.records import Event
 from trilithon_finetune.jobs.reservations import reserve
 from trilithon_finetune.jobs.service import Jobs, StoreLimits
 from trilithon_finetune.jobs.states import FINAL
 from trilithon_finetune.paths import StorePaths
+from trilithon_finetune.sources import named_sources
 from trilithon_parallel.config import load_config
 from trilithon_parallel.placement import global_shapes
 from trilithon_server.catalog import Catalog
@@ -142,11 +144,36 @@ class Door:
 
     # -- models ---------------------------------------------------------------------------------------------
 
-    def base_paths(self, name: str, *, tenant: str) -> dict[str, str]:
+    def paths_of(self, config: JobConfig, *, tenant: str) -> dict[str, str]:
+        """
+        The places of what a configuration names, as `job.json` has them.
+
+        Raises:
+            NotFound: `model_not_found`, `knowledge_not_found`. A path is never taken.
+            InvalidArgument: a model is an adapter.
+        """
+        found = self.base_paths(config.model, tenant=tenant)
+        named = named_sources(config)
+        if named is None:
+            return found
+        encoder = self.base_paths(named.encoder, tenant=tenant, field="options.encoder")["model_dir"]
+        return {**found, "encoder_dir": encoder, "concepts_path": self._concepts(named.concepts)}
+
+    def _concepts(self, name: str) -> str:
+        known = self._config.server.concepts
+        if known is None or Path(known).stem != name:
+            here = "none" if known is None else f"`{Path(known).stem}`"
+            message = f"no concepts are named {shown(name)}. Known here: {here}."
+            raise NotFound(message, code="knowledge_not_found", hint="Serve some: server.concepts.")
+        return known
+
+    def base_paths(self, name: str, *, tenant: str, field: str = "model") -> dict[str, str]:
         """
         The directory of what a job may start from, as `model_dir`: a model served here, a whole model that an earlier
         job made, or a name of the model store.
 
+        Args:
+            field: that names it.
         Raises:
             NotFound: `model_not_found`. A path is never taken.
             InvalidArgument: it is an adapter.
@@ -159,7 +186,7 @@ class Door:
             return {"model_dir": str(made.path)}
         if made is not None:
             rule = f"must be a whole model, and this is an adapter of `{made.base}`"
-            raise invalid("model", rule, given=name, code="invalid_model", todo="Name its base.")
+            raise invalid(field, rule, given=name, code="invalid_model", todo="Name its base.")
         stored = {model.name: str(model.path) for model in _store.list_models() if not model.problem}
         if name in stored:
             return {"model_dir": stored[name]}

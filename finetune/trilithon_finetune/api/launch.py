@@ -47,4 +47,6 @@ def _worker(config: ServeConfig, root: Path) -> Companion:
         arguments += ["--database", config.jobs.database]
     for engine in config.engines:
         arguments += ["--model", f"{engine.served_name or engine.name}={engine.model}"]
+    if config.server.concepts is not None:
+        arguments += ["--concepts", config.server.concepts]
     return Companion(name="worker", argv=python_module(WORKER_MODULE, *arguments))

@@ -1,7 +1,8 @@
 """
 SQuAD 1.1 and 2.0: `{"data": [{"title", "paragraphs": [{"context", "qas": [{"question", "answers"}]}]}]}`.
 
-Flat rows are `{"context", "question", "answers": [{"text", "answer_start"}], "id"?, "title"?, "is_impossible"?}`.
+Flat rows are `{"context", "question", "answers": [{"text", "answer_start"}], "id"?, "title"?, "is_impossible"?,
+"plausible_answers"?}`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def read_squad(document: bytes, *, file: str) -> list[PlacedRow] | list[Finding]
             if isinstance(answers, list):
                 answers = [_answer(item) for item in answers]
             row["answers"] = answers
+            plausible = question.get("plausible_answers")
+            if isinstance(plausible, list):
+                row["plausible_answers"] = [_answer(item) for item in plausible]
             rows.append(row)
     return broken or rows
 

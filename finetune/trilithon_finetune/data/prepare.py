@@ -128,6 +128,7 @@ def _made_from(
         "ends": list(context.tokenizer.eos_ids),
         "template": "" if template is None else template_digest(template, context.tokenizer),
         "labels": list(context.labels),
+        "labelled_by": context.labelled_by,
         "max_tokens": context.max_tokens,
         "on_long": context.on_long,
         "train_on": context.train_on,

@@ -26,7 +26,7 @@ from trilithon_finetune.recipes.story_rows import check_story
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.concepts import Concepts
 from trilithon_server.knowledge.fact_vectors import by_cosine
-from trilithon_server.knowledge.graph import PER_KEYWORD, Fact
+from trilithon_server.knowledge.graph import PER_KEYWORD, ConceptGraph, Fact
 from trilithon_server.knowledge.keywords import keywords
 from trilithon_server.tasks.story_format import RankerFormat
 
@@ -119,12 +119,30 @@ class StoryLabeller:
 
     def _ranked(self, facts: Sequence[Fact], before: Vector, after: Vector) -> dict[str, list[str]]:
         """Candidates by the vectors of a story before a sentence and after it."""
-        vectors, most = [self._known[fact.text] for fact in facts], self._options.facts
-        best = [one.fact.text for one in by_cosine(facts, vectors, after)]
-        rest = best[most:]
-        kept = min(self._options.others, len(rest))
-        return {
-            "facts": best[:most],
-            "ranked": [one.fact.text for one in by_cosine(facts, vectors, before)][:most],
-            "others": [rest[i * len(rest) // kept] for i in range(kept)],
-        }
+        vectors = [self._known[fact.text] for fact in facts]
+        best, guessed = ([one.fact.text for one in by_cosine(facts, vectors, story)] for story in (after, before))
+        return _lists(best, guessed, self._options)
+
+
+def unranked(row: Mapping[str, Any], graph: ConceptGraph, options: LabelOptions = LabelOptions()) -> Row:
+    """
+    A story with as many keywords and facts in its steps as labels have, but with the facts as the graph gives them: no
+    encoder is asked. To count with, not to learn from.
+    """
+    steps: list[dict[str, list[str]]] = []
+    for sentence in row["sentences"][1:]:
+        words = keywords(sentence)
+        facts = [fact.text for fact in graph.facts(words, per_keyword=options.per_keyword).facts]
+        steps.append({"keywords": words, **_lists(facts, facts, options)})
+    return {**row, "steps": steps}
+
+
+def _lists(best: Sequence[str], guessed: Sequence[str], options: LabelOptions) -> dict[str, list[str]]:
+    """What a step keeps of its candidates, best first by the sentence, and by the story before it."""
+    rest = best[options.facts :]
+    kept = min(options.others, len(rest))
+    return {
+        "facts": list(best[: options.facts]),
+        "ranked": list(guessed[: options.facts]),
+        "others": [rest[i * len(rest) // kept] for i in range(kept)],
+    }

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from trilithon import _store
 from trilithon.errors import NotFound
+from trilithon_finetune.config import parse_config
 from trilithon_finetune.errors import JobError
 from trilithon_finetune.jobs.outcome import AttemptFailed
 from trilithon_finetune.jobs.records import File, Job
 from trilithon_finetune.jobs.service import Jobs
+from trilithon_finetune.sources import named_sources
 from trilithon_server.catalog import Catalog
 
 LEASE_FILE = "lease"
@@ -23,17 +25,20 @@ LOCK_FILE = "lock"
 """In the directory of a job: held by every process that runs for it."""
 
 
-def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path]) -> None:
+def write_job_file(
+    job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path], concepts: Mapping[str, Path]
+) -> None:
     """
-    Write `job.json`: where a phase finds the job's configuration, its model and its data.
+    Write `job.json`: where a phase finds the job's configuration, its models and its data.
 
     Raises:
-        AttemptFailed: `model_not_found`, or a file of the job is gone.
+        AttemptFailed: `model_not_found`, concepts that are not known, or a file of the job is gone.
     """
     paths = jobs.paths.job(job.id)
     training = _file(jobs, job, job.training_file, "training")
     validation = None if job.validation_file is None else _file(jobs, job, job.validation_file, "validation")
     model, adapter = _model(job, catalog=catalog, models=models)
+    named = named_sources(parse_config(dict(job.resolved or job.config)))
     document = {
         "job_id": job.id,
         "tenant": job.tenant,
@@ -46,6 +51,8 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
         "validation_path": None if validation is None else str(jobs.paths.file(validation.sha256)),
         "validation_name": None if validation is None else validation.filename,
         "store": str(jobs.paths.root),
+        "concepts_path": None if named is None else str(_concepts(named.concepts, concepts)),
+        "encoder_dir": None if named is None else str(_base(named.encoder, models, param="options.encoder")),
         "base_digest": job.base_digest,
         "data_digest": job.data_digest,
         "template_digest": job.template_digest,
@@ -73,7 +80,18 @@ def _model(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> tuple[P
     return _base(entry.base, models), entry.path
 
 
-def _base(name: str, models: Mapping[str, Path]) -> Path:
+def _concepts(name: str, known: Mapping[str, Path]) -> Path:
+    """Facts by their name; a path is the command's, never a request's."""
+    if name in known:
+        return known[name].resolve()
+    if os.path.isabs(name):
+        return Path(name)
+    message = f"options.concepts: {name[:64]!r} are not known here."
+    hint = f"Known: {', '.join(sorted(known)) or 'none'}. Serve some: server.concepts."
+    raise AttemptFailed(JobError(code="invalid_config", param="options.concepts", message=message, hint=hint))
+
+
+def _base(name: str, models: Mapping[str, Path], *, param: str = "model") -> Path:
     if name in models:
         return models[name].resolve()
     if os.path.isabs(name) and Path(name).is_dir():
@@ -84,7 +102,7 @@ def _base(name: str, models: Mapping[str, Path]) -> Path:
     near = difflib.get_close_matches(name, [*models, *held], n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted({*models, *held})) or 'none'}."
     raise AttemptFailed(
-        JobError(code="model_not_found", param="model", message=f"model {name[:64]!r} is not known here.", hint=hint)
+        JobError(code="model_not_found", param=param, message=f"model {name[:64]!r} is not known here.", hint=hint)
     )
 
 

@@ -100,7 +100,10 @@ class JobRun:
         self._lease.look()
         write_lease(self._directory, self._lease.claim.token)
         catalog = Catalog(self._jobs.paths.models)
-        write_job_file(self._lease.job, jobs=self._jobs, catalog=catalog, models=self._settings.models)
+        settings = self._settings
+        write_job_file(
+            self._lease.job, jobs=self._jobs, catalog=catalog, models=settings.models, concepts=settings.concepts
+        )
 
     def _validate(self) -> None:
         data = self._phase("validate")

@@ -37,6 +37,7 @@ from trilithon_finetune.jobs.saved import with_checkpoints
 from trilithon_finetune.jobs.schema import checkpoints, idempotency_keys, job_events, jobs
 from trilithon_finetune.jobs.states import FINAL, JobState
 from trilithon_finetune.paths import StorePaths
+from trilithon_finetune.sources import names_in
 
 __all__ = ["Jobs", "StoreLimits"]
 
@@ -92,17 +93,18 @@ class Jobs:
         Args:
             config: its files must be file ids of this tenant.
             idempotency_key: within 24 h the same key with the same configuration answers with the first job.
-            local_paths: whether `model` may be a path of this host: the command's, never a request's.
+            local_paths: whether models and concepts may be paths of this host: the command's, never a request's.
             checked: what the phase `validate` has found out about this configuration on the host that will run it.
         Raises:
-            InvalidArgument: a file is not this tenant's, or the model is a path.
+            InvalidArgument: a file is not this tenant's, or a path is given for a name.
             Conflict: `idempotency_mismatch`, the key came with another configuration.
             Overloaded: `quota_exceeded`, the tenant has too many live jobs.
         """
         document = config.model_dump(mode="json")
         body = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-        if not local_paths and not _is_name(config.model):
-            raise _invalid("model", "invalid_model", f"model must be a name, not a path. Given: {config.model[:64]!r}.")
+        for param, name in () if local_paths else names_in(config):
+            if not _is_name(name):
+                raise _invalid(param, "invalid_model", f"{param} must be a name, not a path. Given: {name[:64]!r}.")
         if idempotency_key is not None and not _is_key(idempotency_key):
             message = f"an idempotency key must have 1 to {_KEY_LEN} printable characters."
             raise _invalid("idempotency_key", "invalid_idempotency_key", message)

@@ -20,6 +20,7 @@ class WorkerSettings:
         grace_s: between asking processes to end and ending them.
         sweep_s: between two looks for what the store need not keep.
         models: directories of base models by their served name; other names are looked for in the model store.
+        concepts: facts that rows may be labelled by, by the name that requests call them.
         phase_command: PHASE JOB_DIR --attempt N follow. train_command: JOB_DIR --attempt N follow. With -P, so that
             no file of the working directory stands in for a module.
     """
@@ -34,5 +35,6 @@ class WorkerSettings:
     grace_s: float = 30.0
     sweep_s: float = 3600.0
     models: Mapping[str, Path] = field(default_factory=dict)
+    concepts: Mapping[str, Path] = field(default_factory=dict)
     phase_command: tuple[str, ...] = (sys.executable, "-P", "-m", "trilithon_finetune.phases")
     train_command: tuple[str, ...] = (sys.executable, "-P", "-m", "trilithon_finetune.train")

@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--database", metavar="URL", help="postgresql://HOST/NAME [SQLite in the store]")
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="jobs at a time [1]")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a base model's directory")
+    parser.add_argument("--concepts", type=Path, metavar="PATH", help="facts that rows may be labelled by")
     options = parser.parse_args(arguments)
     if options.slots < 1:
         parser.error(f"--slots must be at least 1. Given: {options.slots}.")
@@ -130,7 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
     if len(models) != len(options.model):
         parser.error("--model takes NAME=DIR, each name once.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    settings = WorkerSettings(slots=options.slots, models={name: Path(path) for name, path in models.items()})
+    settings = WorkerSettings(
+        slots=options.slots,
+        models={name: Path(path) for name, path in models.items()},
+        concepts={} if options.concepts is None else {options.concepts.stem: options.concepts},
+    )
     return run_worker(options.store, options.database, settings)
 
 

@@ -20,6 +20,7 @@ from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
 from trilithon_finetune.estimate import Estimate, Workload, estimate
+from trilithon_finetune.labelling import label_source
 from trilithon_finetune.machine import this_machine
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
@@ -49,11 +50,14 @@ def run(
     config = resolve_choices(job.config, base.recipe, base.model, job_id=job.job_id)
     job = replace(job, config=config)
     base = open_base(job)
+    context = base.context
+    if (source := label_source(job)) is not None:
+        context = replace(context, label=source.counted(), labelled_by=source.digest())
     most = job.max_findings or MAX_FINDINGS
     report = check_file(
         job.training_path,
         recipe=base.recipe,
-        context=base.context,
+        context=context,
         file=job.training_name,
         validation=job.validation_path,
         validation_file=job.validation_name,
@@ -67,7 +71,7 @@ def run(
         valid = check_file(
             job.validation_path,
             recipe=base.recipe,
-            context=replace(base.context, labels=report.labels, validating=True),
+            context=replace(context, labels=report.labels, validating=True),
             file=job.validation_name,
             max_findings=most,
         )

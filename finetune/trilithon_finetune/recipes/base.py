@@ -7,7 +7,7 @@ mean. The loop knows samples alone: tokens, targets, and which head they belong 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -85,6 +85,8 @@ class Context:
             `Sample.cut`), else it gives an E-DATA-021, which the caller counts as dropped where it is `drop`.
         validating: rows are to be judged rather than learned: every answer that is compared is a sample.
         untrained_ids: tokens whose rows the base never learned and this tuning does not train either.
+        label: gives a row that came without labels those that the job makes; None where it makes none.
+        labelled_by: digest of what those are made from.
     """
 
     tokenizer: Tokenizer
@@ -97,6 +99,8 @@ class Context:
     on_long: Literal["error", "truncate", "drop"] = "error"
     validating: bool = False
     untrained_ids: frozenset[int] = frozenset()
+    label: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    labelled_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,10 @@ class Recipe(Protocol):
     def score_scale(self, context: Context) -> float:
         """Of inner products, where vectors are told apart."""
         return 1.0
+
+    def margin(self, context: Context) -> float | None:
+        """That vectors are told apart by; None for cross-entropy."""
+        return None
 
     def dress(self, sample: Sample, *, seed: int, epoch: int) -> Sample:
         """The sample as an epoch sees it: another mask each time, for example. Pure; most tasks change nothing."""

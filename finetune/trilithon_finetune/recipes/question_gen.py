@@ -1,7 +1,8 @@
 """
 Task `question_gen`: ask what a text answers with a span of it.
 
-Rows are SQuAD's, nested or flat: from the context and its first answer the question is learned. The sequence is that of
+Rows are SQuAD's, nested or flat: from the context and its first answer the question is learned; with
+`options.unanswerable` also one that has none, from its first plausible answer (SQuAD 2.0). The sequence is that of
 `trilithon_server.tasks.question_format`, which a server prompts with.
 
 Source: arXiv 2002.09599, section 2.2.
@@ -38,6 +39,9 @@ class QuestionGenOptions(Section):
     """Of the text, at most: what is far from the answer goes."""
     question_tokens: Annotated[int, Field(ge=8)] = 48
     """That a server lets a question have, at most."""
+    unanswerable: bool = False
+    """Learn both kinds, each under its name: rows of SQuAD 2.0 without an answer count, where they have a plausible
+    one."""
     written_answers: Annotated[int, Field(ge=0)] = 40
     """Validation questions, at most, that the export writes itself, for `rouge_l`; 0: none."""
 
@@ -62,16 +66,22 @@ class QuestionGen(SquadRows):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """The packed sequence; the question is learned, with `loss_on: all` everything, but to judge."""
-        if not row["answers"]:
-            hint = "Leave rows without an answer out."
-            return [finding("E-DATA-008", "has no answer to ask for.", file=file, line=line, path="answers", hint=hint)]
+        kind = "answers" if row["answers"] or not _options(context).unanswerable else "plausible_answers"
+        if not row.get(kind):
+            hint = "Leave rows without an answer out." if kind == "answers" else "Leave such rows out."
+            what = "answer" if kind == "answers" else "plausible answer"
+            return [finding("E-DATA-008", f"has no {what} to ask for.", file=file, line=line, path=kind, hint=hint)]
         try:
             packed = _format(context).pack(
-                row["context"], first_answer(row), context.tokenizer, question=row["question"]
+                row["context"],
+                first_answer(row, name=kind),
+                context.tokenizer,
+                question=row["question"],
+                answerable=kind == "answers",
             )
         except ValueError as error:
             hint = "Raise options.context_tokens, or use a tokenizer with an end token."
-            return [finding("E-DATA-021", f"{error}", file=file, line=line, path="answers[0]", hint=hint)]
+            return [finding("E-DATA-021", f"{error}", file=file, line=line, path=f"{kind}[0]", hint=hint)]
         if len(packed.tokens) > context.max_tokens:
             return [too_long(len(packed.tokens), context, file=file, line=line)]
         start, stop = packed.question
@@ -127,4 +137,5 @@ def _format(context: Context) -> QuestionFormat:
         context=options.context,
         max_context=options.context_tokens,
         max_question=options.question_tokens,
+        unanswerable=options.unanswerable,
     )

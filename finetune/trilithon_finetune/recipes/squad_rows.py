@@ -15,13 +15,14 @@ from trilithon_server.tasks.pieces import Span
 NESTED = "data/paragraphs/qas"
 ROWS = "context/question/answers"
 
-KEYS = ("context", "question", "answers", "is_impossible", "id", "title")
+KEYS = ("context", "question", "answers", "is_impossible", "plausible_answers", "id", "title")
 
 
 class SquadRows(Recipe):
     """
     Of SQuAD 1.1 or 2.0: the nested JSON document, or flat lines
-    `{"context", "question", "answers": [{"text", "answer_start"}], "is_impossible"?, "id"?, "title"?}`.
+    `{"context", "question", "answers": [{"text", "answer_start"}], "is_impossible"?, "plausible_answers"?, "id"?,
+    "title"?}`. Plausible answers are those of a question without one, which only look right.
     """
 
     formats: tuple[str, ...] = (ROWS, NESTED)
@@ -53,14 +54,18 @@ class SquadRows(Recipe):
         if not impossible and not answers:
             hint = "Give at least one, or set is_impossible to true if the context has none."
             check.add("E-DATA-015", "answers", "is empty.", hint)
-        for i in range(len(answers)):
-            _check_answer(f"answers[{i}]", answers[i], context, check)
+        plausible = check.value("plausible_answers", list) if "plausible_answers" in row else []
+        if plausible and not impossible:
+            check.add("E-DATA-008", "plausible_answers", "must be empty where the question has answers.")
+        for name, found in (("answers", answers), ("plausible_answers", plausible or ())):
+            for i, answer in enumerate(found):
+                _check_answer(f"{name}[{i}]", answer, context, check)
         return check.findings
 
 
-def first_answer(row: Mapping[str, Any]) -> Span:
-    """Characters of the context that are the first answer, without spaces around it."""
-    start, text = row["answers"][0]["answer_start"], row["answers"][0]["text"]
+def first_answer(row: Mapping[str, Any], *, name: str = "answers") -> Span:
+    """Characters of the context that are the first answer, or plausible answer, without spaces around it."""
+    start, text = row[name][0]["answer_start"], row[name][0]["text"]
     return start + len(text) - len(text.lstrip()), start + len(text.rstrip())
 
 

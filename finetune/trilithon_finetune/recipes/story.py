@@ -3,7 +3,8 @@ Tasks `story_keywords` and `story_generator`: say what a story's next sentence i
 
     {"sentences": ["...", "...", ...], "title": "..."}
 
-and, labelled by `trilithon data stories`, a step for each sentence but the first:
+and, labelled by the job (`options.concepts`, `options.encoder`) or by `trilithon data stories`, a step for each
+sentence but the first:
 
     "steps": [{"keywords": ["..."], "facts": ["..."], "ranked": ["..."], "others": ["..."]}, ...]
 
@@ -27,7 +28,7 @@ from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.metrics.texts import num_words
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
-from trilithon_finetune.recipes.story_rows import SENTENCES, Step, check_story, steps_of
+from trilithon_finetune.recipes.story_rows import SENTENCES, LabelSources, Step, check_story, labelled, steps_of
 from trilithon_finetune.recipes.texts import next_token_targets, nothing_learned, untrained_end
 from trilithon_server.tasks.story_format import KeywordFormat, NoRoom, Packed, SentenceFormat
 
@@ -37,11 +38,14 @@ class StoryOptions(Section):
 
     markers: Literal["text", "tokens"] = "text"
     """What parts a sequence: words, or special tokens, which the base's vocabulary must have."""
+    names: Literal["words", "tags"] = "words"
+    """`tags`: people of the story are [MALE], [FEMALE] or [NEUTRAL], special tokens that the base's vocabulary must
+    have; the server puts their names back."""
     story_tokens: Annotated[int, Field(ge=16)] = 160
     """Of the story so far, at most: its last whole sentences."""
 
 
-class GeneratorOptions(StoryOptions):
+class GeneratorOptions(StoryOptions, LabelSources):
     """Options of the task `story_generator`."""
 
     facts: Annotated[int, Field(ge=0)] = 3
@@ -83,7 +87,7 @@ class _Story(Recipe):
         if found := self._unmarked(context, file=file, line=line):
             return [found]
         try:
-            packed = [(step, self.packed(step, context)) for step in steps_of(row)]
+            packed = [(step, self.packed(step, context)) for step in steps_of(labelled(row, context))]
         except NoRoom as error:
             rule = f"{error} (data.max_tokens {context.max_tokens})"
             return [finding("E-DATA-021", rule, file=file, line=line, path="sentences", hint="Raise data.max_tokens.")]
@@ -98,7 +102,7 @@ class _Story(Recipe):
         try:
             self.format(context).check(context.tokenizer)
         except ValueError as error:
-            hint = "Set options.markers to text."
+            hint = "Set options.markers to text and options.names to words, or take a base that has it."
             return finding("E-DATA-022", f"cannot be learned: {error}", file=file, line=line, hint=hint)
         return None
 
@@ -130,7 +134,7 @@ class StoryKeywords(_Story):
         """By the options."""
         options = context.options
         assert isinstance(options, StoryOptions)
-        return KeywordFormat(options.markers, max_story=options.story_tokens)
+        return KeywordFormat(options.markers, max_story=options.story_tokens, names=options.names)
 
     def packed(self, step: Step, context: Context) -> Packed | None:
         """Sentences of stop words alone have no keywords."""
@@ -152,6 +156,7 @@ class StoryGenerator(_Story):
         return SentenceFormat(
             options.markers,
             max_story=options.story_tokens,
+            names=options.names,
             max_knowledge=options.knowledge_tokens,
             with_keywords=options.with_keywords,
         )

@@ -1,35 +1,45 @@
 """
 Task `story_ranker`: an encoder whose vectors bring a story and the facts that its next sentence needs together. Rows
-are stories labelled by `trilithon data stories`, see `story.py`.
+are stories with labels, or the job makes them, see `story.py`.
 
 A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
-the global batch, by cross-entropy. The story's side never sees the sentence. One encoder reads both.
+the global batch, by cross-entropy or by a margin. The story's side never sees the sentence. One encoder reads both.
 
-Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders and a margin.
+Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margin.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from trilithon_finetune.config import Section
-from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
 from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, ranks_of
-from trilithon_finetune.recipes.story_rows import SENTENCES, Step, check_story, steps_of
-from trilithon_finetune.recipes.texts import nothing_learned
+from trilithon_finetune.recipes.story_rows import (
+    LABEL_FIRST,
+    SENTENCES,
+    LabelSources,
+    Step,
+    check_story,
+    labelled,
+    steps_of,
+)
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat
 
+MARGIN = 0.5
+_MORE_FACTS = "Give more concepts, or leave such rows out: data.bad_rows_allowed."
 
-class RankerOptions(Section):
+
+class RankerOptions(LabelSources):
     """Options of the task `story_ranker`."""
 
     story_tokens: Annotated[int, Field(ge=8)] = 128
@@ -40,8 +50,21 @@ class RankerOptions(Section):
     """Facts of a sentence that are learned, at most, the best ones."""
     negatives: Annotated[int, Field(ge=0, le=7)] = 3
     """Candidates of the sentence that each is told from, beside the facts of the other stories."""
+    loss: Literal["cross_entropy", "max_margin"] = "cross_entropy"
+    """`cross_entropy`: of the fact among all others. `max_margin`: how far each other is within a margin, summed."""
+    margin: Annotated[float, Field(gt=0)] | None = None
+    """Of `max_margin`, in scaled inner products. None: 0.5."""
     score_scale: Annotated[float, Field(gt=0)] | None = None
-    """Of inner products before the softmax. None: 20 where vectors have length 1, else 1 / sqrt(hidden size)."""
+    """
+    Of inner products. None: 1 / sqrt(hidden size), or, where vectors have length 1, 20 before a softmax and 1 with a
+    margin.
+    """
+
+    @model_validator(mode="after")
+    def _margin(self) -> Self:
+        if self.margin is not None and self.loss != "max_margin":
+            raise ValueError(f"margin {self.margin:g} must come with loss max_margin: {self.loss} has none")
+        return self
 
 
 class StoryRanker(Recipe):
@@ -62,8 +85,8 @@ class StoryRanker(Recipe):
         """JSON lines only."""
 
     def check(self, row: Mapping[str, Any], format: str, *, file: str, line: int) -> list[Finding]:
-        """Sentences and their steps."""
-        return check_story(row, file=file, line=line, labelled=True)
+        """Sentences, and steps where there are any."""
+        return check_story(row, file=file, line=line)
 
     def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
         """None: the head is a vector."""
@@ -77,18 +100,32 @@ class StoryRanker(Recipe):
     def score_scale(self, context: Context) -> float:
         """Of inner products."""
         options, model = _options(context), context.model
+        if options.loss == "max_margin" and model.normalize:
+            return options.score_scale or 1.0
         known = RetrievalFormat.for_encoder(
             normalize=model.normalize, hidden_size=model.hidden_size, max_context=context.max_tokens
         )
         return options.score_scale or known.score_scale
 
+    def margin(self, context: Context) -> float | None:
+        """As the options say."""
+        options = _options(context)
+        return (options.margin or MARGIN) if options.loss == "max_margin" else None
+
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""
+        row = labelled(row, context)
+        if "steps" not in row:
+            rule = "is missing: nothing says which facts go with a sentence."
+            return [finding("E-DATA-008", rule, file=file, line=line, path="steps", hint=LABEL_FIRST)]
         samples: list[Sample] = []
         for step in steps_of(row):
             for fact in step.facts[: _options(context).positives] if step.others else ():
                 samples += self._group(step, fact, context, line=line, first=len(samples))
-        return samples or [nothing_learned(context, file=file, line=line, path="steps")]
+        if samples:
+            return samples
+        rule = "teach nothing: no sentence has facts that fit it and others that do not."
+        return [finding("E-DATA-022", rule, file=file, line=line, path="steps", hint=_MORE_FACTS)]
 
     def _group(self, step: Step, fact: str, context: Context, *, line: int, first: int) -> list[Sample]:
         options, format_, tokenizer = _options(context), _format(context), context.tokenizer

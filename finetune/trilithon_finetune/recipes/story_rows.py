@@ -1,12 +1,16 @@
-"""Rows of stories, as all tasks of stories take them: what is wrong with one, and its steps."""
+"""Rows of stories, as all tasks of stories take them: what is wrong with one, its steps, and who labels it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import Field, model_validator
+
+from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, shown
+from trilithon_finetune.recipes.base import Context
 from trilithon_finetune.recipes.fields import RowCheck
 from trilithon_server.knowledge.keywords import keywords
 
@@ -14,7 +18,22 @@ SENTENCES = "sentences"
 KEYS = ("sentences", "title", "steps", "labelled_by", "id", "source")
 LISTS = ("keywords", "facts", "ranked", "others")
 """Of a step."""
-LABEL_FIRST = "Label the rows with `trilithon data stories`."
+LABEL_FIRST = "Set options.concepts and options.encoder, or label the rows with `trilithon data stories`."
+
+
+class LabelSources(Section):
+    """Options of tasks whose rows the job labels itself, where they come without labels."""
+
+    concepts: Annotated[str, Field(min_length=1)] | None = None
+    """Facts: the name of the server's concepts, or a path (command line only). None: rows have their labels."""
+    encoder: Annotated[str, Field(min_length=1)] | None = None
+    """Its cosines say which facts go with a sentence: a model like `model`. Given with `concepts`, and only then."""
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.concepts is None) != (self.encoder is None):
+            raise ValueError("concepts and encoder must be given together: one has the facts, the other ranks them")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +63,13 @@ def steps_of(row: Mapping[str, Any]) -> Iterator[Step]:
         yield Step(index, sentences[:index], sentences[index], **label)
 
 
-def check_story(row: Mapping[str, Any], *, file: str, line: int, labelled: bool = False) -> list[Finding]:
-    """
-    What is wrong with a row.
+def labelled(row: Mapping[str, Any], context: Context) -> Mapping[str, Any]:
+    """The row, with the labels that the job makes where it came without."""
+    return row if context.label is None or "steps" in row else context.label(row)
 
-    Args:
-        labelled: whether it must have steps.
-    """
+
+def check_story(row: Mapping[str, Any], *, file: str, line: int) -> list[Finding]:
+    """What is wrong with a row."""
     check = RowCheck(row, file=file, line=line)
     check.keys(KEYS)
     sentences = _texts("sentences", check.value("sentences", list), check)
@@ -59,8 +78,6 @@ def check_story(row: Mapping[str, Any], *, file: str, line: int, labelled: bool 
         check.add("E-DATA-022", "sentences", rule)
     if "title" in row:
         check.value("title", str)
-    if labelled and "steps" not in row:
-        check.add("E-DATA-008", "steps", "is missing: nothing says which facts go with a sentence.", LABEL_FIRST)
     steps = check.value("steps", list) if "steps" in row else None
     if steps is None:
         return check.findings

@@ -162,6 +162,7 @@ def evaluator_of(work: Work) -> JobEvaluator:
         seed=config.seed,
         beta=work.beta,
         score_scale=work.score_scale,
+        margin=work.margin,
         batch_size=config.training.batch_size,
     )
 

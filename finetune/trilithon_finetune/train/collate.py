@@ -44,6 +44,7 @@ def collate(
     references: Sequence[float] | None = None,
     beta: float = 0.1,
     score_scale: float = 1.0,
+    margin: float | None = None,
 ) -> PackedBatch:
     """
     Pack samples one after another.
@@ -53,7 +54,7 @@ def collate(
         ids: of the samples, for their dropout masks.
         counts: False: the batch is there for company and nothing of it counts.
         references: of a preference, each sample's log-probability by the model that training began from.
-        beta: of a preference. score_scale: of inner products of vectors.
+        beta: of a preference. score_scale, margin: of inner products of vectors.
     """
     lengths = [len(sample.tokens) for sample in samples]
     bounds = [0, *accumulate(lengths)]
@@ -78,7 +79,7 @@ def collate(
         roles = [sample.columns["role"] if counts else NOTHING for sample in samples]
         pairs = [pair_of(sample) for sample in samples]
         facts = {"roles_B": ints(roles), "pairs_B": ints(pairs), "keys_B": ints([s.columns["key"] for s in samples])}
-        return VectorBatch(**packed, **facts, score_scale=score_scale)  # type: ignore[arg-type]  # by name
+        return VectorBatch(**packed, **facts, score_scale=score_scale, margin=margin)  # type: ignore[arg-type]  # by name
     if head in ("span", "joint_span") and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)
         for start, sample in zip(bounds, samples, strict=False):

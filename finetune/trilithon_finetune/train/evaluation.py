@@ -181,7 +181,7 @@ def preference_numbers(
     }
 
 
-def contrast_loss(outputs: Sequence[Output], *, scale: float, batch_samples: int) -> float:
+def contrast_loss(outputs: Sequence[Output], *, scale: float, margin: float | None, batch_samples: int) -> float:
     """
     The mean loss of questions, each told from the passages of as many rows as a training batch has.
 
@@ -198,7 +198,7 @@ def contrast_loss(outputs: Sequence[Output], *, scale: float, batch_samples: int
             torch.from_numpy(np.stack([part[i].values for i in kept])).double(),
             *(torch.tensor(n) for n in ([columns[i]["role"] for i in kept], pairs, [columns[i]["key"] for i in kept])),
         )
-        total += float(contrast(pool, scale=scale)[0].sum())
+        total += float(contrast(pool, scale=scale, margin=margin)[0].sum())
         count += sum(columns[i]["role"] == QUERY for i in kept)
     return total / max(1, count)
 
@@ -228,11 +228,12 @@ class JobEvaluator:
         seed: int,
         beta: float,
         score_scale: float,
+        margin: float | None,
         batch_size: int,
     ) -> None:
         self._recipe, self._context, self._valid, self._probes, self._rows = recipe, context, valid, probes, rows
         self._capacity, self._seed, self._beta = micro_batch_tokens, seed, beta
-        self._score_scale, self._batch_size = score_scale, batch_size
+        self._score_scale, self._margin, self._batch_size = score_scale, margin, batch_size
         self.references: Sequence[float] = ()
         self.probe: dict[int, tuple[Sample, Values]] = {}
 
@@ -249,7 +250,7 @@ class JobEvaluator:
             return Evaluation(loss, numbers)
         if self._recipe.head == "vectors":
             samples = self._batch_size * self._valid.unit
-            loss = contrast_loss(outputs, scale=self._score_scale, batch_samples=samples)
+            loss = contrast_loss(outputs, scale=self._score_scale, margin=self._margin, batch_samples=samples)
             return Evaluation(loss, self._recipe.metrics(outputs, self._rows, self._context))
         loss, accuracy = total_loss([sample_loss(self._recipe.head, o.sample, o.values) for o in outputs])
         return Evaluation(loss, {**accuracy, **self._recipe.metrics(outputs, self._rows, self._context)})

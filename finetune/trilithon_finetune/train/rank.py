@@ -204,7 +204,7 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
     grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp, device=device)
     stream = JobStream(
         work.prepared.train, work.recipe, work.schedule, grid,
-        config=job.config, beta=work.beta, score_scale=work.score_scale,
+        config=job.config, beta=work.beta, score_scale=work.score_scale, margin=work.margin,
     )  # fmt: skip
     patience_s = PATIENCE * seconds_of(work, stream.heaviest().tokens, peak)
     with Watchdog(

@@ -40,7 +40,7 @@ class JobStream:
 
     Args:
         train: the samples to learn from.
-        beta: of preferences. score_scale: of inner products of vectors.
+        beta: of preferences. score_scale, margin: of inner products of vectors.
     Attributes:
         references: of preferences, each sample's log-probability before the first step; set before training.
     """
@@ -55,11 +55,12 @@ class JobStream:
         config: JobConfig,
         beta: float,
         score_scale: float,
+        margin: float | None,
     ) -> None:
         assert config.training.micro_batch_tokens is not None
         self._train, self._recipe, self._schedule, self._grid = train, recipe, schedule, grid
         self._capacity, self._beta, self._seed = config.training.micro_batch_tokens, beta, schedule.order.seed
-        self._score_scale = score_scale
+        self._score_scale, self._margin = score_scale, margin
         self._lengths = train.unit_lengths
         self.references: Sequence[float] | None = None
 
@@ -88,6 +89,7 @@ class JobStream:
             references=references,
             beta=self._beta,
             score_scale=self._score_scale,
+            margin=self._margin,
         )
 
     def tokens(self, step: Step) -> int:

@@ -43,6 +43,11 @@ class Work:
         """Of inner products of vectors."""
         return self.recipe.score_scale(self.context)
 
+    @property
+    def margin(self) -> float | None:
+        """That vectors are told apart by; None for cross-entropy."""
+        return self.recipe.margin(self.context)
+
 
 def open_work(job: JobFile) -> Work:
     """Read what a job trains, after it was prepared."""

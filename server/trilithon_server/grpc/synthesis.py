@@ -44,6 +44,7 @@ class SyntheticQuestions(synth_qa_pb2_grpc.SynthQAServiceServicer):
             passages=[Passage(item.id, item.text) for item in request.passages],
             answers=request.answers_per_passage,
             questions=request.questions_per_answer,
+            unanswerable=request.unanswerable_per_answer,
             filter=_FILTERS.get(request.filter, ""),
             answer_model=request.answer_model,
             reader_model=request.reader_model,

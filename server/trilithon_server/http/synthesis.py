@@ -37,6 +37,9 @@ class SynthQARequest(_Strict):
     passages: list[SynthQAPassage]
     answers_per_passage: int = Field(0, description="1 to 20; 0 means 5.")
     questions_per_answer: int = Field(0, description="1 to 8; 0 means 2.")
+    unanswerable_per_answer: int = Field(
+        0, description="0 to 8 questions beside each answer that the passage does not answer; the model must know how."
+    )
     filter: Literal["", "pair_any", "single", "none"] = Field("", description="Empty means pair_any.")
     answer_model: str = Field("", description="Proposes answers; empty means the first that can, or else a rule.")
     stream: Literal[True] = Field(True, description="The answer is always a stream.")
@@ -51,6 +54,7 @@ async def generate(service: Service, exchange: Exchange, call: Call) -> None:
         passages=[Passage(item.id, item.text) for item in body.passages],
         answers=body.answers_per_passage,
         questions=body.questions_per_answer,
+        unanswerable=body.unanswerable_per_answer,
         filter=body.filter,
         answer_model=body.answer_model,
         reader_model=body.reader_model,

@@ -57,6 +57,20 @@ def read_concepts(path: Path) -> Concepts:
     return Concepts(path.stem, ConceptGraph(triples), WordRelations(triples, synsets), digest)
 
 
+def concepts_digest(path: Path) -> str:
+    """
+    What `read_concepts` would give as the digest; the facts are not read.
+
+    Raises:
+        ConceptsError: there is no such file, no facts in the folder, or a file cannot be read.
+    """
+    facts, glosses = _files(path)
+    try:
+        return _digest([*facts, *glosses])
+    except OSError as error:
+        raise ConceptsError(f"{error.filename} cannot be read: {error.strerror}.") from None
+
+
 def _files(path: Path) -> tuple[list[Path], list[Path]]:
     """Files of facts, and files of synsets."""
     if path.is_file():

@@ -13,6 +13,9 @@ too (1), and what is question (2):
 
     context <end> answer <end> question: How many sacks were there? :question <end>
 
+A model that also asks what a text does not answer (SQuAD 2.0) is told which is wanted: the last word of its prompt is
+`answerable question:` or `unanswerable question:`, and the answer is then one that only looks right.
+
 The two words around a question are text, not special tokens: what doesn't have both is no question.
 
 Source: arXiv 2002.09599, section 2.2 (question generation); the words around a question are those of its
@@ -22,9 +25,9 @@ re-implementations.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.sentences import split_sentences
@@ -71,6 +74,7 @@ class QuestionFormat(TaskFile):
         context: `near`: the sentences of the answer with one before and one behind. `whole`: all of the text.
         max_context: tokens of the context; a longer one loses tokens that are far from the answer.
         max_question: tokens of a question, with its last word and the end token.
+        unanswerable: whether it also asks what a text does not answer.
     """
 
     task: ClassVar[str] = "question_gen"
@@ -79,17 +83,34 @@ class QuestionFormat(TaskFile):
     context: Literal["near", "whole"] = "near"
     max_context: Size = 160
     max_question: Size = 48
+    unanswerable: bool = False
 
-    def pack(self, text: str, answer: Span, tokenizer: Tokenizer, *, question: str | None = None) -> PackedQuestion:
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """The format; a file that says nothing of questions without an answer is of a model that asks none."""
+        return super().from_task_file({"unanswerable": False, **document})
+
+    def pack(
+        self,
+        text: str,
+        answer: Span,
+        tokenizer: Tokenizer,
+        *,
+        question: str | None = None,
+        answerable: bool = True,
+    ) -> PackedQuestion:
         """
         Write one sequence.
 
         Args:
             text: what is asked about. answer: characters [start, end) of it.
             question: to be learned; None: the sequence ends where the model begins to write.
+            answerable: False: the text does not answer it; the format must be one of both kinds.
         Raises:
             ValueError: the tokenizer has no end token, or the answer is longer than a context may be.
         """
+        assert answerable or self.unanswerable
+        opening = f"{'answerable' if answerable else 'unanswerable'} {OPEN}" if self.unanswerable else OPEN
         if not tokenizer.eos_ids:
             raise ValueError("the tokenizer names no end token, and a question ends with one.")
         before, said, behind = _parts(text, answer, near=self.context == "near")
@@ -113,12 +134,12 @@ class QuestionFormat(TaskFile):
         if self.roles == "markers":
             part.put(part.plain("\nAnswer:"), ANSWER_TYPE)
             answers.append(part.put(part.plain(f" {said.strip()}"), ANSWER_TYPE))
-            part.put(part.plain(f"\n{OPEN}"), QUESTION_TYPE)
+            part.put(part.plain(f"\n{opening}"), QUESTION_TYPE)
         else:
             part.put(part.end, CONTEXT_TYPE)
             answers.append(part.put(part.plain(said.strip()), ANSWER_TYPE))
             part.put(part.end, ANSWER_TYPE)
-            part.put(part.plain(OPEN), QUESTION_TYPE)
+            part.put(part.plain(opening), QUESTION_TYPE)
         written = [] if question is None else [*part.plain(written_question(question)), *part.end]
         place = part.put(written, QUESTION_TYPE)
         types = tuple(part.types) if self.roles == "types" else ()

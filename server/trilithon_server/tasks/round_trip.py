@@ -19,11 +19,11 @@ FILTERS: tuple[Filter, ...] = ("pair_any", "single", "none")
 that can be read.
 """
 
-Reason = Literal["", "too_long", "unreadable", "repeated", "no_answer", "other_answer"]
-REASONS: tuple[Reason, ...] = ("too_long", "unreadable", "repeated", "no_answer", "other_answer")
+Reason = Literal["", "too_long", "unreadable", "repeated", "no_answer", "other_answer", "answered"]
+REASONS: tuple[Reason, ...] = ("too_long", "unreadable", "repeated", "no_answer", "other_answer", "answered")
 """
 Why a question is dropped: its answer leaves no room for the text around it, so it was not asked for; it is none; the
-same answer has it already; the reader finds no answer; it finds another one.
+same answer has it already; the reader finds no answer; it finds another one; it finds one where there should be none.
 """
 
 
@@ -66,20 +66,44 @@ def judge(answer: str, asked: Sequence[Asked], mode: Filter) -> list[Verdict]:
     Args:
         asked: all questions that were written for this answer.
     """
-    seen: set[str] = set()
     own: list[Reason] = []
-    for item in asked:
-        if item.question is None:
-            own.append("too_long" if item.too_long else "unreadable")
-        elif item.question in seen:
-            own.append("repeated")
-        elif mode == "none":
-            own.append("")
+    for item, fault in zip(asked, _faults(asked, set()), strict=True):
+        if fault or mode == "none":
+            own.append(fault)
         elif item.reply is None:
             own.append("no_answer")
         else:
             own.append("" if exact_match(item.reply, answer) else "other_answer")
-        seen |= {item.question} if item.question is not None else set()
     if mode == "pair_any" and "" in own:
         own = ["" if reason in ("no_answer", "other_answer") else reason for reason in own]
     return [Verdict(not reason, reason) for reason in own]
+
+
+def judge_unanswerable(asked: Sequence[Asked], mode: Filter, *, answerable: Sequence[Asked] = ()) -> list[Verdict]:
+    """
+    What becomes of questions that a text should not answer: each is kept where a reader finds no answer.
+
+    >>> [verdict.reason for verdict in judge_unanswerable([Asked("Who?"), Asked("When?", reply="1066")], "pair_any")]
+    ['', 'answered']
+
+    Args:
+        answerable: questions of the same answer that the text answers; one that is among them contradicts it.
+    """
+    found = _faults(asked, {item.question for item in answerable if item.question is not None})
+    own: list[Reason] = [
+        fault or ("" if mode == "none" or item.reply is None else "answered")
+        for item, fault in zip(asked, found, strict=True)
+    ]
+    return [Verdict(not reason, reason) for reason in own]
+
+
+def _faults(asked: Sequence[Asked], seen: set[str]) -> list[Reason]:
+    """What is wrong with each question whatever a reader says; empty for nothing."""
+    found: list[Reason] = []
+    for item in asked:
+        if item.question is None:
+            found.append("too_long" if item.too_long else "unreadable")
+            continue
+        found.append("repeated" if item.question in seen else "")
+        seen = {*seen, item.question}
+    return found

@@ -15,18 +15,22 @@ model:
 
     <|story|>Tom has a dog. The dog is big.<|kw|>park<|sep|>ball<|know|>...<|sep|>...<|story|>They play ...
 
+With `names: tags` the names of people in the story so far are tags, special tokens too (`knowledge/names.py`); a model
+learns to write tags, and the server puts the names back.
+
 Source: arXiv 2010.00840, but the generator is shown the keywords too, and knowledge stands behind the story.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.knowledge.names import TAGS, cut_at_names, names_of, with_names
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.task_file import Room, Size, TaskFile
 from trilithon_server.tasks.writing import lead, literal, one_line, special
@@ -93,11 +97,20 @@ class _Format(TaskFile):
         markers: `text`: labels in words. `tokens`: special tokens.
         guide: text in front of everything.
         max_story: tokens of the story so far, at most: its last whole sentences.
+        names: `words`: as they are. `tags`: those that have a tag as their tag.
     """
 
     markers: Markers = "text"
     guide: str = ""
     max_story: Size = 256
+    names: Literal["words", "tags"] = "words"
+    written: ClassVar[tuple[str, ...]] = ()
+    """Marks within an answer."""
+
+    @classmethod
+    def from_task_file(cls, document: Mapping[str, Any]) -> Self:
+        """The format; a file that says nothing of names is of a model that reads them as words."""
+        return super().from_task_file({"names": "words", **document})
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -106,8 +119,29 @@ class _Format(TaskFile):
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises: ValueError: the tokenizer lacks a special token."""
-        for name in (STORY, KEYWORDS, KNOWLEDGE, SEPARATOR) if self.markers == "tokens" else ():
+        for name in self._special():
             special(name, tokenizer)
+
+    def drawing(self, story: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
+        """
+        Sampling parameters, by JSON name, under which a model writes tags of this story's names: nobody is called by
+        another one, and no other special token is written. None where names are words.
+        """
+        if self.names == "words":
+            return {}
+        used = (*self.written, *names_of(story).values())
+        allowed = {*tokenizer.eos_ids, *(special(name, tokenizer) for name in used)}
+        banned = sorted(tokenizer.special_ids - allowed)
+        return {"skip_special_tokens": False, "logit_bias": dict.fromkeys(banned, -100.0)}
+
+    def with_names(self, text: str, story: Sequence[str]) -> str:
+        """What a model wrote behind a story, with names in the place of their tags."""
+        return with_names(text, names_of(story)) if self.names == "tags" else text
+
+    def _special(self) -> tuple[str, ...]:
+        """Special tokens that the tokenizer must have."""
+        marks = (STORY, KEYWORDS, KNOWLEDGE, SEPARATOR) if self.markers == "tokens" else ()
+        return (*marks, *TAGS) if self.names == "tags" else marks
 
 
 @dataclass(frozen=True)
@@ -115,6 +149,7 @@ class KeywordFormat(_Format):
     """How the keyword predictor reads a story; part of a model's task file."""
 
     task: ClassVar[str] = "story_keywords"
+    written: ClassVar[tuple[str, ...]] = (SEPARATOR,)
 
     def pack(
         self, story: Sequence[str], tokenizer: Tokenizer, *, keywords: Sequence[str] = (), room: int | None = None
@@ -130,7 +165,7 @@ class KeywordFormat(_Format):
             NoRoom: the room does not hold the story's last token.
             ValueError: the tokenizer lacks a special token.
         """
-        writer = _Writer(self, tokenizer)
+        writer = _Writer(self, tokenizer, story)
         opening = writer.opening(KEYWORDS)
         answer = writer.keywords(keywords, ends=True) if keywords else []
         told, dropped = writer.story(story, room, beside=len(opening) + len(answer))
@@ -186,7 +221,7 @@ class SentenceFormat(_Format):
             NoRoom: the room does not hold the story's last token.
             ValueError: the tokenizer lacks a special token.
         """
-        writer = _Writer(self, tokenizer)
+        writer = _Writer(self, tokenizer, story)
         shown = keywords if self.with_keywords else ()
         words = [*writer.opening(KEYWORDS), *writer.keywords(shown)] if shown else []
         opening = writer.opening(STORY)
@@ -233,9 +268,10 @@ StoryFormat = KeywordFormat | SentenceFormat | RankerFormat
 class _Writer:
     """The parts of a story as tokens."""
 
-    def __init__(self, format: _Format, tokenizer: Tokenizer) -> None:
+    def __init__(self, format: _Format, tokenizer: Tokenizer, story: Sequence[str]) -> None:
         self._format, self._tokenizer = format, tokenizer
         self._in_words = format.markers == "text"
+        self._names = names_of(story) if format.names == "tags" else {}
 
     def opening(self, part: str) -> list[int]:
         """Where a part begins."""
@@ -250,14 +286,14 @@ class _Writer:
         left = most if room is None else min(most, room - beside - len(head) - len(end))
         kept: list[list[int]] = []
         for sentence in reversed(story):
-            tokens = self._plain(f" {one_line(sentence)}")
+            tokens = self._told(f" {one_line(sentence)}")
             if len(tokens) > left:
                 break
             kept.append(tokens)
             left -= len(tokens)
         dropped = len(story) - len(kept)
         if not kept:
-            last = self._plain(f" {one_line(story[-1])}")
+            last = self._told(f" {one_line(story[-1])}")
             if left < 1:
                 raise NoRoom(f"its last sentence has {len(last)} tokens, and there is room for none of them.")
             kept = [last[-left:]]
@@ -267,14 +303,15 @@ class _Writer:
         """A line of keywords, or keywords with separators, and an end where the answer has one."""
         words = [one_line(word) for word in keywords]
         if self._in_words:
-            return self._plain(f" {', '.join(words)}\n")
-        return [*self._separated([self._plain(word) for word in words]), *(self._end() if ends else [])]
+            return self._told(f" {', '.join(words)}\n", any_case=True)
+        parts = [self._told(word, any_case=True) for word in words]
+        return [*self._separated(parts), *(self._end() if ends else [])]
 
     def sentence(self, text: str) -> list[int]:
         """The next sentence, and its end."""
         if self._in_words:
-            return self._plain(f" {one_line(text)}\n")
-        return [*self._plain(f" {one_line(text)}"), *self._end()]
+            return self._told(f" {one_line(text)}\n")
+        return [*self._told(f" {one_line(text)}"), *self._end()]
 
     def knowledge(self, facts: Sequence[str], room: int) -> tuple[list[int], int]:
         """The first facts that fit, and how many they are; nothing for none."""
@@ -299,6 +336,13 @@ class _Writer:
 
     def _end(self) -> list[int]:
         return [self._tokenizer.eos_ids[0]]
+
+    def _told(self, text: str, *, any_case: bool = False) -> list[int]:
+        """A text of the story, with its names as tags where the format has them so."""
+        ids: list[int] = []
+        for part, tag in cut_at_names(text, self._names, any_case=any_case):
+            ids += [special(tag, self._tokenizer)] if tag else self._plain(part)
+        return ids
 
     def _plain(self, text: str) -> list[int]:
         return literal(text, self._tokenizer) if text else []

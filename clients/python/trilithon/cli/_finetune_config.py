@@ -15,6 +15,7 @@ from trilithon import _store
 from trilithon.errors import FailedPrecondition, Internal, InvalidArgument, TrilithonError, Unavailable, Violation
 from trilithon_finetune.config import JobConfig, load_config_file, override, parse_config
 from trilithon_finetune.errors import FinetuneError
+from trilithon_finetune.sources import named_sources
 
 
 @contextlib.contextmanager
@@ -55,15 +56,22 @@ def load(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def parsed(config: Mapping[str, Any]) -> JobConfig:
     """
-    The configuration of a job of this machine: a path of a model becomes absolute, a name stays what it is.
+    The configuration of a job of this machine: paths of models and facts become absolute, a name stays what it is.
 
     Raises:
-        FinetuneError: `invalid_config`. NotFound: there is no directory at that path.
+        FinetuneError: `invalid_config`. NotFound: there is no directory at the path of a model.
     """
-    model = config.get("model")
-    if isinstance(model, str) and _is_path(model):
-        config = {**config, "model": str(_store.resolve(model))}
-    return parse_config(dict(config))
+    known = parse_config(dict(config))
+    options = dict(known.options)
+    if (named := named_sources(known)) is not None:
+        options["encoder"] = _model(named.encoder)
+        if (facts := Path(named.concepts).expanduser()).exists():
+            options["concepts"] = str(facts.resolve())
+    return known.model_copy(update={"model": _model(known.model), "options": options})
+
+
+def _model(name: str) -> str:
+    return str(_store.resolve(name)) if _is_path(name) else name
 
 
 def _is_path(model: str) -> bool:

@@ -20,6 +20,7 @@ from trilithon_finetune.data.judging import with_labels
 from trilithon_finetune.data.reading import read_rows
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError
+from trilithon_finetune.labelling import label_source
 from trilithon_finetune.paths import JobPaths, StorePaths
 from trilithon_finetune.phases import validate
 from trilithon_finetune.phases.outcome import Events
@@ -27,6 +28,7 @@ from trilithon_finetune.probe import probe as measured
 from trilithon_finetune.recipes.base import IGNORE, Context, Recipe, Sample
 from trilithon_finetune.resolve import resolve_choices
 from trilithon_finetune.setup import Base, JobFile, open_base
+from trilithon_finetune.sources import named_sources
 from trilithon_server.catalog import Catalog
 
 TENANT = "local"
@@ -102,10 +104,11 @@ def validated(
 ) -> Report:
     """Everything about a data file. Raises TrilithonError."""
     with told(), _opened(config, training, validation, store=store) as (job, base):
+        source = label_source(job)
         return check_file(
             training.path,
             recipe=base.recipe,
-            context=base.context,
+            context=base.context if source is None else replace(base.context, label=source.counted()),
             file=training.name,
             validation=None if validation is None else validation.path,
             validation_file="" if validation is None else validation.name,
@@ -121,8 +124,10 @@ def preview(config: Mapping[str, Any], training: DataFile, line: int, *, store: 
     Raises:
         TrilithonError: the file has no such line, or the configuration is wrong.
     """
-    with told(), _opened(config, training, None, store=store) as (job, base):
+    with told(), _opened(config, training, None, store=store) as (job, base), contextlib.ExitStack() as stack:
         context = with_labels(base.context, base.recipe, training.path, file=training.name)
+        if (source := label_source(job)) is not None:
+            context = replace(context, label=stack.enter_context(source.opened()))
         last = 0
         for item in read_rows(training.path, recipe=base.recipe, file=training.name):
             last = item.line
@@ -188,6 +193,7 @@ def _job_file(
     job_config = parsed(config)
     paths = StorePaths(store)
     model_dir, adapter_dir = _model(job_config.model, Catalog(paths.models))
+    named = named_sources(job_config)
     with tempfile.TemporaryDirectory(prefix="trilithon-check-") as scratch:
         yield JobFile(
             job_id=_NO_JOB,
@@ -196,6 +202,8 @@ def _job_file(
             config=job_config,
             model_dir=model_dir,
             adapter_dir=adapter_dir,
+            concepts_path=None if named is None else Path(named.concepts),
+            encoder_dir=None if named is None else _model(named.encoder, Catalog(paths.models))[0],
             training_path=training.path,
             validation_path=None if validation is None else validation.path,
             store=paths,

@@ -19,6 +19,7 @@ VERBS: Mapping[str, str] = {
     "score": "how likely are these continuations?",
     "embed": "vectors for texts",
     "index": "build and search indexes of passages",
+    "story": "tell a story sentence by sentence, by keywords and knowledge",
     "synth-qa": "make questions and answers from a corpus",
     "tokenize": "token ids of texts, and back",
     "bench": "measure a server",

@@ -17,6 +17,7 @@ from typing import Any
 
 from trilithon import Client, SynthQAOptions, SynthQAPassageDone, SynthQAStarted, SynthQATriple
 from trilithon._synth_qa import Filter
+from trilithon.cli._part_file import PartFile
 from trilithon.errors import DeadlineExceeded
 
 MAX_PASSAGES = 64
@@ -29,6 +30,7 @@ REASONS = {
     "repeated": "stand there already",
     "no_answer": "find no answer",
     "other_answer": "lead to another answer",
+    "answered": "have an answer after all",
 }
 """Why the server drops questions, in words."""
 EXAMPLES = 2
@@ -39,10 +41,6 @@ Triple = Mapping[str, Any]
 
 class CorpusError(ValueError):
     """A line of the corpus is no passage."""
-
-
-class ResumeError(ValueError):
-    """What is kept of an earlier run doesn't belong to this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +59,7 @@ class Settings:
     seed: int
     answers: int
     questions: int
+    unanswerable: int
     filter: Filter
     model: str = ""
     answer_model: str = ""
@@ -119,29 +118,10 @@ class Kept:
     """
 
     def __init__(self, output: Path, corpus: Sequence[Document], settings: Settings, *, restart: bool) -> None:
-        self.path = output.with_name(f"{output.name}.part")
         texts = "\0".join(f"{document.id}\0{document.text}" for document in corpus)
-        self._run = {"corpus": hashlib.sha256(texts.encode()).hexdigest(), "settings": asdict(settings)}
-        self.triples: dict[str, list[Triple]] = {}
-        self.models: dict[str, str] | None = None
-        if restart:
-            self.path.unlink(missing_ok=True)
-        if self.path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.path.read_text("utf-8").split("\n")
-        # What stands behind the last line feed was cut off in the middle of a passage.
-        whole = [json.loads(line) for line in lines[:-1]]
-        if not whole:
-            self.path.unlink()
-            return
-        head, *passages = whole
-        if {name: head[name] for name in self._run} != self._run:
-            raise ResumeError(f"{self.path.name} was begun with another corpus or other settings. Add --restart.")
-        self.models = head["models"]
-        self.triples = {item["passage_id"]: item["triples"] for item in passages}
-        self.path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        run = {"corpus": hashlib.sha256(texts.encode()).hexdigest(), "settings": asdict(settings)}
+        self.file = PartFile(output.with_name(f"{output.name}.part"), run, restart=restart)
+        self.triples: dict[str, list[Triple]] = {item["passage_id"]: item["triples"] for item in self.file.pieces}
 
     def begin(self, started: SynthQAStarted) -> None:
         """
@@ -151,22 +131,12 @@ class Kept:
             ResumeError: they are others.
         """
         names = ("question_model", "reader_model", "proposed_by")
-        models = {name: str(getattr(started, name)) for name in names}
-        if self.models is None:
-            self._append({**self._run, "models": models})
-            self.models = models
-        elif self.models != models:
-            was, now = ", ".join(self.models.values()), ", ".join(models.values())
-            raise ResumeError(f"{self.path.name} was begun with other models: {was}. Now: {now}. Add --restart.")
+        self.file.begin({name: str(getattr(started, name)) for name in names})
 
     def add(self, passage_id: str, triples: list[Triple]) -> None:
         """A passage is done."""
-        self._append({"passage_id": passage_id, "triples": triples})
+        self.file.add({"passage_id": passage_id, "triples": triples})
         self.triples[passage_id] = triples
-
-    def _append(self, document: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def work(
@@ -191,6 +161,7 @@ def work(
             [{"id": document.id, "text": document.text} for document in part],
             answers_per_passage=settings.answers,
             questions_per_answer=settings.questions,
+            unanswerable_per_answer=settings.unanswerable or None,
             filter=settings.filter,
             answer_model=settings.answer_model or None,
             reader_model=settings.reader_model or None,
@@ -221,10 +192,12 @@ def _parts(documents: Sequence[Document], batch: int) -> Iterator[list[Document]
     yield part
 
 
-def squad(corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:
+def squad(
+    corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]], *, with_impossible: bool = False
+) -> dict[str, Any]:
     """
-    The kept questions as a SQuAD 1.1 document: neighbouring passages of one title are an article; one without a title
-    is an article by its id. Passages without a question are left out.
+    The kept questions as a SQuAD 1.1 document, or 2.0 where some have no answer: neighbouring passages of one title are
+    an article; one without a title is an article by its id. Passages without a question are left out.
     """
     articles: list[dict[str, Any]] = []
     for document in corpus:
@@ -238,12 +211,21 @@ def squad(corpus: Sequence[Document], triples: Mapping[str, Sequence[Triple]]) -
             {
                 "id": f"{document.id}-{number}",
                 "question": item["question"],
-                "answers": [{"text": item["answer"], "answer_start": item["answer_start"]}],
+                **_answers(item, with_impossible=with_impossible),
             }
             for number, item in enumerate(kept)
         ]
         articles[-1]["paragraphs"].append({"context": document.text, "qas": questions})
-    return {"version": "1.1", "data": articles}
+    return {"version": "v2.0" if with_impossible else "1.1", "data": articles}
+
+
+def _answers(item: Triple, *, with_impossible: bool) -> dict[str, Any]:
+    spans = [{"text": item["answer"], "answer_start": item["answer_start"]}]
+    if not with_impossible:
+        return {"answers": spans}
+    if item["is_impossible"]:
+        return {"answers": [], "plausible_answers": spans, "is_impossible": True}
+    return {"answers": spans, "is_impossible": False}
 
 
 def summary(triples: Mapping[str, Sequence[Triple]]) -> dict[str, Any]:

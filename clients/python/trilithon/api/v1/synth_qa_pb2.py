@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trilithon.api.v1 import common_pb2 as trilithon_dot_api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrilithon/api/v1/synth_qa.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\"*\n\x0eSynthQAPassage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x9a\x03\n\x0eSynthQARequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x32\n\x08passages\x18\x02 \x03(\x0b\x32 .trilithon.api.v1.SynthQAPassage\x12\x1b\n\x13\x61nswers_per_passage\x18\x03 \x01(\r\x12\x1c\n\x14questions_per_answer\x18\x04 \x01(\r\x12\x37\n\x06\x66ilter\x18\x05 \x01(\x0e\x32\'.trilithon.api.v1.SynthQARequest.Filter\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12\x14\n\x0c\x61nswer_model\x18\x07 \x01(\t\x12\x14\n\x0creader_model\x18\x08 \x01(\t\"Y\n\x06\x46ilter\x12\x16\n\x12\x46ILTER_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x46ILTER_PAIR_ANY\x10\x01\x12\x11\n\rFILTER_SINGLE\x10\x02\x12\x0f\n\x0b\x46ILTER_NONE\x10\x03\"u\n\x0eSynthQAStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x16\n\x0equestion_model\x18\x03 \x01(\t\x12\x14\n\x0creader_model\x18\x04 \x01(\t\x12\x13\n\x0bproposed_by\x18\x05 \x01(\t\"\xaf\x01\n\rSynthQATriple\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\x12\x14\n\x0c\x61nswer_start\x18\x04 \x01(\r\x12\x0c\n\x04kept\x18\x05 \x01(\x08\x12\x10\n\x08p_answer\x18\x06 \x01(\x01\x12\x0f\n\x07qa_prob\x18\x07 \x01(\x01\x12\x11\n\tqa_answer\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\"X\n\x12SynthQAPassageDone\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\r\x12\x0f\n\x07triples\x18\x03 \x01(\r\x12\x0c\n\x04kept\x18\x04 \x01(\r\"\xa4\x02\n\x0fSynthQAFinished\x12\x10\n\x08passages\x18\x01 \x01(\r\x12\x0f\n\x07triples\x18\x02 \x01(\r\x12\x0c\n\x04kept\x18\x03 \x01(\r\x12?\n\x07\x64ropped\x18\x04 \x03(\x0b\x32..trilithon.api.v1.SynthQAFinished.DroppedEntry\x12\x35\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12\x10\n\x08total_ms\x18\x07 \x01(\x01\x1a.\n\x0c\x44roppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xef\x01\n\x0cSynthQAEvent\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .trilithon.api.v1.SynthQAStartedH\x00\x12\x31\n\x06triple\x18\x02 \x01(\x0b\x32\x1f.trilithon.api.v1.SynthQATripleH\x00\x12\x37\n\x07passage\x18\x03 \x01(\x0b\x32$.trilithon.api.v1.SynthQAPassageDoneH\x00\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32!.trilithon.api.v1.SynthQAFinishedH\x00\x42\x07\n\x05\x65vent2`\n\x0eSynthQAService\x12N\n\x08Generate\x12 .trilithon.api.v1.SynthQARequest\x1a\x1e.trilithon.api.v1.SynthQAEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftrilithon/api/v1/synth_qa.proto\x12\x10trilithon.api.v1\x1a\x1dtrilithon/api/v1/common.proto\"*\n\x0eSynthQAPassage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xbb\x03\n\x0eSynthQARequest\x12+\n\x04meta\x18\x01 \x01(\x0b\x32\x1d.trilithon.api.v1.RequestMeta\x12\x32\n\x08passages\x18\x02 \x03(\x0b\x32 .trilithon.api.v1.SynthQAPassage\x12\x1b\n\x13\x61nswers_per_passage\x18\x03 \x01(\r\x12\x1c\n\x14questions_per_answer\x18\x04 \x01(\r\x12\x37\n\x06\x66ilter\x18\x05 \x01(\x0e\x32\'.trilithon.api.v1.SynthQARequest.Filter\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.trilithon.api.v1.Sampling\x12\x14\n\x0c\x61nswer_model\x18\x07 \x01(\t\x12\x14\n\x0creader_model\x18\x08 \x01(\t\x12\x1f\n\x17unanswerable_per_answer\x18\t \x01(\r\"Y\n\x06\x46ilter\x12\x16\n\x12\x46ILTER_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x46ILTER_PAIR_ANY\x10\x01\x12\x11\n\rFILTER_SINGLE\x10\x02\x12\x0f\n\x0b\x46ILTER_NONE\x10\x03\"u\n\x0eSynthQAStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x16\n\x0equestion_model\x18\x03 \x01(\t\x12\x14\n\x0creader_model\x18\x04 \x01(\t\x12\x13\n\x0bproposed_by\x18\x05 \x01(\t\"\xc6\x01\n\rSynthQATriple\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x03 \x01(\t\x12\x14\n\x0c\x61nswer_start\x18\x04 \x01(\r\x12\x0c\n\x04kept\x18\x05 \x01(\x08\x12\x10\n\x08p_answer\x18\x06 \x01(\x01\x12\x0f\n\x07qa_prob\x18\x07 \x01(\x01\x12\x11\n\tqa_answer\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x15\n\ris_impossible\x18\n \x01(\x08\"X\n\x12SynthQAPassageDone\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x01(\r\x12\x0f\n\x07triples\x18\x03 \x01(\r\x12\x0c\n\x04kept\x18\x04 \x01(\r\"\xa4\x02\n\x0fSynthQAFinished\x12\x10\n\x08passages\x18\x01 \x01(\r\x12\x0f\n\x07triples\x18\x02 \x01(\r\x12\x0c\n\x04kept\x18\x03 \x01(\r\x12?\n\x07\x64ropped\x18\x04 \x03(\x0b\x32..trilithon.api.v1.SynthQAFinished.DroppedEntry\x12\x35\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1e.trilithon.api.v1.FinishReason\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x17.trilithon.api.v1.Usage\x12\x10\n\x08total_ms\x18\x07 \x01(\x01\x1a.\n\x0c\x44roppedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xef\x01\n\x0cSynthQAEvent\x12\x33\n\x07started\x18\x01 \x01(\x0b\x32 .trilithon.api.v1.SynthQAStartedH\x00\x12\x31\n\x06triple\x18\x02 \x01(\x0b\x32\x1f.trilithon.api.v1.SynthQATripleH\x00\x12\x37\n\x07passage\x18\x03 \x01(\x0b\x32$.trilithon.api.v1.SynthQAPassageDoneH\x00\x12\x35\n\x08\x66inished\x18\x04 \x01(\x0b\x32!.trilithon.api.v1.SynthQAFinishedH\x00\x42\x07\n\x05\x65vent2`\n\x0eSynthQAService\x12N\n\x08Generate\x12 .trilithon.api.v1.SynthQARequest\x1a\x1e.trilithon.api.v1.SynthQAEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,21 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SYNTHQAPASSAGE']._serialized_start=84
   _globals['_SYNTHQAPASSAGE']._serialized_end=126
   _globals['_SYNTHQAREQUEST']._serialized_start=129
-  _globals['_SYNTHQAREQUEST']._serialized_end=539
-  _globals['_SYNTHQAREQUEST_FILTER']._serialized_start=450
-  _globals['_SYNTHQAREQUEST_FILTER']._serialized_end=539
-  _globals['_SYNTHQASTARTED']._serialized_start=541
-  _globals['_SYNTHQASTARTED']._serialized_end=658
-  _globals['_SYNTHQATRIPLE']._serialized_start=661
-  _globals['_SYNTHQATRIPLE']._serialized_end=836
-  _globals['_SYNTHQAPASSAGEDONE']._serialized_start=838
-  _globals['_SYNTHQAPASSAGEDONE']._serialized_end=926
-  _globals['_SYNTHQAFINISHED']._serialized_start=929
-  _globals['_SYNTHQAFINISHED']._serialized_end=1221
-  _globals['_SYNTHQAFINISHED_DROPPEDENTRY']._serialized_start=1175
-  _globals['_SYNTHQAFINISHED_DROPPEDENTRY']._serialized_end=1221
-  _globals['_SYNTHQAEVENT']._serialized_start=1224
-  _globals['_SYNTHQAEVENT']._serialized_end=1463
-  _globals['_SYNTHQASERVICE']._serialized_start=1465
-  _globals['_SYNTHQASERVICE']._serialized_end=1561
+  _globals['_SYNTHQAREQUEST']._serialized_end=572
+  _globals['_SYNTHQAREQUEST_FILTER']._serialized_start=483
+  _globals['_SYNTHQAREQUEST_FILTER']._serialized_end=572
+  _globals['_SYNTHQASTARTED']._serialized_start=574
+  _globals['_SYNTHQASTARTED']._serialized_end=691
+  _globals['_SYNTHQATRIPLE']._serialized_start=694
+  _globals['_SYNTHQATRIPLE']._serialized_end=892
+  _globals['_SYNTHQAPASSAGEDONE']._serialized_start=894
+  _globals['_SYNTHQAPASSAGEDONE']._serialized_end=982
+  _globals['_SYNTHQAFINISHED']._serialized_start=985
+  _globals['_SYNTHQAFINISHED']._serialized_end=1277
+  _globals['_SYNTHQAFINISHED_DROPPEDENTRY']._serialized_start=1231
+  _globals['_SYNTHQAFINISHED_DROPPEDENTRY']._serialized_end=1277
+  _globals['_SYNTHQAEVENT']._serialized_start=1280
+  _globals['_SYNTHQAEVENT']._serialized_end=1519
+  _globals['_SYNTHQASERVICE']._serialized_start=1521
+  _globals['_SYNTHQASERVICE']._serialized_end=1617
 # @@protoc_insertion_point(module_scope)

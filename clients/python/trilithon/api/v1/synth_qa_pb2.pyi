@@ -83,6 +83,7 @@ class SynthQARequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     ANSWER_MODEL_FIELD_NUMBER: builtins.int
     READER_MODEL_FIELD_NUMBER: builtins.int
+    UNANSWERABLE_PER_ANSWER_FIELD_NUMBER: builtins.int
     answers_per_passage: builtins.int
     """Answers of a passage, at most. Unset: 5. Range: 1 to 20. Zero: same as unset."""
     questions_per_answer: builtins.int
@@ -93,6 +94,10 @@ class SynthQARequest(google.protobuf.message.Message):
     """Proposes answers. Unset: the first served that can, else runs of capitalised words and numbers. Zero: same as unset."""
     reader_model: builtins.str
     """Checks the questions. Unset: the first served that answers questions. Zero: same as unset."""
+    unanswerable_per_answer: builtins.int
+    """Questions beside each answer that its passage does not answer; the writer must have learned them. A reader keeps
+    those to which it finds no answer. Range: 0 to 8. Zero: none.
+    """
     @property
     def meta(self) -> trilithon.api.v1.common_pb2.RequestMeta:
         """`model` writes the questions. Unset: the first that was trained to write them, else the first that writes."""
@@ -118,9 +123,10 @@ class SynthQARequest(google.protobuf.message.Message):
         sampling: trilithon.api.v1.common_pb2.Sampling | None = ...,
         answer_model: builtins.str = ...,
         reader_model: builtins.str = ...,
+        unanswerable_per_answer: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["meta", b"meta", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer_model", b"answer_model", "answers_per_passage", b"answers_per_passage", "filter", b"filter", "meta", b"meta", "passages", b"passages", "questions_per_answer", b"questions_per_answer", "reader_model", b"reader_model", "sampling", b"sampling"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answer_model", b"answer_model", "answers_per_passage", b"answers_per_passage", "filter", b"filter", "meta", b"meta", "passages", b"passages", "questions_per_answer", b"questions_per_answer", "reader_model", b"reader_model", "sampling", b"sampling", "unanswerable_per_answer", b"unanswerable_per_answer"]) -> None: ...
 
 Global___SynthQARequest: typing_extensions.TypeAlias = SynthQARequest
 
@@ -169,6 +175,7 @@ class SynthQATriple(google.protobuf.message.Message):
     QA_PROB_FIELD_NUMBER: builtins.int
     QA_ANSWER_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    IS_IMPOSSIBLE_FIELD_NUMBER: builtins.int
     passage_id: builtins.str
     """Of the passage."""
     question: builtins.str
@@ -186,7 +193,9 @@ class SynthQATriple(google.protobuf.message.Message):
     qa_answer: builtins.str
     """What the reader answers; empty where it has no answer or was not asked."""
     reason: builtins.str
-    """Why it is dropped: too_long, unreadable, repeated, no_answer, other_answer. Empty where it is kept."""
+    """Why it is dropped: too_long, unreadable, repeated, no_answer, other_answer, answered. Empty where it is kept."""
+    is_impossible: builtins.bool
+    """Whether it is one that the passage does not answer; `answer` only looks as if it did."""
     def __init__(
         self,
         *,
@@ -199,8 +208,9 @@ class SynthQATriple(google.protobuf.message.Message):
         qa_prob: builtins.float = ...,
         qa_answer: builtins.str = ...,
         reason: builtins.str = ...,
+        is_impossible: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "answer_start", b"answer_start", "kept", b"kept", "p_answer", b"p_answer", "passage_id", b"passage_id", "qa_answer", b"qa_answer", "qa_prob", b"qa_prob", "question", b"question", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "answer_start", b"answer_start", "is_impossible", b"is_impossible", "kept", b"kept", "p_answer", b"p_answer", "passage_id", b"passage_id", "qa_answer", b"qa_answer", "qa_prob", b"qa_prob", "question", b"question", "reason", b"reason"]) -> None: ...
 
 Global___SynthQATriple: typing_extensions.TypeAlias = SynthQATriple
 
