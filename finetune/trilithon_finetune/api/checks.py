@@ -61,6 +61,7 @@ class Checks:
         door = self._door
         named = [("training", config.training_file)]
         named += [("validation", config.validation_file)] if config.validation_file is not None else []
+        named += [("passages", config.passages)] if config.passages is not None else []
         spec: dict[str, Any] = {
             "job_id": "ftjob-" + "0" * 20,
             "tenant": tenant,
@@ -71,6 +72,9 @@ class Checks:
             "max_findings": max_findings,
             **await door.run(door.base_paths, config.model, tenant=tenant),
         }
+        if config.retriever is not None:
+            found = await door.run(door.base_paths, config.retriever, tenant=tenant)
+            spec["retriever_dir"] = found["model_dir"]
         for which, file_id in named:
             file = await door.run(door.jobs.get_file, file_id, tenant=tenant)
             spec[f"{which}_path"] = str(await door.run(door.jobs.file_path, file_id, tenant=tenant))

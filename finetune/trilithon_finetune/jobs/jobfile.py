@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trilithon import _store
 from trilithon.errors import NotFound
+from trilithon_finetune.config import JobConfig, parse_config
 from trilithon_finetune.errors import JobError
 from trilithon_finetune.jobs.outcome import AttemptFailed
 from trilithon_finetune.jobs.records import File, Job
@@ -33,12 +34,14 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
     paths = jobs.paths.job(job.id)
     training = _file(jobs, job, job.training_file, "training")
     validation = None if job.validation_file is None else _file(jobs, job, job.validation_file, "validation")
-    model, adapter = _model(job, catalog=catalog, models=models)
+    model, adapter = _model(job.model, tenant=job.tenant, catalog=catalog, models=models)
+    config = parse_config(job.resolved or job.config, where="job")
     document = {
         "job_id": job.id,
         "tenant": job.tenant,
         "name": job.name,
         "config": job.resolved or job.config,
+        **_beside(job, config, jobs=jobs, catalog=catalog, models=models),
         "model_dir": str(model),
         "adapter_dir": None if adapter is None else str(adapter),
         "training_path": str(jobs.paths.file(training.sha256)),
@@ -53,6 +56,27 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
     _replace(paths.spec, json.dumps(document, indent=1))
 
 
+def _beside(
+    job: Job, config: JobConfig, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path]
+) -> dict[str, str]:
+    """The second model and the passages that a task's options name."""
+    document = {}
+    if config.retriever is not None:
+        retriever, adapter = _model(config.retriever, tenant=job.tenant, catalog=catalog, models=models)
+        if adapter is not None:
+            message = f"options.retriever must be an encoder. Given: {config.retriever[:64]!r}, an adapter."
+            raise AttemptFailed(JobError(code="invalid_config", param="options.retriever", message=message))
+        document["retriever_dir"] = str(retriever)
+    if config.passages is not None:
+        try:
+            file = jobs.get_file(config.passages, tenant=job.tenant)
+        except NotFound:
+            message = f"options.passages {config.passages[:64]} is not there any more."
+            raise AttemptFailed(JobError(code="invalid_config", param="options.passages", message=message)) from None
+        document |= {"passages_path": str(jobs.paths.file(file.sha256)), "passages_name": file.filename}
+    return document
+
+
 def write_lease(directory: Path, token: int) -> None:
     """Allow the attempt in `directory` to run, to whoever has this token alone."""
     _replace(directory / LEASE_FILE, str(token))
@@ -63,11 +87,13 @@ def revoke_lease(directory: Path) -> None:
     (directory / LEASE_FILE).unlink(missing_ok=True)
 
 
-def _model(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> tuple[Path, Path | None]:
-    """The directory of a job's base model, and of the adapter that it goes on from. Raises AttemptFailed."""
-    entry = None if job.model in models else catalog.get(job.model, tenant=job.tenant)
+def _model(
+    name: str, *, tenant: str, catalog: Catalog, models: Mapping[str, Path]
+) -> tuple[Path, Path | None]:
+    """The directory of a base model, and of the adapter that a job goes on from. Raises AttemptFailed."""
+    entry = None if name in models else catalog.get(name, tenant=tenant)
     if entry is None:
-        return _base(job.model, models), None
+        return _base(name, models), None
     if entry.kind == "model":
         return entry.path, None
     return _base(entry.base, models), entry.path

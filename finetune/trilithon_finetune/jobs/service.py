@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from sqlalchemy import Connection, RowMapping, delete, func, insert, or_, select, update
 
 from trilithon.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound, Overloaded, Violation
-from trilithon_finetune.config import JobConfig, seed_of
+from trilithon_finetune.config import PASSAGES, JobConfig, seed_of
 from trilithon_finetune.jobs.database import Database
 from trilithon_finetune.jobs.files import Files, StoreLimits
 from trilithon_finetune.jobs.ids import new_id
@@ -103,6 +103,9 @@ class Jobs:
         body = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
         if not local_paths and not _is_name(config.model):
             raise _invalid("model", "invalid_model", f"model must be a name, not a path. Given: {config.model[:64]!r}.")
+        if not local_paths and config.retriever is not None and not _is_name(config.retriever):
+            message = f"options.retriever must be a name, not a path. Given: {config.retriever[:64]!r}."
+            raise _invalid("options.retriever", "invalid_model", message)
         if idempotency_key is not None and not _is_key(idempotency_key):
             message = f"an idempotency key must have 1 to {_KEY_LEN} printable characters."
             raise _invalid("idempotency_key", "invalid_idempotency_key", message)
@@ -297,8 +300,12 @@ class Jobs:
         return str(found.job_id)
 
     def _check_files(self, connection: Connection, config: JobConfig, tenant: str) -> None:
-        for field in ("training_file", "validation_file"):
-            file_id = getattr(config, field)
+        named = {
+            "training_file": config.training_file,
+            "validation_file": config.validation_file,
+            f"options.{PASSAGES}": config.passages,
+        }
+        for field, file_id in named.items():
             if file_id is None:
                 continue
             try:

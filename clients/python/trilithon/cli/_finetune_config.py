@@ -13,7 +13,7 @@ import yaml
 
 from trilithon import _store
 from trilithon.errors import FailedPrecondition, Internal, InvalidArgument, TrilithonError, Unavailable, Violation
-from trilithon_finetune.config import JobConfig, load_config_file, override, parse_config
+from trilithon_finetune.config import RETRIEVER, JobConfig, load_config_file, override, parse_config
 from trilithon_finetune.errors import FinetuneError
 
 
@@ -55,14 +55,17 @@ def load(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def parsed(config: Mapping[str, Any]) -> JobConfig:
     """
-    The configuration of a job of this machine: a path of a model becomes absolute, a name stays what it is.
+    The configuration of a job of this machine: paths of models become absolute, a name stays what it is.
 
     Raises:
         FinetuneError: `invalid_config`. NotFound: there is no directory at that path.
     """
-    model = config.get("model")
+    model, options = config.get("model"), config.get("options") or {}
     if isinstance(model, str) and _is_path(model):
         config = {**config, "model": str(_store.resolve(model))}
+    retriever = options.get(RETRIEVER)
+    if isinstance(retriever, str) and _is_path(retriever):
+        config = {**config, "options": {**options, RETRIEVER: str(_store.resolve(retriever))}}
     return parse_config(dict(config))
 
 

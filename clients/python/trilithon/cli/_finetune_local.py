@@ -77,17 +77,19 @@ def check(
     validation: DataFile | None,
     *,
     store: Path,
+    passages: DataFile | None = None,
     probe: bool = False,
 ) -> Checked:
     """
     The phase `validate` of such a job, here.
 
     Args:
+        passages: what the task's options name, of tasks that have them.
         probe: the job's ranks are started for a few steps, and what they take is measured.
     Raises:
         TrilithonError: the configuration is wrong, or the data; with every finding.
     """
-    with told(), _job_file(config, training, validation, store=store) as job:
+    with told(), _job_file(config, training, validation, store=store, passages=passages) as job:
         try:
             found = validate.run(job, Events(job.paths.attempt(1)), measure=measured if probe else None)
         except FinetuneError as error:
@@ -148,6 +150,9 @@ def _shown(
 
 def _sample(sample: Sample, recipe: Recipe, context: Context) -> Shown:
     """A token is learned where its own target counts, or, of a text that is gone on with, that of the one before."""
+    if recipe.head == "reading":  # what its retriever reads is of another vocabulary
+        behind = sample.columns["query"]
+        sample = replace(sample, tokens=sample.tokens[behind:], targets=sample.targets[behind:])
     targets = sample.targets or (IGNORE,) * len(sample.tokens)
     shift = recipe.head in ("vocabulary", "preference") and context.model.is_causal
     counts = [target != IGNORE for target in ((IGNORE, *targets[:-1]) if shift else targets)]
@@ -182,12 +187,18 @@ def _text(context: Context, tokens: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _job_file(
-    config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, store: Path
+    config: Mapping[str, Any],
+    training: DataFile,
+    validation: DataFile | None,
+    *,
+    store: Path,
+    passages: DataFile | None = None,
 ) -> Iterator[JobFile]:
     """A job that is in no store. Raises FinetuneError, NotFound: its model is not here."""
     job_config = parsed(config)
     paths = StorePaths(store)
     model_dir, adapter_dir = _model(job_config.model, Catalog(paths.models))
+    retriever = job_config.retriever
     with tempfile.TemporaryDirectory(prefix="trilithon-check-") as scratch:
         yield JobFile(
             job_id=_NO_JOB,
@@ -196,6 +207,9 @@ def _job_file(
             config=job_config,
             model_dir=model_dir,
             adapter_dir=adapter_dir,
+            retriever_dir=None if retriever is None else _model(retriever, Catalog(paths.models))[0],
+            passages_path=None if passages is None else passages.path,
+            passages_name="" if passages is None else passages.name,
             training_path=training.path,
             validation_path=None if validation is None else validation.path,
             store=paths,
