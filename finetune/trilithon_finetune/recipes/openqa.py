@@ -55,7 +55,7 @@ class ReaderOptions(Section):
     """Steps after which the index is made again, by the retriever as it is then."""
     refresh: bool = True
     """False: the index stays that of the first step; the retriever is trained all the same."""
-    max_question_tokens: Annotated[int, Field(ge=8)] = 64
+    max_question_tokens: Count = 64
     """Longer questions are cut."""
     max_answer_tokens: Annotated[int, Field(ge=2, le=256)] = 32
     """Longer answers are cut; the end counts."""
