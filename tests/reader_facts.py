@@ -141,9 +141,13 @@ def told_rows(num: int, *, count: int = 4) -> list[dict[str, Any]]:
 
 def reader_job(
     folder: Path, base: Path, *, retriever: Path | None, train: list[dict[str, Any]], valid: list[dict[str, Any]],
-    task: str = "reader_joint", options: dict[str, Any], **config: Any,
+    task: str = "reader_joint", options: dict[str, Any], again: bool = True, **config: Any,
 ) -> JobDir:  # fmt: skip
-    """A job that trains a reader; with a retriever it finds its passages among those of the facts."""
+    """
+    A job that trains a reader; with a retriever it finds its passages among those of the facts.
+
+    `again`: validation rows are told from equal ones of the training by an id.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     named = {} if retriever is None else {"retriever": "retriever", "passages": "passages"}
     sections = {
@@ -154,7 +158,7 @@ def reader_job(
         folder,
         base,
         write_rows(folder / "train.jsonl", train),
-        write_rows(folder / "valid.jsonl", [{**row, "id": "again"} for row in valid]),
+        write_rows(folder / "valid.jsonl", [{**row, "id": "again"} if again else row for row in valid]),
         task=task,
         options={**OPTIONS, **named, **options},
         **{**sections, **config},

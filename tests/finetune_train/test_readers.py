@@ -65,10 +65,10 @@ def test_acc_A11_reader_and_retriever_learn_from_answers_alone(taught: JobDir, t
         retriever=retriever,
         train=facts.questions(),
         valid=facts.questions(),
-        options={"top_k": 16, "strength": 7.5, "reload_every": 32},
-        training={"epochs": 32, "batch_size": 16},
-        eval={"every_steps": 128},
-        checkpoint={"every_steps": 128},
+        options={"top_k": 16, "strength": 7.5, "reload_every": 40},
+        training={"epochs": 40, "batch_size": 16},
+        eval={"every_steps": 160},
+        checkpoint={"every_steps": 160},
     ).walk()
     (last,) = made.events("eval")
 

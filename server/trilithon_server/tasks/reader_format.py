@@ -81,10 +81,13 @@ class ReaderFormat(TaskFile):
 
     def question_tokens(self, question: str, tokenizer: Tokenizer) -> list[int]:
         """A question, cut to `max_question_tokens`, with what stands around it."""
+        begin = "" if frame(tokenizer)[0] else "question: "
+        return self.framed(literal(f"{begin}{question.strip()}", tokenizer), tokenizer)
+
+    def framed(self, tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+        """The tokens of a question, cut to `max_question_tokens`, with what stands around them."""
         before, end = frame(tokenizer)
-        if before:
-            return [*before, *literal(question.strip(), tokenizer)[: self.max_question_tokens], end]
-        return literal(f"question: {question.strip()}", tokenizer)[: self.max_question_tokens]
+        return [*before, *tokens[: self.max_question_tokens], *([end] if before else [])]
 
     def join(self, question: Sequence[int], passage: Sequence[int], tokenizer: Tokenizer) -> ReaderPrompt:
         """`pack`, of tokens that `question_tokens` and `passage_tokens` have made."""
