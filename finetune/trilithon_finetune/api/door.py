@@ -20,6 +20,7 @@ from typing import BinaryIO, ParamSpec, TypeVar
 
 from trilithon import _store
 from trilithon.errors import NotFound, Overloaded, Unavailable
+from trilithon_finetune.config import JobConfig
 from trilithon_finetune.errors import FinetuneError
 from trilithon_finetune.jobs.records import Event
 from trilithon_finetune.jobs.reservations import reserve
@@ -141,6 +142,12 @@ class Door:
         return await self.run(self.jobs.file_path, file_id, tenant=tenant)
 
     # -- models ---------------------------------------------------------------------------------------------
+
+    def check_models(self, config: JobConfig, *, tenant: str) -> None:
+        """Raises as `base_paths` does, for every model that a job names."""
+        self.base_paths(config.model, tenant=tenant)
+        if config.retriever is not None:
+            self.base_paths(config.retriever, tenant=tenant)
 
     def base_paths(self, name: str, *, tenant: str) -> dict[str, str]:
         """

@@ -51,7 +51,7 @@ class Finetunes(finetune_pb2_grpc.FinetuneServiceServicer):
             priority=request.priority,
         )
         config = convert.job_config(document, self._door.limits)
-        await self._door.run(self._door.base_paths, config.model, tenant=tenant)
+        await self._door.run(self._door.check_models, config, tenant=tenant)
         return config
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.Job:

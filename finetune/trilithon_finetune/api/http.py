@@ -123,7 +123,7 @@ class HttpJobs:
 
     async def _config(self, exchange: Exchange, tenant: str) -> JobConfig:
         config = convert.job_config(await exchange.json(), self._door.limits)
-        await self._door.run(self._door.base_paths, config.model, tenant=tenant)
+        await self._door.run(self._door.check_models, config, tenant=tenant)
         return config
 
     async def _create(self, exchange: Exchange, tenant: str) -> None:
