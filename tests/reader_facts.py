@@ -165,7 +165,5 @@ def reader_job(
     )
     if retriever is not None:
         evidence = write_rows(folder / "passages.jsonl", passages())
-        made.change(
-            {"retriever_dir": str(retriever), "passages_path": str(evidence), "passages_name": evidence.name}
-        )
+        made.change({"retriever_dir": str(retriever), "passages_path": str(evidence), "passages_name": evidence.name})
     return made

@@ -27,7 +27,8 @@ from trilithon_finetune.errors import FinetuneError, JobError
 
 Task = Literal[
     "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict",
-    "mss", "reader_individual", "reader_joint", "dialogue", "grounded_dialogue", "answer_gen", "question_gen", "story_keywords", "story_generator", "story_ranker",
+    "mss", "reader_individual", "reader_joint",
+    "dialogue", "grounded_dialogue", "answer_gen", "question_gen", "story_keywords", "story_generator", "story_ranker",
 ]  # fmt: skip
 
 BASE_LR = {"lora": 2e-4, "full": 2e-5}

@@ -90,7 +90,12 @@ def read_job(directory: Path) -> JobFile:
         paths = {
             name: Path(given[name])
             for name in (
-                "model_dir", "training_path", "validation_path", "adapter_dir", "retriever_dir", "passages_path",
+                "model_dir",
+                "training_path",
+                "validation_path",
+                "adapter_dir",
+                "retriever_dir",
+                "passages_path",
             )
             if given.get(name)
         }

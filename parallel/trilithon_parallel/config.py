@@ -47,8 +47,8 @@ class Reads:
     """
     What is trained beside an encoder-decoder that reads passages (arXiv 2101.00408).
 
-    `retriever`: the encoder whose vectors choose the passages; None where their probabilities are given. `has_strength`:
-    a learnable scalar says how much the decoder's attention follows them.
+    `retriever`: the encoder whose vectors choose the passages; None where their probabilities are given.
+    `has_strength`: a learnable scalar says how much the decoder's attention follows them.
     """
 
     retriever: ModelConfig | None

@@ -155,7 +155,13 @@ def individual_answers(
     """
     memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
     written = _written(
-        stage, memory_EH, batch.encoder_cu_seqlens, None, start_id=int(batch.tokens_T[0]), end_id=end_id, most=max_tokens
+        stage,
+        memory_EH,
+        batch.encoder_cu_seqlens,
+        None,
+        start_id=int(batch.tokens_T[0]),
+        end_id=end_id,
+        most=max_tokens,
     )
     count = batch.num_passages
     proposed = [
@@ -184,9 +190,7 @@ def joint_answers(
     memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
     bias_E = _bias(batch, passage_logprobs_BK, strength, memory_EH.dtype)
     bounds = batch.encoder_cu_seqlens[:: batch.num_passages]
-    return _written(
-        stage, memory_EH, bounds, bias_E, start_id=int(batch.tokens_T[0]), end_id=end_id, most=max_tokens
-    )
+    return _written(stage, memory_EH, bounds, bias_E, start_id=int(batch.tokens_T[0]), end_id=end_id, most=max_tokens)
 
 
 def _memory(stage: Seq2SeqStage, batch: ReaderBatch) -> Tensor:

@@ -123,5 +123,8 @@ def test_xquad_becomes_rows(shared_data: SharedData) -> None:
     assert missing < 20
     assert sum(len(row["hard_negative_ctxs"]) == 7 for row in rows) > 0.95 * len(rows)
     assert not any(recipe.check(row, recipe.formats[0], file="f", line=i) for i, row in enumerate(rows))
-    sides = [{item["id"].partition(".")[0] for row in side for item in row["positive_ctxs"]} for side in (split.train, split.dev)]
+    sides = [
+        {item["id"].partition(".")[0] for row in side for item in row["positive_ctxs"]}
+        for side in (split.train, split.dev)
+    ]
     assert not sides[0] & sides[1]

@@ -103,9 +103,7 @@ def test_acc_A11_without_strength_the_retriever_stays_as_it_was(taught: JobDir, 
     assert made.losses()[-1] < made.losses()[0]
 
 
-def small_job(
-    folder: Path, models: tuple[Path, Path], *, task: str = "reader_joint", **config: Any
-) -> JobDir:
+def small_job(folder: Path, models: tuple[Path, Path], *, task: str = "reader_joint", **config: Any) -> JobDir:
     """A few steps of both models from scratch, with an index that changes under way."""
     options = {"top_k": 3, "reload_every": 2, **config.pop("options", {})}
     training = {"epochs": 3, "batch_size": 8, **config.pop("training", {})}
@@ -161,7 +159,7 @@ def test_the_exported_retriever_finds_what_the_evaluation_says(small: JobDir) ->
 
 
 def test_E4_the_export_says_what_the_trainer_said(small: JobDir) -> None:
-    """Answers and passages alike, within 1e-4. Inverse seen: a task file with another strength, a retriever untrained."""
+    """Answers and passages alike, within 1e-4. Inverse: the next test."""
     data = small.outcome("verify")["data"]
 
     assert data["max_abs"] < 1e-4
@@ -169,9 +167,7 @@ def test_E4_the_export_says_what_the_trainer_said(small: JobDir) -> None:
 
 
 @pytest.mark.parametrize("change", ["strength", "retriever"])
-def test_verification_sees_what_is_wrong(
-    small: JobDir, models: tuple[Path, Path], tmp_path: Path, change: str
-) -> None:
+def test_verification_sees_what_is_wrong(small: JobDir, models: tuple[Path, Path], tmp_path: Path, change: str) -> None:
     """An export whose strength, or whose retriever, is not the trained one, ends the job."""
     broken = twin(small, tmp_path)
     export = broken.root / "export"

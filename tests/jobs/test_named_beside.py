@@ -54,7 +54,7 @@ def test_passages_in_use_stay(store: Store) -> None:
 
 
 def test_S10_a_request_names_no_path_and_nobody_elses_file(store: Store) -> None:
-    """A retriever is a name, passages are the tenant's own; each refusal names the option. Inverse seen: not checked."""
+    """A retriever is a name, passages are the tenant's own; refusals name the option. Inverse seen: not checked."""
     theirs = passages(store, "somebody")
     options = [{"retriever": "/etc"}, {"retriever": "../base"}, {"passages": theirs.id}, {"passages": "/etc/passwd"}]
     refused = []

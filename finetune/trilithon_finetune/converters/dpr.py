@@ -1,8 +1,8 @@
 """
 Questions of SQuAD's form and passages as rows of the task `dpr` (Karpukhin et al. 2020, section 4.2).
 
-A question's positive is the passage that was cut from its paragraph and holds its answer. What BM25 finds for it besides
-is a hard negative, unless it holds an answer too: that would teach the encoder to push right passages away.
+A question's positive is the passage that was cut from its paragraph and holds its answer. What BM25 finds for it
+besides is a hard negative, unless it holds an answer too: that would teach the encoder to push right passages away.
 """
 
 from __future__ import annotations
@@ -79,12 +79,15 @@ def dpr_rows(
                 dropped["hard negatives that hold an answer"] += 1
             else:
                 negatives.append(at)
-        yield row.path, {
-            "question": row["question"],
-            "answers": answers,
-            "positive_ctxs": [_shown(passages[at]) for at in positives],
-            "hard_negative_ctxs": [_shown(passages[at]) for at in negatives],
-        }
+        yield (
+            row.path,
+            {
+                "question": row["question"],
+                "answers": answers,
+                "positive_ctxs": [_shown(passages[at]) for at in positives],
+                "hard_negative_ctxs": [_shown(passages[at]) for at in negatives],
+            },
+        )
 
 
 class _Places:

@@ -1,8 +1,8 @@
 """
 Salient spans of a sentence: names, numbers and dates, which nobody guesses without knowing something (Guu et al. 2020).
 
-Where nothing says where they are, they are told by their looks: runs of words that begin with a capital letter, and words
-with a digit. A sentence's first word is capital whatever it is, so alone it counts only where it has a digit or another
+Where nothing says where they are, they are told by their looks: runs of words that begin with a capital letter, and
+words with a digit. A sentence's first word is capital whatever it is, so alone it counts only where it has a digit or another
 capital. Another finder (a tagger of entities) is another function of the same kind.
 """
 
@@ -17,7 +17,7 @@ Span = tuple[int, int]
 Finder = Callable[[str], list[Span]]
 """Finds the salient spans of a sentence, in order, none within another."""
 
-_WORD = re.compile(r"[^\W_]+(?:[.,'’-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:[.,'\u2019-][^\W_]+)*")
 _LINKS = frozenset({" ", ", ", " of ", " of the "})
 """What may stand between two words of one name; a comma only before a number, as in a date."""
 

@@ -56,9 +56,7 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
     _replace(paths.spec, json.dumps(document, indent=1))
 
 
-def _beside(
-    job: Job, config: JobConfig, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path]
-) -> dict[str, str]:
+def _beside(job: Job, config: JobConfig, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path]) -> dict[str, str]:
     """The second model and the passages that a task's options name."""
     document = {}
     if config.retriever is not None:
@@ -87,9 +85,7 @@ def revoke_lease(directory: Path) -> None:
     (directory / LEASE_FILE).unlink(missing_ok=True)
 
 
-def _model(
-    name: str, *, tenant: str, catalog: Catalog, models: Mapping[str, Path]
-) -> tuple[Path, Path | None]:
+def _model(name: str, *, tenant: str, catalog: Catalog, models: Mapping[str, Path]) -> tuple[Path, Path | None]:
     """The directory of a base model, and of the adapter that a job goes on from. Raises AttemptFailed."""
     entry = None if name in models else catalog.get(name, tenant=tenant)
     if entry is None:

@@ -1,6 +1,6 @@
 """
-Verification of a reader and its retriever: both are loaded from what was exported, each from its own directory, and asked
-the trainer's questions about the passages that it had found for them.
+Verification of a reader and its retriever: both are loaded from what was exported, each from its own directory, and
+asked the trainer's questions about the passages that it had found for them.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 Task `mss`: a reader and its retriever learn from sentences alone, before there are any questions (arXiv 2101.00408,
 section 2.2, after Guu et al. 2020). Rows are
 
-    {"text", "title"?, "id"?}                                    passages; each sentence with a salient span is a question
-    {"doc_id", "sent_text", "linguistic_ent"?: [[text, type, start, end]], "bert_ent_pos"?}     sentences, with entities
+    {"text", "title"?, "id"?}                             passages; each sentence with a salient span is a question
+    {"doc_id", "sent_text", "linguistic_ent"?: [[text, type, start, end]], "bert_ent_pos"?}      sentences
 
-A few salient spans of a sentence are replaced by <extra_id_0>, <extra_id_1> ..., and the reader writes them, each behind
+    {"doc_id", "sent_text", "linguistic_ent"?: [[text, type, start, end]], "bert_ent_pos"?}     sentences
 its mark, from passages that the retriever finds for what is left. The sentence's own passage is not among them: it is
 known by `doc_id` or `id`, else by its title and text. Places in `linguistic_ent` are characters; `bert_ent_pos` counts
 pieces of a tokenizer that may be another one, and is not read. Without entities spans are told by their looks

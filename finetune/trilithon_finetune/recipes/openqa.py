@@ -80,7 +80,7 @@ class JointOptions(ReaderOptions):
     """Options of the task `reader_joint`."""
 
     strength: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """What p(z|q) is multiplied by, at the first step, in the bias of the decoder's attention. 0: none, to begin with."""
+    """What p(z|q) is multiplied by at the first step, in the bias of the decoder's attention. 0: no bias yet."""
     freeze_strength: bool = False
     """It stays as it is. At 0 the retriever learns nothing."""
 
@@ -107,7 +107,13 @@ class Reader(Recipe):
     head: Head = "reading"
     kind: ClassVar[ReaderKind]
     defaults = Defaults(
-        lr_full=2e-5, head_lr_factor=100.0, epochs=10, batch_size=16, weight_decay=0.1, warmup_ratio=0.01, max_tokens=256
+        lr_full=2e-5,
+        head_lr_factor=100.0,
+        epochs=10,
+        batch_size=16,
+        weight_decay=0.1,
+        warmup_ratio=0.01,
+        max_tokens=256,
     )
     best_metric: Best = ("valid_loss", "min")
 
@@ -147,7 +153,9 @@ class Reader(Recipe):
                 rule = f"must have at least options.top_k passages, {options.top_k}. Given: {len(found)}."
                 hint = "Lower options.top_k, or give options.retriever and options.passages."
                 return [finding("E-DATA-008", rule, file=file, line=line, path="ctxs", hint=hint)]
-            passages = [_passage(item, line, part, context) for part, item in enumerate(found[: options.top_k], start=1)]
+            passages = [
+                _passage(item, line, part, context) for part, item in enumerate(found[: options.top_k], start=1)
+            ]
         elif "ctxs" in row:
             rule = "must not be there: options.retriever finds the passages."
             return [finding("E-DATA-007", rule, file=file, line=line, path="ctxs", hint="Remove one of both.")]

@@ -16,7 +16,14 @@ from trilithon_finetune.data.batches import MicroBatch
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Sample
-from trilithon_finetune.recipes.openqa import IndividualOptions, JointOptions, Reader, ReaderOptions, format_of, score_of
+from trilithon_finetune.recipes.openqa import (
+    IndividualOptions,
+    JointOptions,
+    Reader,
+    ReaderOptions,
+    format_of,
+    score_of,
+)
 from trilithon_finetune.train.evidence import Evidence, KeptIndex, PassageIndex, vector_batch, vectors_of
 from trilithon_finetune.train.stream import JobStream
 from trilithon_finetune.train.work import Work
@@ -218,9 +225,7 @@ class ReadingStream(JobStream):
             found = [readings.evidence.longest(readings.num_passages)] * len(micro.units)
         else:
             assert self.model is not None
-            found = readings.found(
-                part, micro.units, model=self.model, index=self._index, count=readings.num_passages
-            )
+            found = readings.found(part, micro.units, model=self.model, index=self._index, count=readings.num_passages)
         ids = [part.samples_of(unit)[0] for unit in micro.units]
         some = [readings.reading(part, unit, rows) for unit, rows in zip(micro.units, found, strict=True)]
         return readings.batch(some, ids, device=self._grid.device, counts=micro.counts)

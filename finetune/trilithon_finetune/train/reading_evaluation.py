@@ -97,9 +97,7 @@ class ReadingEvaluator:
             some = [readings.reading(part, unit, rows) for unit, rows in zip(group, found, strict=True)]
             ids = [part.samples_of(unit)[0] for unit in group]
             batches.append(readings.batch(some, ids, device=grid.device, written=written))
-            best += [
-                [*_padded(rows, max(TOP)), *item.rows] for rows, item in zip(found, some, strict=True)
-            ]
+            best += [[*_padded(rows, max(TOP)), *item.rows] for rows, item in zip(found, some, strict=True)]
         if batches:
             made = torch.cat(model.predict(batches))
             rows_BW[: len(made)] = torch.cat((torch.tensor(best, dtype=torch.float32), made), 1)
