@@ -70,7 +70,7 @@ def dpr_rows(
         if not positives:
             dropped["questions whose answer is in no passage of their paragraph"] += 1
             continue
-        negatives = []
+        negatives: list[int] = []
         (ranking,) = sparse.search([row["question"]], SEARCHED)
         for at in map(int, ranking.rows):
             if at in positives or len(negatives) == HARD_NEGATIVES:

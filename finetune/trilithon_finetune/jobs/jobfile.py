@@ -35,7 +35,7 @@ def write_job_file(job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[st
     training = _file(jobs, job, job.training_file, "training")
     validation = None if job.validation_file is None else _file(jobs, job, job.validation_file, "validation")
     model, adapter = _model(job.model, tenant=job.tenant, catalog=catalog, models=models)
-    config = parse_config(job.resolved or job.config, where="job")
+    config = parse_config(dict(job.resolved or job.config), where="job")
     document = {
         "job_id": job.id,
         "tenant": job.tenant,

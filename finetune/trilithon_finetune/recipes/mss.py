@@ -5,8 +5,8 @@ section 2.2, after Guu et al. 2020). Rows are
     {"text", "title"?, "id"?}                             passages; each sentence with a salient span is a question
     {"doc_id", "sent_text", "linguistic_ent"?: [[text, type, start, end]], "bert_ent_pos"?}      sentences
 
-    {"doc_id", "sent_text", "linguistic_ent"?: [[text, type, start, end]], "bert_ent_pos"?}     sentences
-its mark, from passages that the retriever finds for what is left. The sentence's own passage is not among them: it is
+A few salient spans of a sentence are replaced by <extra_id_0>, <extra_id_1> ..., and the reader writes them, each
+behind its mark, from passages that the retriever finds for what is left. The sentence's own passage is not among them:
 known by `doc_id` or `id`, else by its title and text. Places in `linguistic_ent` are characters; `bert_ent_pos` counts
 pieces of a tokenizer that may be another one, and is not read. Without entities spans are told by their looks
 (`data/salient.py`).
