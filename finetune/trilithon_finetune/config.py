@@ -27,11 +27,15 @@ from trilithon_finetune.errors import FinetuneError, JobError
 
 Task = Literal[
     "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict",
+    "mss", "reader_individual", "reader_joint",
     "dialogue", "grounded_dialogue", "answer_gen", "question_gen", "story_keywords", "story_generator", "story_ranker",
 ]  # fmt: skip
 
 BASE_LR = {"lora": 2e-4, "full": 2e-5}
 """What `learning_rate_multiplier` multiplies, by kind of tuning."""
+
+PASSAGES, RETRIEVER = "passages", "retriever"
+"""Options of tasks that name a file and a model besides, as `training_file` and `model` do."""
 
 MAX_LORA_RANK = 64
 """The largest rank that the server takes, so the largest that a job may train."""
@@ -238,6 +242,20 @@ class JobConfig(Section):
     options: dict[str, JsonValue] = {}
     """Of the task; its recipe checks them."""
 
+    @property
+    def passages(self) -> str | None:
+        """The file of passages that the task's options name."""
+        return self._named(PASSAGES)
+
+    @property
+    def retriever(self) -> str | None:
+        """The second model that the task's options name."""
+        return self._named(RETRIEVER)
+
+    def _named(self, option: str) -> str | None:
+        value = self.options.get(option)
+        return value if isinstance(value, str) else None
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         for key, value in self.metadata.items():
@@ -284,10 +302,13 @@ def load_config_file(path: Path, *, overrides: tuple[str, ...] = ()) -> JobConfi
     if not isinstance(raw, dict):
         raise _invalid(f"{path} must be a mapping. Given: {type(raw).__name__}. Keys: model, task, training_file ...")
     override(raw, overrides)
-    for name in ("training_file", "validation_file"):
-        value = raw.get(name)
+    options = raw.get("options")
+    places = [(raw, "training_file"), (raw, "validation_file")]
+    places += [(options, PASSAGES)] if isinstance(options, dict) else []
+    for tree, name in places:
+        value = tree.get(name)
         if isinstance(value, str) and not re.fullmatch(r"file-[a-z0-9]{20}", value):
-            raw[name] = str(path.parent / value)
+            tree[name] = str(path.parent / value)
     return parse_config(raw, where=path.name)
 
 

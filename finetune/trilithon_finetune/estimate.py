@@ -259,6 +259,8 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
     in_flight = min(pp, work.heaviest.micro_batches) * layers
     learned, read = work.heaviest.tokens, min(_capacity(config, work), work.valid_tokens)
     # An evaluation has full micro-batches and keeps nothing; the larger of the two is what memory must hold.
+    if (beside := model.retriever) is not None:  # each passage goes through both
+        layer += layer_parts(beside, layout, Numerics(config.dtype), 1)[0] * beside.num_layers / layers
     activations, head = max(
         (learned * layer * (in_flight * kept + 1), _head_bytes(model, work, learned, tp)),
         (read * layer * 2, _head_bytes(model, work, read, tp)),

@@ -21,6 +21,7 @@ MICRO_BATCH_TOKENS = {
     "span": 4096,
     "joint_span": 1024,
     "vectors": 4096,
+    "reading": 4096,
 }
 """Tokens of a micro-batch by head: logits of a vocabulary, and what is between tokens and scores of spans, take
 memory that labels don't."""
@@ -38,15 +39,7 @@ def resolve_choices(config: JobConfig, recipe: Recipe, model: ModelConfig, *, jo
     Raises:
         FinetuneError: `invalid_config`, `lora_not_servable`.
     """
-    is_decoder_task = recipe.head in ("vocabulary", "preference") and config.task != "mlm"
-    if is_decoder_task != model.is_causal:
-        raise refuse(
-            "invalid_config",
-            f"task {config.task} needs {'a decoder' if is_decoder_task else 'an encoder'}. "
-            f"Given: {config.model}, a {model.architecture}.",
-            param="task",
-            hint="Choose another base model or another task.",
-        )
+    _check_kind(config, recipe, model)
     defaults, tuning = recipe.defaults, _tuning(config, model)
     optimizer = config.optimizer
     lr = optimizer.lr if optimizer.lr is not None else defaults.lr_lora if tuning.kind == "lora" else defaults.lr_full
@@ -85,6 +78,30 @@ def resolve_choices(config: JobConfig, recipe: Recipe, model: ModelConfig, *, jo
     )
     check_fit(resolved, recipe, model)
     return resolved
+
+
+def _check_kind(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
+    """Whether the base is of the kind that the task is for."""
+    kind = "a decoder" if model.is_causal else "an encoder-decoder" if model.is_seq2seq else "an encoder"
+    needed = "an encoder"
+    if recipe.head == "reading":
+        needed = "an encoder-decoder"
+    elif recipe.head in ("vocabulary", "preference") and config.task != "mlm":
+        needed = "a decoder"
+    if needed != kind:
+        raise refuse(
+            "invalid_config",
+            f"task {config.task} needs {needed}. Given: {config.model}, a {model.architecture}.",
+            param="task",
+            hint="Choose another base model or another task.",
+        )
+    if recipe.head == "reading" and config.training.dropout:
+        raise refuse(
+            "invalid_config",
+            f"training.dropout must be 0 for the task {config.task}. Given: {config.training.dropout}.",
+            param="training.dropout",
+            hint="Leave it out.",
+        )
 
 
 def resolve_intervals(config: JobConfig, *, steps_per_epoch: int) -> JobConfig:

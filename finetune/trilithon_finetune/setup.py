@@ -23,12 +23,18 @@ from trilithon_finetune.data.untrained import untrained_tokens
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.paths import JobPaths, StorePaths
 from trilithon_finetune.recipes import RECIPES
-from trilithon_finetune.recipes.base import Context, Recipe
+from trilithon_finetune.recipes.base import Context, Recipe, Retriever
 from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.task_head import for_vectors
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
+from trilithon_server.tasks import read_task
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import TemplateError, load_template
 
-_PATHS = ("model_dir", "training_path", "validation_path", "adapter_dir", "concepts_path", "encoder_dir")
+_PATHS = (
+    "model_dir", "training_path", "validation_path", "adapter_dir", "retriever_dir", "passages_path", "concepts_path",
+    "encoder_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,11 @@ class JobFile:
     Attributes:
         model_dir: of the base.
         adapter_dir: the adapter that the job goes on from; None where it begins anew.
+        retriever_dir, passages_path, concepts_path, encoder_dir: what the task's options name; None where they don't.
         prepared: digest of the tokenised data; empty before `prepare`.
         base_digest, data_digest, template_digest: empty before `validate`.
-        training_name, validation_name: the files' names, as their owner knows them.
+        training_name, validation_name, passages_name: the files' names, as their owner knows them.
         max_findings: that a check tells; 0 for the usual number.
-        concepts_path, encoder_dir: what the job labels its rows by; None where it doesn't.
     """
 
     job_id: str
@@ -56,15 +62,18 @@ class JobFile:
     store: StorePaths
     paths: JobPaths
     adapter_dir: Path | None = None
+    retriever_dir: Path | None = None
+    passages_path: Path | None = None
+    concepts_path: Path | None = None
+    encoder_dir: Path | None = None
     prepared: str = ""
     base_digest: str = ""
     data_digest: str = ""
     template_digest: str = ""
     training_name: str = ""
     validation_name: str = ""
+    passages_name: str = ""
     max_findings: int = 0
-    concepts_path: Path | None = None
-    encoder_dir: Path | None = None
 
     @property
     def prepared_dir(self) -> Path:
@@ -125,6 +134,8 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
     except (ModelError, TemplateError) as error:
         raise refuse("model_not_found", f"base model {config.model}: {error}", param="model") from None
     options = task_options(recipe, config)
+    retriever = None if job.retriever_dir is None else _open_retriever(job.retriever_dir, config)
+    model = recipe.trained(model, options, None if retriever is None else retriever.model)
     if missing := [token for token in recipe.needs(options).special_tokens if not _is_special(token, tokenizer)]:
         raise refuse(
             "invalid_config",
@@ -143,8 +154,30 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
         train_on=config.data.train_on,
         on_long=config.data.on_long,
         untrained_ids=_untrained(job, model, tokenizer),
+        retriever=retriever,
     )
     return Base(recipe, model, context)
+
+
+def _open_retriever(model_dir: Path, config: JobConfig) -> Retriever:
+    """
+    The encoder beside a reader.
+
+    Raises:
+        FinetuneError: `model_not_found`, it cannot be read or is no encoder.
+    """
+    try:
+        model, tokenizer, task = load_config(model_dir), load_tokenizer(model_dir), read_task(model_dir)
+        vectors = for_vectors(model)
+    except ModelError as error:
+        message = f"options.retriever {config.retriever}: {error.message}"
+        raise refuse("model_not_found", message, param="options.retriever", hint=error.hint) from None
+    format_ = task if isinstance(task, RetrievalFormat) else None
+    if format_ is None:
+        format_ = RetrievalFormat.for_encoder(
+            normalize=model.normalize, hidden_size=model.hidden_size, max_context=model.max_context
+        )
+    return Retriever(tokenizer, format_, vectors)
 
 
 def _is_special(token: str, tokenizer: Tokenizer) -> bool:

@@ -1,35 +1,60 @@
-"""What a job labels its rows by, as its options name it. Names become paths where the job will run."""
+"""What a task's options name besides a job's model and data: models, facts, a file. Names become paths where it runs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from trilithon_finetune.config import JobConfig
+from trilithon_finetune.config import PASSAGES, RETRIEVER, JobConfig
 
-_TASKS = ("story_generator", "story_ranker")
+Kind = Literal["model", "concepts", "file"]
+
+_LABELS: Mapping[str, Kind] = {"concepts": "concepts", "encoder": "model"}
+_EVIDENCE: Mapping[str, Kind] = {RETRIEVER: "model", PASSAGES: "file"}
+_NAMED: Mapping[str, Mapping[str, Kind]] = {
+    "story_generator": _LABELS,
+    "story_ranker": _LABELS,
+    "reader_individual": _EVIDENCE,
+    "reader_joint": _EVIDENCE,
+    "mss": _EVIDENCE,
+}
+
+_KEYS: Mapping[Kind, str] = {"model": "dir", "concepts": "path", "file": "path"}
 
 
 @dataclass(frozen=True, slots=True)
-class NamedSources:
+class Source:
     """
+    Something that an option names.
+
     Attributes:
-        concepts: facts. encoder: a model.
+        name: as the configuration gives it: of a model or of facts, or the id of a file.
     """
 
-    concepts: str
-    encoder: str
+    option: str
+    kind: Kind
+    name: str
+
+    @property
+    def field(self) -> str:
+        """The option, as messages name it."""
+        return f"options.{self.option}"
+
+    @property
+    def key(self) -> str:
+        """Its place in `job.json`."""
+        return f"{self.option}_{_KEYS[self.kind]}"
 
 
-def named_sources(config: JobConfig) -> NamedSources | None:
-    """The sources of a job that labels its rows; None for one that doesn't, or whose options are wrong."""
-    concepts, encoder = config.options.get("concepts"), config.options.get("encoder")
-    if config.task not in _TASKS or not isinstance(concepts, str) or not isinstance(encoder, str):
-        return None
-    return NamedSources(concepts, encoder)
+def sources_of(config: JobConfig) -> list[Source]:
+    """All that the options of a configuration name; what is no name is for the recipe to refuse."""
+    options = config.options
+    known = _NAMED.get(config.task, {})
+    return [Source(name, kind, value) for name, kind in known.items() if isinstance(value := options.get(name), str)]
 
 
 def names_in(config: JobConfig) -> list[tuple[str, str]]:
-    """Everything on the host that a configuration names: each field, and the name that it gives."""
-    named = named_sources(config)
-    more = [] if named is None else [("options.concepts", named.concepts), ("options.encoder", named.encoder)]
+    """Every model and all facts that a configuration names: the field, and the name that it gives."""
+    more = [(source.field, source.name) for source in sources_of(config) if source.kind != "file"]
     return [("model", config.model), *more]

@@ -20,6 +20,7 @@ from trilithon_parallel.collectives import Pending, all_gather_, all_reduce_, st
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.grid import Axis, Grid, make_axis, rank_of
 from trilithon_parallel.placement import local_sizes, placement_of, source_name, stage_names
+from trilithon_parallel.shapes import model_of
 
 # Elements after which a bucket is full: 16 MiB of gradients, several of them in a backward pass of any model.
 BUCKET_ELEMENTS = 2**22
@@ -243,13 +244,14 @@ def _kind(
     """How a parameter of the stage at `grid` is treated; `tied`: tensors that several stages hold copies of."""
     owner = source_name(name, config)
     rule = placement_of(owner)
+    sizes = local_sizes(model_of(owner, config)[1], grid.tp.size)
     replicas, sum_over = 1, "none"
     if rule.cut is None:
         replicas = grid.tp.size
         if replicas > 1 and (rule.is_partial or (grid.sequence_parallel and not rule.is_whole)):
             sum_over = "tp"
-    elif rule.cut == "kv" and local_sizes(config, grid.tp.size).kv_replicas > 1:
-        replicas, sum_over = local_sizes(config, grid.tp.size).kv_replicas, "kv"
+    elif rule.cut == "kv" and sizes.kv_replicas > 1:
+        replicas, sum_over = sizes.kv_replicas, "kv"
     if owner in tied:
         assert sum_over == "none", f"{name} is tied and {sum_over}-replicated"
         sum_over = owner

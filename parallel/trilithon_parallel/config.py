@@ -14,7 +14,7 @@ from trilithon_parallel.task_head import KINDS, TaskHead, read_task_head
 if TYPE_CHECKING:
     from trilithon_parallel.lora.spec import LoraSpec
 
-__all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "RopeScaling", "TaskHead", "load_config"]
+__all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "Reads", "RopeScaling", "TaskHead", "load_config"]
 
 Family = Literal["llama", "gpt2", "bert", "t5"]
 
@@ -40,6 +40,19 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_context: int = 8192
+
+
+@dataclass(frozen=True)
+class Reads:
+    """
+    What is trained beside an encoder-decoder that reads passages (arXiv 2101.00408).
+
+    `retriever`: the encoder whose vectors choose the passages; None where their probabilities are given.
+    `has_strength`: a learnable scalar says how much the decoder's attention follows them.
+    """
+
+    retriever: ModelConfig | None
+    has_strength: bool
 
 
 @dataclass(frozen=True)
@@ -93,10 +106,21 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraSpec | None = None
     """The adapter beside the weights; no file of a model says it."""
+    reads: Reads | None = None
+    """What is trained beside a reader; no file of a model says it."""
 
     def without_lora(self) -> ModelConfig:
         """The base model alone."""
         return replace(self, lora=None)
+
+    def without_reads(self) -> ModelConfig:
+        """The reader alone."""
+        return replace(self, reads=None)
+
+    @property
+    def retriever(self) -> ModelConfig | None:
+        """The encoder that is trained beside a reader."""
+        return None if self.reads is None else self.reads.retriever
 
     @property
     def is_causal(self) -> bool:

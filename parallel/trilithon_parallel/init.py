@@ -19,6 +19,7 @@ from trilithon_parallel.config import ModelConfig, ModelError
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.spec import parse_name
 from trilithon_parallel.placement import global_shapes, local_slice, source_name, stage_names
+from trilithon_parallel.shapes import STRENGTH, model_of
 
 BLOCK_ELEMENTS = 2**22
 """Elements drawn at once, in whole rows: 16 MiB of fp32. Part of what a seed means: another size, other weights."""
@@ -198,7 +199,10 @@ def _is_gain(name: str) -> bool:
 
 def _spread(name: str, config: ModelConfig, sigma: float) -> float:
     """Standard deviation of one tensor; 0 where nothing is drawn."""
-    if _is_gain(name) or name.endswith(".bias") or (config.is_causal and name == "model.embed_types.weight"):
+    name, config = model_of(name, config)
+    if _is_gain(name) or name.endswith(".bias") or name == STRENGTH:
+        return 0.0
+    if config.is_causal and name == "model.embed_types.weight":
         return 0.0
     if name.endswith((".o_proj.weight", ".down_proj.weight")):
         return sigma / math.sqrt(_residual_outputs(name, config))

@@ -69,7 +69,13 @@ class Memory:
 
 
 def stage_parameters(config: ModelConfig, *, tp: int, num_layers: int, is_first: bool, is_last: bool) -> int:
-    """Parameters that one rank of a stage with `num_layers` layers holds, padding included."""
+    """
+    Parameters that one rank of a stage with `num_layers` layers holds, padding included; of an encoder-decoder, whose
+    layers are of two kinds, all that there are.
+    """
+    if config.is_seq2seq:
+        shapes = global_shapes(config).items()
+        return sum(math.prod(local_slice(name, size, config=config, tp=tp, tp_rank=0).shape) for name, size in shapes)
     layer, first, last = _local_counts(config, tp)
     count = num_layers * layer + is_first * first + is_last * last
     if is_last and not is_first and config.has_head and config.tied_embeddings:

@@ -33,7 +33,7 @@ from trilithon_parallel.loss import (
     span_losses,
     target_logprobs,
 )
-from trilithon_parallel.models import CausalStage, EncoderStage, Seq2SeqStage
+from trilithon_parallel.models import CausalStage, EncoderStage, ReaderStage, Seq2SeqStage
 from trilithon_parallel.models.seq2seq import boundary_rows
 
 Stage = CausalStage | EncoderStage | Seq2SeqStage
@@ -59,6 +59,24 @@ class PackedBatch(ABC):
     @abstractmethod
     def num_targets(self) -> int:
         """How many tokens, sequences or pairs count: the loss of a global batch is the sum by the number of these."""
+
+    def run(self, stage: nn.Module, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
+        """
+        This micro-batch through one stage, to its hidden states.
+
+        Args:
+            received: hidden states of the stage before; None on the first.
+        """
+        assert isinstance(stage, CausalStage | EncoderStage)
+        view = PackedView(
+            self.cu_seqlens,
+            causal=isinstance(stage, CausalStage),
+            dropout=dropout,
+            selective=stage.model.recompute.kind == "selective",
+        )
+        x = self.tokens_T if received is None else received
+        hidden_TH: Tensor = stage(x, positions_T=self.positions_T, view=view, types_T=self.types_T)
+        return hidden_TH
 
     @abstractmethod
     def loss(
@@ -152,6 +170,18 @@ class Seq2SeqBatch(Batch):
 
     encoder_tokens_E: Tensor
     encoder_cu_seqlens: Sequence[int]
+
+    def run(self, stage: nn.Module, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
+        """Both streams; nothing of them is dropped."""
+        assert isinstance(stage, Seq2SeqStage)
+        hidden_TH: Tensor = stage(
+            received,
+            encoder_tokens_E=self.encoder_tokens_E,
+            encoder_cu_seqlens=self.encoder_cu_seqlens,
+            decoder_tokens_T=self.tokens_T,
+            decoder_cu_seqlens=self.cu_seqlens,
+        )
+        return hidden_TH
 
     def boundary_rows(self, config: ModelConfig, grid: Grid) -> int:
         """As for `Batch`: one stream, or both where the stage before decodes."""
@@ -344,6 +374,10 @@ class VectorBatch(PackedBatch):
         """Queries."""
         return int((self.roles_B == QUERY).sum())
 
+    def run(self, stage: nn.Module, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
+        """Through an encoder, or the one beside a reader."""
+        return super().run(_encoder_of(stage), received, dropout=dropout)
+
     def loss(
         self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, scale: float, dropout: Dropout | None = None
     ) -> Lost:
@@ -356,12 +390,11 @@ class VectorBatch(PackedBatch):
 
     def outputs(self, stage: Stage, hidden_TH: Tensor, *, grid: Grid, per_token: bool) -> Tensor:
         """The vectors."""
-        assert isinstance(stage, EncoderStage)
-        return stage.pool(hidden_TH, self.cu_seqlens)
+        return _encoder_of(stage).pool(hidden_TH, self.cu_seqlens)
 
     def output_shape(self, config: ModelConfig, *, per_token: bool) -> tuple[int, ...]:
         """[B, H]."""
-        return self.num_sequences, config.hidden_size
+        return self.num_sequences, (config.retriever or config).hidden_size
 
 
 def pooled(batches: Sequence[VectorBatch], vectors_BH: Tensor, grid: Grid) -> tuple[Pool, Tensor]:
@@ -399,34 +432,12 @@ def _token_shares(grid: Grid) -> int:
     return grid.tp.size if grid.sequence_parallel else 1
 
 
-def run(stage: nn.Module, batch: PackedBatch, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
-    """
-    One micro-batch through one stage, to its hidden states.
-
-    Args:
-        received: hidden states of the stage before; None on the first.
-    """
-    hidden_TH: Tensor
-    if isinstance(stage, Seq2SeqStage):
-        assert isinstance(batch, Seq2SeqBatch)
-        hidden_TH = stage(
-            received,
-            encoder_tokens_E=batch.encoder_tokens_E,
-            encoder_cu_seqlens=batch.encoder_cu_seqlens,
-            decoder_tokens_T=batch.tokens_T,
-            decoder_cu_seqlens=batch.cu_seqlens,
-        )
-        return hidden_TH
-    assert isinstance(stage, CausalStage | EncoderStage)
-    view = PackedView(
-        batch.cu_seqlens,
-        causal=isinstance(stage, CausalStage),
-        dropout=dropout,
-        selective=stage.model.recompute.kind == "selective",
-    )
-    x = batch.tokens_T if received is None else received
-    hidden_TH = stage(x, positions_T=batch.positions_T, view=view, types_T=batch.types_T)
-    return hidden_TH
+def _encoder_of(stage: nn.Module) -> EncoderStage:
+    if isinstance(stage, ReaderStage):
+        assert stage.retriever is not None
+        return stage.retriever
+    assert isinstance(stage, EncoderStage)
+    return stage
 
 
 def learn(
@@ -441,7 +452,7 @@ def learn(
     Returns:
         Hidden states for the next stage; on the last, what the batch loses.
     """
-    hidden_TH = run(stage, batch, received, dropout=dropout)
+    hidden_TH = batch.run(stage, received, dropout=dropout)
     if not grid.is_last_stage:
         return hidden_TH
     assert isinstance(stage, Stage)
@@ -458,7 +469,7 @@ def predict(
     dropout: Dropout | None,
 ) -> Tensor:
     """As `learn`; on the last stage the batch's outputs."""
-    hidden_TH = run(stage, batch, received, dropout=dropout)
+    hidden_TH = batch.run(stage, received, dropout=dropout)
     if not grid.is_last_stage:
         return hidden_TH
     assert isinstance(stage, Stage)
@@ -467,7 +478,7 @@ def predict(
 
 def log_probabilities(stage: CausalStage, batch: Batch) -> Tensor:
     """fp32 [T]: the log-probability of each target by the training forward, for a model of one stage."""
-    hidden_TH = run(stage, batch, None, dropout=None)
+    hidden_TH = batch.run(stage, None, dropout=None)
     ones_T = torch.ones(len(batch.tokens_T))
     _, logprobs_T, _ = cross_entropy(
         stage.local_logits(hidden_TH), batch.targets_T, ones_T, tp=stage.grid.tp, real_columns=stage.real_columns

@@ -25,6 +25,11 @@ An encoder-decoder (T5) has two stacks, `encoder.` and `decoder.`, with layers a
     decoder.layers.N.cross_attn.{q,k,v,o}_proj.weight, decoder.layers.N.cross_attention_layernorm.weight (before it)
     {encoder,decoder}.relative_bias.weight [buckets, A]   {encoder,decoder}.norm.weight [H]
 
+A reader of passages has besides, while it is trained, a scalar that is in no model's files, and the encoder that
+chooses the passages, with names as above (for models of one stage)
+
+    passage_strength [1]    retriever.*
+
 Files hold true sizes. A rank's tensor may be padded: heads by whole zero groups, ffn and vocabulary by zero rows or
 columns. Padding always follows the real part, so a rank's tensor is one slice of the file's tensor and then zeros.
 
@@ -43,6 +48,7 @@ from itertools import pairwise
 from typing import Literal
 
 from trilithon_parallel.config import ModelConfig, ModelError
+from trilithon_parallel.shapes import RETRIEVER, STRENGTH, model_of
 from trilithon_parallel.shapes import global_shapes as global_shapes  # part of what this module offers
 
 Cut = Literal["q", "kv", "heads", "ffn", "vocab"]
@@ -134,6 +140,7 @@ SEQ2SEQ_RULES: tuple[Placement, ...] = (
     _rule(r"decoder\.relative_bias\.weight", "decoder_start", "heads", 1),
     _rule(r"decoder\.norm\.weight", "last"),
 )
+READER_RULES: tuple[Placement, ...] = (_rule(STRENGTH, "last", is_whole=True),)
 # Copies on other stages than their owner's; where they are, `stage_names` says.
 COPY_RULES: tuple[Placement, ...] = (
     _rule(r"decoder\.embed_tokens\.weight", "decoder_start", "vocab", 0, tied_to="model.embed_tokens.weight"),
@@ -144,7 +151,8 @@ COPY_RULES: tuple[Placement, ...] = (
 
 def placement_of(name: str) -> Placement:
     """The one rule that covers a canonical name; KeyError where none does."""
-    for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *LORA_RULES, *SEQ2SEQ_RULES, *COPY_RULES):
+    name = name.removeprefix(RETRIEVER)
+    for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *LORA_RULES, *SEQ2SEQ_RULES, *READER_RULES, *COPY_RULES):
         if rule.pattern.fullmatch(name):
             return rule
     raise KeyError(name)
@@ -199,6 +207,7 @@ class LocalSlice:
 def local_slice(name: str, global_shape: tuple[int, ...], *, config: ModelConfig, tp: int, tp_rank: int) -> LocalSlice:
     """The part of the canonical tensor `name` that a tensor-parallel rank holds. Pure; KeyError for unknown names."""
     rule = placement_of(name)
+    config = model_of(name, config)[1]
     whole = tuple(slice(0, size) for size in global_shape)
     if rule.cut is None or rule.dim is None:
         return LocalSlice(whole, tuple(global_shape))
@@ -281,7 +290,9 @@ def stage_names(config: ModelConfig, *, pp: int, pp_rank: int, counts: Sequence[
     names = []
     for name in global_shapes(config):
         stage = placement_of(name).stage
-        if stage == "layer":
+        if name.startswith(RETRIEVER):
+            keep = True  # there is one stage
+        elif stage == "layer":
             keep = _layer_id(name, config) in layers
         elif stage in first_layers:
             keep = first_layers[stage] in layers
@@ -349,6 +360,14 @@ def check_layout(config: ModelConfig, *, tp: int, pp: int) -> None:
             code="layout_invalid",
             hint=f"Allowed: 1 to {config.num_layers}.",
         )
+    if config.reads is not None and pp > 1:
+        raise ModelError(
+            f"layout pp must be 1 for a reader of passages. Given: {pp}.",
+            code="layout_invalid",
+            hint="Allowed: 1. Use tp or dp for more ranks.",
+        )
+    if config.retriever is not None:
+        check_layout(config.retriever, tp=tp, pp=pp)
 
 
 def layout_waste(config: ModelConfig, tp: int) -> float:

@@ -8,14 +8,15 @@ joint       the decoder reads the passages of a question together (fusion in the
 Both take the log-probabilities of passages from fresh vectors of the retriever: an index only proposes them. For models
 of one pipeline stage without sequence parallelism; tp may be any.
 
-Shapes: B questions, K passages of each, E tokens of the encoder, T of the decoder, H hidden.
+Shapes: B questions, K passages of each, E tokens of the encoder, T of the decoder, H hidden; N sequences that are being
+written, D tokens of each so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -69,7 +70,12 @@ def passage_logprobs(queries_BH: Tensor, passages_BKH: Tensor, *, scale: float) 
 
 
 def individual_losses(
-    stage: Seq2SeqStage, batch: ReaderBatch, passage_logprobs_BK: Tensor, *, marginal: Marginal = "sequence"
+    stage: Seq2SeqStage,
+    batch: ReaderBatch,
+    passage_logprobs_BK: Tensor,
+    *,
+    marginal: Marginal = "sequence",
+    memory_EH: Tensor | None = None,
 ) -> Tensor:
     """
     -log p(a|q) of each question, fp64 [B]; each passage is read alone.
@@ -78,8 +84,9 @@ def individual_losses(
         passage_logprobs_BK: fp64.
         marginal: `sequence`: the sum over passages of whole answers' probabilities. `token`: token by token, as if
             each token might have another passage (REALM, arXiv 2002.08909; EMDR2, arXiv 2106.05346).
+        memory_EH: what the encoder makes of the batch, where that is known.
     """
-    memory_EH = stage.encode(batch.encoder_tokens_E, cu_seqlens=batch.encoder_cu_seqlens)
+    memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
     count, spans = batch.num_passages, list(pairwise(batch.cu_seqlens))
     repeated = [torch.arange(start, stop) for start, stop in spans for _ in range(count)]
     at = torch.cat(repeated).to(batch.tokens_T.device)
@@ -99,7 +106,12 @@ def individual_losses(
 
 
 def joint_losses(
-    stage: Seq2SeqStage, batch: ReaderBatch, passage_logprobs_BK: Tensor, *, strength: Tensor | None
+    stage: Seq2SeqStage,
+    batch: ReaderBatch,
+    passage_logprobs_BK: Tensor,
+    *,
+    strength: Tensor | None,
+    memory_EH: Tensor | None = None,
 ) -> Tensor:
     """
     -log p(a|q, all passages) of each question, fp64 [B]; the decoder reads the passages together.
@@ -110,22 +122,136 @@ def joint_losses(
         passage_logprobs_BK: fp64.
         strength: the learnable scalar that p(z|q) is multiplied by before it is added to the cross-attention's scores
             of every token of the passage; None: no bias at all, fusion in the decoder.
+        memory_EH: as for `individual_losses`.
     """
-    memory_EH = stage.encode(batch.encoder_tokens_E, cu_seqlens=batch.encoder_cu_seqlens)
-    bias_E = None
-    if strength is not None:
-        lengths = torch.tensor([stop - start for start, stop in pairwise(batch.encoder_cu_seqlens)])
-        by_passage = strength * passage_logprobs_BK.exp().flatten()
-        bias_E = by_passage.repeat_interleave(lengths.to(by_passage.device)).to(memory_EH.dtype)
+    memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
     hidden_TH = stage.decode(
         batch.tokens_T,
         memory_EH,
         cu_seqlens=batch.cu_seqlens,
         encoder_cu_seqlens=batch.encoder_cu_seqlens[:: batch.num_passages],
-        cross_bias_E=bias_E,
+        cross_bias_E=_bias(batch, passage_logprobs_BK, strength, memory_EH.dtype),
     )
     logprobs_T = _logprobs(stage, hidden_TH, batch.targets_T)
     return torch.stack([-logprobs_T[start:stop].sum() for start, stop in pairwise(batch.cu_seqlens)])
+
+
+def individual_answers(
+    stage: Seq2SeqStage,
+    batch: ReaderBatch,
+    passage_logprobs_BK: Tensor,
+    *,
+    end_id: int,
+    max_tokens: int,
+    memory_EH: Tensor | None = None,
+) -> list[list[int]]:
+    """
+    An answer to each question, without its end: of the likeliest answers to each passage alone, written greedily, the
+    one with the largest p(a|q); of equal ones that of the earlier passage.
+
+    Args:
+        end_id: ends an answer. max_tokens: after which one ends anyway, the end counted.
+        memory_EH: as for `individual_losses`.
+    """
+    memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
+    written = _written(
+        stage,
+        memory_EH,
+        batch.encoder_cu_seqlens,
+        None,
+        start_id=int(batch.tokens_T[0]),
+        end_id=end_id,
+        most=max_tokens,
+    )
+    count = batch.num_passages
+    proposed = [
+        list(dict.fromkeys(map(tuple, written[i * count : (i + 1) * count]))) for i in range(batch.num_questions)
+    ]
+    rounds = []
+    for number in range(max(map(len, proposed))):
+        answers = [some[min(number, len(some) - 1)] for some in proposed]
+        asked = _with_answers(batch, answers, end_id)
+        rounds.append(individual_losses(stage, asked, passage_logprobs_BK, memory_EH=memory_EH))
+    best_B = torch.stack(rounds).argmin(0).tolist()
+    return [list(some[best]) for some, best in zip(proposed, best_B, strict=True)]
+
+
+def joint_answers(
+    stage: Seq2SeqStage,
+    batch: ReaderBatch,
+    passage_logprobs_BK: Tensor,
+    *,
+    strength: Tensor | None,
+    end_id: int,
+    max_tokens: int,
+    memory_EH: Tensor | None = None,
+) -> list[list[int]]:
+    """An answer to each question, without its end, written greedily; arguments as above."""
+    memory_EH = _memory(stage, batch) if memory_EH is None else memory_EH
+    bias_E = _bias(batch, passage_logprobs_BK, strength, memory_EH.dtype)
+    bounds = batch.encoder_cu_seqlens[:: batch.num_passages]
+    return _written(stage, memory_EH, bounds, bias_E, start_id=int(batch.tokens_T[0]), end_id=end_id, most=max_tokens)
+
+
+def _memory(stage: Seq2SeqStage, batch: ReaderBatch) -> Tensor:
+    return stage.encode(batch.encoder_tokens_E, cu_seqlens=batch.encoder_cu_seqlens)
+
+
+def _bias(
+    batch: ReaderBatch, passage_logprobs_BK: Tensor, strength: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the cross-attention's scores of each encoder token, [E]."""
+    if strength is None:
+        return None
+    lengths = torch.tensor([stop - start for start, stop in pairwise(batch.encoder_cu_seqlens)])
+    by_passage = strength * passage_logprobs_BK.exp().flatten()
+    return by_passage.repeat_interleave(lengths.to(by_passage.device)).to(dtype)
+
+
+def _written(
+    stage: Seq2SeqStage,
+    memory_EH: Tensor,
+    encoder_cu_seqlens: Sequence[int],
+    bias_E: Tensor | None,
+    *,
+    start_id: int,
+    end_id: int,
+    most: int,
+) -> list[list[int]]:
+    """
+    The likeliest tokens one after another, for each sequence of the memory. All prefixes are as long, and are run again
+    for each token: answers have a few.
+    """
+    num = len(encoder_cu_seqlens) - 1
+    prefix_ND = torch.full((num, 1), start_id, device=memory_EH.device)
+    is_done_N = torch.zeros(num, dtype=torch.bool, device=memory_EH.device)
+    while prefix_ND.shape[1] <= most and not bool(is_done_N.all()):
+        length = prefix_ND.shape[1]
+        hidden_TH = stage.decode(
+            prefix_ND.flatten(),
+            memory_EH,
+            cu_seqlens=range(0, num * length + 1, length),
+            encoder_cu_seqlens=encoder_cu_seqlens,
+            cross_bias_E=bias_E,
+        )
+        best_N = stage.gather_logits(hidden_TH[length - 1 :: length]).argmax(-1)
+        is_done_N |= best_N == end_id
+        prefix_ND = torch.cat((prefix_ND, best_N.unsqueeze(1)), 1)
+    rows: list[list[int]] = prefix_ND[:, 1:].tolist()
+    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+def _with_answers(batch: ReaderBatch, answers: Sequence[Sequence[int]], end_id: int) -> ReaderBatch:
+    """The same questions and passages with other answers."""
+    start_id, device = int(batch.tokens_T[0]), batch.tokens_T.device
+    tokens = [token for answer in answers for token in (start_id, *answer)]
+    targets = [token for answer in answers for token in (*answer, end_id)]
+    return replace(
+        batch,
+        tokens_T=torch.tensor(tokens, device=device),
+        targets_T=torch.tensor(targets, device=device),
+        cu_seqlens=[0, *accumulate(len(answer) + 1 for answer in answers)],
+    )
 
 
 def _logprobs(stage: Seq2SeqStage, hidden_TH: Tensor, targets_T: Tensor) -> Tensor:

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.lora.spec import owned_shapes
 
+RETRIEVER = "retriever."
+"""Begins the names of the tensors of the encoder that is trained beside a reader."""
+
+STRENGTH = "passage_strength"
+"""How much a reader's attention follows the probabilities of its passages, [1]."""
+
 
 def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Every canonical tensor of a model and its true shape; a copy is not listed (it is its owner's tensor)."""
@@ -44,7 +50,19 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
             shapes |= {"task_head.weight": (len(head.labels), hidden), "task_head.bias": (len(head.labels),)}
     if config.lora is not None:
         shapes |= owned_shapes(config, config.lora)
+    if (reads := config.reads) is not None:
+        shapes |= {STRENGTH: (1,)} if reads.has_strength else {}
+        beside = {} if reads.retriever is None else global_shapes(reads.retriever)
+        shapes |= {RETRIEVER + name: shape for name, shape in beside.items()}
     return shapes
+
+
+def model_of(name: str, config: ModelConfig) -> tuple[str, ModelConfig]:
+    """The model that a canonical tensor is of, and what that calls it: a reader's, or the encoder's beside it."""
+    if name.startswith(RETRIEVER):
+        assert config.retriever is not None
+        return name.removeprefix(RETRIEVER), config.retriever
+    return name, config
 
 
 def _layer_shapes(at: str, config: ModelConfig, *, has_cross: bool) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ PAGE = (ROOT / "docs" / "finetuning.md").read_text()
 EXAMPLES = ROOT / "examples" / "finetune"
 ROWS = (
     "sft", "sft", "lm", "dpo", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "span_qa",
-    "dialogue", "dpr", "ict", "story_generator",
+    "dialogue", "dpr", "ict", "reader_joint", "story_generator",
 )  # fmt: skip
 """Task of each example row of the page."""
 ALSO = {
@@ -36,6 +36,8 @@ ALSO = {
     "answer_gen": "span_qa",
     "question_gen": "span_qa",
     "grounded_dialogue": "dialogue",
+    "mss": "ict",
+    "reader_individual": "reader_joint",
     "story_keywords": "story_generator",
 }
 """Tasks that take the rows of others; those of `story_ranker` are made by a command."""

@@ -12,7 +12,7 @@ from task_models import FACTS, MODELS, batches_of, make_model
 from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Pool, contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
-from trilithon_parallel.objective import VectorBatch, dropout_of, run
+from trilithon_parallel.objective import VectorBatch, dropout_of
 from trilithon_parallel.step import DropoutRates
 
 
@@ -128,7 +128,7 @@ def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None) ->
     assert isinstance(batch, VectorBatch)
     masks = None if rates is None else dropout_of(batch, Grid.single(), model.config, rates, seed=model.seed, step=0)
     stage, roles, pairs, keys = model.chunks[0].stage, *FACTS.values()
-    vectors = stage.pool(run(stage, batch, None, dropout=masks), batch.cu_seqlens)
+    vectors = stage.pool(batch.run(stage, None, dropout=masks), batch.cu_seqlens)
     queries, passages = ([i for i in range(8) if (roles[i] == QUERY) == wanted] for wanted in (True, False))
     scores = 5.0 * vectors[queries] @ vectors[passages].T
     answers = [next(i for i in passages if roles[i] == ANSWER and pairs[i] == pairs[q]) for q in queries]

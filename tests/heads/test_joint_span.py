@@ -17,7 +17,7 @@ from trilithon_parallel.config import ModelError, TaskHead, load_config
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import joint_span_losses, spans_allowed
 from trilithon_parallel.models import EncoderStage, build_stage
-from trilithon_parallel.objective import JointSpanBatch, run
+from trilithon_parallel.objective import JointSpanBatch
 from trilithon_parallel.task_head import span_lengths
 from trilithon_parallel.weights.export import export_model, full_state
 from trilithon_parallel.weights.loader import load_stage
@@ -54,7 +54,7 @@ def test_acc_E01_scores_are_the_definition_and_share_one_softmax() -> None:
     batch = batch_of("joint_span", rows, 0)
     assert isinstance(batch, JointSpanBatch)
     with torch.no_grad():
-        hidden_TH = run(stage, batch, None, dropout=None)
+        hidden_TH = batch.run(stage, None, dropout=None)
         logits_TL = stage.task_logits(hidden_TH, batch.cu_seqlens)
         losses = {}
         for start, stop in pairwise(batch.cu_seqlens):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.loss import span_losses
-from trilithon_parallel.objective import Batch, ClassBatch, PackedBatch, PreferenceBatch, TagBatch, run
+from trilithon_parallel.objective import Batch, ClassBatch, PackedBatch, PreferenceBatch, TagBatch
 from trilithon_parallel.step import TrainingModel
 
 SPLIT = 1e-6  # relative; fp64 is far below, what is meant is that no split changes what is learned
@@ -65,7 +65,7 @@ def plain_logprobs(model: TrainingModel, rows: list[dict[str, Any]]) -> Tensor:
     sums = []
     for row in rows:
         batch = batch_of("vocabulary", [row], 0)
-        hidden_TH = run(stage, replace(batch, types_T=None), None, dropout=None)
+        hidden_TH = replace(batch, types_T=None).run(stage, None, dropout=None)
         logits_TV = stage.gather_logits(hidden_TH)  # type: ignore[operator]  # of a stage, which torch doesn't know
         logprobs_T = F.log_softmax(logits_TV, -1).gather(1, row["targets"][:, None])[:, 0]
         sums.append((logprobs_T * row["weights"]).sum())
@@ -131,7 +131,7 @@ def test_tokens_are_right_where_torch_says_the_target_is_the_largest() -> None:
     assert isinstance(batch, Batch)
     stage = model.chunks[0].stage
     with torch.no_grad():
-        logits_TV = stage.gather_logits(run(stage, batch, None, dropout=None))  # type: ignore[operator]  # of a stage
+        logits_TV = stage.gather_logits(batch.run(stage, None, dropout=None))  # type: ignore[operator]  # of a stage
     likeliest_T = logits_TV.argmax(-1)
     batch = replace(batch, targets_T=torch.where(torch.arange(len(likeliest_T)) % 3 > 0, likeliest_T, batch.targets_T))
     right_T = (likeliest_T == batch.targets_T) & (batch.weights_T > 0)

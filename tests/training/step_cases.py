@@ -23,7 +23,7 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.models import CausalStage, EncoderStage
-from trilithon_parallel.objective import Batch, run
+from trilithon_parallel.objective import Batch
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.step import DropoutRates, TrainingModel
@@ -207,7 +207,7 @@ def with_right_tokens(reference: TrainingModel, batch: Batch) -> tuple[Batch, in
     """A batch in which the model is right about every other target at least, and about how many that count."""
     (chunk,) = reference.chunks
     with torch.no_grad():
-        hidden_TH = run(chunk.stage, batch, None, dropout=None)
+        hidden_TH = batch.run(chunk.stage, None, dropout=None)
         assert isinstance(chunk.stage, CausalStage | EncoderStage)
         likeliest_T = chunk.stage.gather_logits(hidden_TH).argmax(-1)
     is_mended_T = torch.arange(len(likeliest_T)) % 2 == 0

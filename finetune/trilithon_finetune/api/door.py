@@ -27,7 +27,7 @@ from trilithon_finetune.jobs.reservations import reserve
 from trilithon_finetune.jobs.service import Jobs, StoreLimits
 from trilithon_finetune.jobs.states import FINAL
 from trilithon_finetune.paths import StorePaths
-from trilithon_finetune.sources import named_sources
+from trilithon_finetune.sources import sources_of
 from trilithon_parallel.config import load_config
 from trilithon_parallel.placement import global_shapes
 from trilithon_server.catalog import Catalog
@@ -146,18 +146,22 @@ class Door:
 
     def paths_of(self, config: JobConfig, *, tenant: str) -> dict[str, str]:
         """
-        The places of what a configuration names, as `job.json` has them.
+        The places of what a configuration names but for its data, as `job.json` has them.
 
         Raises:
-            NotFound: `model_not_found`, `knowledge_not_found`. A path is never taken.
+            NotFound: `model_not_found`, `knowledge_not_found`, `file_not_found`. A path is never taken.
             InvalidArgument: a model is an adapter.
         """
         found = self.base_paths(config.model, tenant=tenant)
-        named = named_sources(config)
-        if named is None:
-            return found
-        encoder = self.base_paths(named.encoder, tenant=tenant, field="options.encoder")["model_dir"]
-        return {**found, "encoder_dir": encoder, "concepts_path": self._concepts(named.concepts)}
+        for source in sources_of(config):
+            if source.kind == "model":
+                found[source.key] = self.base_paths(source.name, tenant=tenant, field=source.field)["model_dir"]
+            elif source.kind == "concepts":
+                found[source.key] = self._concepts(source.name)
+            else:
+                found[source.key] = str(self.jobs.file_path(source.name, tenant=tenant))
+                found[f"{source.option}_name"] = self.jobs.get_file(source.name, tenant=tenant).filename
+        return found
 
     def _concepts(self, name: str) -> str:
         known = self._config.server.concepts

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from trilithon_finetune.converters.conll import read_conll
 from trilithon_finetune.converters.dialogues import begin_rows, persona_rows, topical_rows
+from trilithon_finetune.converters.dpr import dpr_rows, read_passage_lines
 from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
 from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
 from trilithon_finetune.converters.pushshift import pushshift_rows
@@ -103,6 +104,16 @@ def _squad(document: bytes) -> Split:
     return Split(tuple(train), tuple(dev))
 
 
+def _dpr(document: bytes, passages: bytes) -> Split:
+    rows = read_squad(document, file="")
+    if rows is None:
+        raise ValueError("the first file must be one JSON object with a list `data`, as SQuAD's.")
+    dropped: Counter[str] = Counter()
+    made = dpr_rows(_sound(rows), read_passage_lines(passages), dropped)
+    train, dev = split_every_fifth(made, unit=lambda item: item[0].partition(".")[0])
+    return Split(tuple(row for _, row in train), tuple(row for _, row in dev), _counted(dropped))
+
+
 def _qed(document: bytes) -> Split:
     train, dev = split_every_fifth(json_lines(document))
     return Split(tuple(map(span_row, train)), tuple(map(span_row, dev)))
@@ -158,6 +169,12 @@ CONVERTERS: Mapping[str, Converter] = {
     "drugprot": Converter("relation", "DrugProt in 5 groups; held out: every fifth abstract", _drugprot("chemprot5")),
     "drugprot13": Converter("relation", "DrugProt; held out: every fifth abstract", _drugprot("drugprot13")),
     "squad": Converter("span_qa", "SQuAD 1.1, 2.0 and XQuAD; held out: every fifth article", _squad),
+    "dpr": Converter(
+        "dpr",
+        "SQuAD's questions, then their passages as JSON lines; hard negatives by BM25; held out: every fifth article",
+        _dpr,
+        num_files=2,
+    ),
     "qed": Converter("span_qa", "QED as JSON lines; held out: every fifth question", _qed),
     "covidqa": Converter("span_qa", "COVID-QA as JSON lines; held out: every fifth document", _covidqa),
     "persona_chat": Converter(

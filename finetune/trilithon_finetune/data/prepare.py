@@ -116,7 +116,8 @@ def prepare(
 def _made_from(
     config: JobConfig, recipe: Recipe, context: Context, train_path: Path, validation_path: Path | None
 ) -> dict[str, Any]:
-    template = context.template
+    template, retriever = context.template, context.retriever
+    beside = {} if retriever is None else {"tokenizer": retriever.tokenizer.digest, **retriever.format.task_file()}
     return {
         "format": FORMAT,
         "samples_version": SAMPLES_VERSION,
@@ -134,6 +135,7 @@ def _made_from(
         "train_on": context.train_on,
         "bad_rows_allowed": config.data.bad_rows_allowed,
         "validation_share": config.data.validation_share if validation_path is None else 0.0,
+        **({"retriever": beside} if beside else {}),
     }
 
 

@@ -25,6 +25,7 @@ from typing import BinaryIO
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select
 
 from trilithon.errors import BodyTooLarge, Conflict, InvalidArgument, NotFound, Overloaded, Unavailable, Violation
+from trilithon_finetune.config import PASSAGES
 from trilithon_finetune.jobs.database import Database
 from trilithon_finetune.jobs.ids import new_id
 from trilithon_finetune.jobs.paging import page_of
@@ -254,7 +255,8 @@ class Files:
 
 def _used_by(file_id: str | ColumnElement[str]) -> ColumnElement[bool]:
     live = jobs.c.state.not_in([str(state) for state in FINAL])
-    return and_(live, or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id))
+    passages = jobs.c.config["options"][PASSAGES].as_string()
+    return and_(live, or_(jobs.c.training_file == file_id, jobs.c.validation_file == file_id, passages == file_id))
 
 
 def _check(filename: str, purpose: str, sha256: str | None) -> None:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trilithon import _store
 from trilithon.errors import NotFound
@@ -16,7 +17,7 @@ from trilithon_finetune.errors import JobError
 from trilithon_finetune.jobs.outcome import AttemptFailed
 from trilithon_finetune.jobs.records import File, Job
 from trilithon_finetune.jobs.service import Jobs
-from trilithon_finetune.sources import named_sources
+from trilithon_finetune.sources import Source, sources_of
 from trilithon_server.catalog import Catalog
 
 LEASE_FILE = "lease"
@@ -37,9 +38,9 @@ def write_job_file(
     paths = jobs.paths.job(job.id)
     training = _file(jobs, job, job.training_file, "training")
     validation = None if job.validation_file is None else _file(jobs, job, job.validation_file, "validation")
-    model, adapter = _model(job, catalog=catalog, models=models)
-    named = named_sources(parse_config(dict(job.resolved or job.config)))
-    document = {
+    model, adapter = _model(job.model, tenant=job.tenant, catalog=catalog, models=models)
+    sources = sources_of(parse_config(dict(job.resolved or job.config), where="job"))
+    document: dict[str, Any] = {
         "job_id": job.id,
         "tenant": job.tenant,
         "name": job.name,
@@ -51,13 +52,36 @@ def write_job_file(
         "validation_path": None if validation is None else str(jobs.paths.file(validation.sha256)),
         "validation_name": None if validation is None else validation.filename,
         "store": str(jobs.paths.root),
-        "concepts_path": None if named is None else str(_concepts(named.concepts, concepts)),
-        "encoder_dir": None if named is None else str(_base(named.encoder, models, param="options.encoder")),
         "base_digest": job.base_digest,
         "data_digest": job.data_digest,
         "template_digest": job.template_digest,
     }
+    for source in sources:
+        document |= _place(source, job, jobs=jobs, catalog=catalog, models=models, concepts=concepts)
     _replace(paths.spec, json.dumps(document, indent=1))
+
+
+def _place(
+    source: Source, job: Job, *, jobs: Jobs, catalog: Catalog, models: Mapping[str, Path], concepts: Mapping[str, Path]
+) -> dict[str, str]:
+    """Where that lies which an option names. Raises AttemptFailed."""
+    if source.kind == "concepts":
+        return {source.key: str(_concepts(source, concepts))}
+    if source.kind == "model":
+        model, adapter = _model(source.name, tenant=job.tenant, catalog=catalog, models=models, field=source.field)
+        if adapter is not None:
+            raise _failed(source, "must be a whole model. Given: an adapter", hint="Name its base.")
+        return {source.key: str(model)}
+    try:
+        file = jobs.get_file(source.name, tenant=job.tenant)
+    except NotFound:
+        raise _failed(source, "is not there any more", hint="Upload it again.") from None
+    return {source.key: str(jobs.paths.file(file.sha256)), f"{source.option}_name": file.filename}
+
+
+def _failed(source: Source, why: str, *, hint: str) -> AttemptFailed:
+    message = f"{source.field} {source.name[:64]!r} {why}."
+    return AttemptFailed(JobError(code="invalid_config", param=source.field, message=message, hint=hint))
 
 
 def write_lease(directory: Path, token: int) -> None:
@@ -70,28 +94,29 @@ def revoke_lease(directory: Path) -> None:
     (directory / LEASE_FILE).unlink(missing_ok=True)
 
 
-def _model(job: Job, *, catalog: Catalog, models: Mapping[str, Path]) -> tuple[Path, Path | None]:
-    """The directory of a job's base model, and of the adapter that it goes on from. Raises AttemptFailed."""
-    entry = None if job.model in models else catalog.get(job.model, tenant=job.tenant)
+def _model(
+    name: str, *, tenant: str, catalog: Catalog, models: Mapping[str, Path], field: str = "model"
+) -> tuple[Path, Path | None]:
+    """The directory of a base model, and of the adapter that a job goes on from. Raises AttemptFailed."""
+    entry = None if name in models else catalog.get(name, tenant=tenant)
     if entry is None:
-        return _base(job.model, models), None
+        return _base(name, models, field=field), None
     if entry.kind == "model":
         return entry.path, None
-    return _base(entry.base, models), entry.path
+    return _base(entry.base, models, field=field), entry.path
 
 
-def _concepts(name: str, known: Mapping[str, Path]) -> Path:
+def _concepts(source: Source, known: Mapping[str, Path]) -> Path:
     """Facts by their name; a path is the command's, never a request's."""
-    if name in known:
-        return known[name].resolve()
-    if os.path.isabs(name):
-        return Path(name)
-    message = f"options.concepts: {name[:64]!r} are not known here."
-    hint = f"Known: {', '.join(sorted(known)) or 'none'}. Serve some: server.concepts."
-    raise AttemptFailed(JobError(code="invalid_config", param="options.concepts", message=message, hint=hint))
+    if source.name in known:
+        return known[source.name].resolve()
+    if os.path.isabs(source.name):
+        return Path(source.name)
+    here = ", ".join(sorted(known)) or "none"
+    raise _failed(source, "are not known here", hint=f"Known: {here}. Serve some: server.concepts.")
 
 
-def _base(name: str, models: Mapping[str, Path], *, param: str = "model") -> Path:
+def _base(name: str, models: Mapping[str, Path], *, field: str) -> Path:
     if name in models:
         return models[name].resolve()
     if os.path.isabs(name) and Path(name).is_dir():
@@ -102,7 +127,7 @@ def _base(name: str, models: Mapping[str, Path], *, param: str = "model") -> Pat
     near = difflib.get_close_matches(name, [*models, *held], n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted({*models, *held})) or 'none'}."
     raise AttemptFailed(
-        JobError(code="model_not_found", param=param, message=f"model {name[:64]!r} is not known here.", hint=hint)
+        JobError(code="model_not_found", param=field, message=f"model {name[:64]!r} is not known here.", hint=hint)
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from sqlalchemy import Connection, RowMapping, delete, func, insert, or_, select, update
 
 from trilithon.errors import Conflict, FailedPrecondition, InvalidArgument, NotFound, Overloaded, Violation
-from trilithon_finetune.config import JobConfig, seed_of
+from trilithon_finetune.config import PASSAGES, JobConfig, seed_of
 from trilithon_finetune.jobs.database import Database
 from trilithon_finetune.jobs.files import Files, StoreLimits
 from trilithon_finetune.jobs.ids import new_id
@@ -299,8 +299,12 @@ class Jobs:
         return str(found.job_id)
 
     def _check_files(self, connection: Connection, config: JobConfig, tenant: str) -> None:
-        for field in ("training_file", "validation_file"):
-            file_id = getattr(config, field)
+        named = {
+            "training_file": config.training_file,
+            "validation_file": config.validation_file,
+            f"options.{PASSAGES}": config.passages,
+        }
+        for field, file_id in named.items():
             if file_id is None:
                 continue
             try:

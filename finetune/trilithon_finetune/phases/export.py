@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.phases.outcome import Events, write_json
 from trilithon_finetune.resolve import lora_spec
@@ -22,9 +24,11 @@ from trilithon_finetune.setup import JobFile
 from trilithon_finetune.train.work import Work, export_digest, open_work
 from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, find_latest
 from trilithon_parallel.checkpoint.run_dir import step_name, sync_directory
+from trilithon_parallel.checkpoint.table import RETRIEVER_DIR, STRENGTH_FILE
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
 from trilithon_parallel.report import StepMetrics, read_metrics
+from trilithon_parallel.shapes import STRENGTH
 from trilithon_server.text.template import TEMPLATE_FILE
 
 TASK_FILE = "task.json"
@@ -42,7 +46,7 @@ def run(job: JobFile, events: Events) -> dict[str, Any]:
     work = open_work(job)
     out = write_export(work, directory, job.paths.export, step=step)
     digest = export_digest(work, out)
-    num_bytes = sum(path.stat().st_size for path in out.iterdir())
+    num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     steps = read_metrics(job.paths.run)
     write_results(job, steps)
     kind = "model" if lora_spec(job.config) is None else "adapter"
@@ -96,8 +100,11 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
                     shutil.copy2(checkpoint / name, part / name)
     except CheckpointError as error:
         raise refuse("export_failed", f"checkpoint {checkpoint.name} cannot be exported: {error}") from None
-    if task := work.recipe.task_file(work.context, validation_of(work.job, step)):
+    numbers = {**validation_of(work.job, step), **_learned_numbers(checkpoint)}
+    if task := work.recipe.task_file(work.context, numbers):
         write_json(part / TASK_FILE, task)
+    if work.context.retriever is not None:
+        write_json(part / RETRIEVER_DIR / TASK_FILE, work.context.retriever.format.task_file())
     if work.context.template is not None:
         (part / TEMPLATE_FILE).write_text(work.context.template.source, encoding="utf-8")
     sync_directory(part)
@@ -105,6 +112,13 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
     part.rename(out)
     sync_directory(out.parent)
     return out
+
+
+def _learned_numbers(checkpoint: Path) -> dict[str, float]:
+    """Scalars that were learned and that no model's files hold, by their canonical names."""
+    if not (checkpoint / STRENGTH_FILE).is_file():
+        return {}
+    return {STRENGTH: float(load_file(checkpoint / STRENGTH_FILE)[STRENGTH])}
 
 
 def validation_of(job: JobFile, step: int) -> Mapping[str, float]:

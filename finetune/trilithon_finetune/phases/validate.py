@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest, heaviest
 from trilithon_finetune.data.check import check_file
+from trilithon_finetune.data.evidence import check_evidence, read_evidence
 from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
@@ -24,7 +26,7 @@ from trilithon_finetune.labelling import label_source
 from trilithon_finetune.machine import this_machine
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
-from trilithon_finetune.setup import JobFile, open_base
+from trilithon_finetune.setup import Base, JobFile, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_finetune.train.tracking import check_trackers
 from trilithon_server.engine.identity import model_digest
@@ -81,14 +83,19 @@ def run(
     unit = base.recipe.unit(base.context.options)
     schedule = _schedule(config, unit, report)
     config = resolve_intervals(config, steps_per_epoch=schedule.order.steps_per_epoch)
+    lengths = np.add.reduceat(report.sample_lengths, np.arange(0, report.samples, unit))
+    longest = report.lengths.longest
+    if (tokens := base.recipe.unit_tokens(base.context)) is not None:
+        lengths, longest = np.full_like(lengths, tokens), base.context.max_tokens
+    grown = int(lengths.sum()) / report.tokens
     work = Workload(
-        tokens=report.tokens,
+        tokens=int(lengths.sum()),
         supervised=report.supervised_tokens,
-        longest=report.lengths.longest,
+        longest=longest,
         units=schedule.order.num_units,
-        valid_tokens=valid_tokens,
+        valid_tokens=round(valid_tokens * grown) + _evidence_tokens(job, base),
         steps=schedule.num_steps,
-        heaviest=_heaviest(config, unit, report, schedule),
+        heaviest=_heaviest(config, lengths, schedule),
     )
     machine = this_machine(config, job.store.root)
     needs = estimate(config, task_model(config, base.recipe, base.model, report.labels), work, machine)
@@ -126,16 +133,29 @@ def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -
     )
 
 
+def _evidence_tokens(job: JobFile, base: Base) -> int:
+    """
+    What a retriever reads to make an index, at most; 0 without one.
+
+    Raises:
+        FinetuneError: `invalid_config`, of the passages.
+    """
+    if base.context.retriever is None:
+        return 0
+    passages = read_evidence(job)
+    check_evidence(passages, base.context.options)
+    return len(passages) * base.context.retriever.format.max_passage_tokens
+
+
 def _schedule(config: JobConfig, unit: int, report: Report) -> EpochSchedule:
     """The steps that the usable rows make; those that are held out don't count."""
     units = max(1, round(report.samples / unit * (1.0 - config.data.validation_share)))
     return schedule_of(config, units)
 
 
-def _heaviest(config: JobConfig, unit: int, report: Report, schedule: EpochSchedule) -> Heaviest:
+def _heaviest(config: JobConfig, lengths: npt.NDArray[np.int64], schedule: EpochSchedule) -> Heaviest:
     """The largest micro-batch; which rows are held out is not known yet, so the first ones stand for all."""
     assert config.training.micro_batch_tokens is not None
-    lengths = np.add.reduceat(report.sample_lengths, np.arange(0, report.samples, unit))
     return heaviest(
         schedule.order,
         lengths[: schedule.order.num_units].tolist(),

@@ -24,6 +24,7 @@ from trilithon.errors import TrilithonError
 from trilithon_finetune.errors import FinetuneError, JobError
 from trilithon_finetune.phases.export import chosen_checkpoint, write_results
 from trilithon_finetune.phases.outcome import Events
+from trilithon_finetune.phases.verify_reader import reader_outputs
 from trilithon_finetune.phases.written import written_numbers
 from trilithon_finetune.recipes.base import IGNORE, Sample
 from trilithon_finetune.resolve import lora_spec
@@ -139,6 +140,9 @@ def _probes(work: Work, recorded: dict[str, Values]) -> list[tuple[Sample, Value
 
 def verify_model(work: Work, export: Path, probes: list[tuple[Sample, Values]]) -> list[Check]:
     """A whole model: loaded from its own directory, by its own configuration."""
+    if work.recipe.head == "reading":
+        said = reader_outputs(work, export, probes, unit=work.prepared.facts.unit)
+        return [_compare("export and trainer", said, probes, TOLERANCE[work.config.dtype])]
     config = load_config(export)
     stage = loaded_stage(config, export, dtype=getattr(torch, work.config.dtype))
     stage.prepare()

@@ -10,6 +10,8 @@ from trilithon_finetune.recipes.chat import Chat
 from trilithon_finetune.recipes.classify import Classify
 from trilithon_finetune.recipes.dialogue import Dialogue, GroundedDialogue
 from trilithon_finetune.recipes.mlm import MaskedTokens
+from trilithon_finetune.recipes.mss import MaskedSpans
+from trilithon_finetune.recipes.openqa import IndividualReader, JointReader
 from trilithon_finetune.recipes.preference import Preference
 from trilithon_finetune.recipes.question_gen import QuestionGen
 from trilithon_finetune.recipes.relation import Relation
@@ -33,6 +35,9 @@ RECIPES: dict[str, Recipe] = {
     "span_qa": SpanQa(),
     "dpr": DensePassages(),
     "ict": InverseCloze(),
+    "mss": MaskedSpans(),
+    "reader_individual": IndividualReader(),
+    "reader_joint": JointReader(),
     "dialogue": Dialogue(),
     "grounded_dialogue": GroundedDialogue(),
     "answer_gen": AnswerGen(),

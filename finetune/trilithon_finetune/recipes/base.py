@@ -19,15 +19,16 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding as Finding
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.tokenizer import Tokenizer
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import ChatTemplate
 
 IGNORE = -1
 """The target of a token that does not count."""
 
-Head = Literal["vocabulary", "tokens", "sequence", "span", "joint_span", "preference", "vectors"]
+Head = Literal["vocabulary", "tokens", "sequence", "span", "joint_span", "preference", "vectors", "reading"]
 """
 What the last stage ends in; `preference` is the vocabulary head with pairs of sequences to compare, `vectors` an
-encoder's pooled vectors, to be told apart.
+encoder's pooled vectors, to be told apart, `reading` an encoder-decoder that answers from passages (`openqa.py`).
 """
 
 
@@ -46,7 +47,7 @@ class Sample:
             both kinds of span have all four),
             `supervised` (what counts, where that is not every target: masked tokens), `only_scored` (1: validation
             compares it with other parts of its row, and no loss counts it); `role`, `pair` and `key` (vectors; a pair
-            is counted within its row).
+            is counted within its row); those of `openqa.py` (reading).
         row: line of the data file, from 1.
         part: counts the samples of a row: windows, chosen (0) and rejected (1), or answers to compare.
         cut: tokens that `data.on_long: truncate` left out of it.
@@ -72,6 +73,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Retriever:
+    """The encoder that chooses what a reader reads, and how it reads questions and passages."""
+
+    tokenizer: Tokenizer
+    format: RetrievalFormat
+    model: ModelConfig
+
+
+@dataclass(frozen=True)
 class Context:
     """
     What rows are encoded with.
@@ -87,6 +97,7 @@ class Context:
         untrained_ids: tokens whose rows the base never learned and this tuning does not train either.
         label: gives a row that came without labels those that the job makes; None where it makes none.
         labelled_by: digest of what those are made from.
+        retriever: that is trained beside a reader; None where there is none.
     """
 
     tokenizer: Tokenizer
@@ -101,6 +112,7 @@ class Context:
     untrained_ids: frozenset[int] = frozenset()
     label: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     labelled_by: str = ""
+    retriever: Retriever | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +230,14 @@ class Recipe(Protocol):
         """Neighbouring samples that stay together, as every row gives a multiple of them."""
         return 1
 
+    def unit_tokens(self, context: Context) -> int | None:
+        """Tokens that each unit takes of a micro-batch; None where they are those of its samples."""
+        return None
+
+    def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
+        """The base with what is trained beside it."""
+        return base
+
     def score_scale(self, context: Context) -> float:
         """Of inner products, where vectors are told apart."""
         return 1.0
@@ -251,6 +271,7 @@ class Recipe(Protocol):
         What the server must know to serve the task: written as `task.json` beside the model.
 
         Args:
-            numbers: of the validation of what is exported, as `metrics` gave them; empty where there was none.
+            numbers: of the validation of what is exported, as `metrics` gave them, none where there was none; and
+                scalars that were learned and are in no model's files, by their canonical names.
         """
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,13 +13,17 @@ from safetensors.torch import load_file, save_file
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.estimate import EFFICIENCY
+from trilithon_finetune.recipes.openqa import JointOptions
 from trilithon_finetune.resolve import layout_of, lora_spec
 from trilithon_finetune.setup import read_rows_of
 from trilithon_finetune.train.evaluation import JobEvaluator, outputs_of
-from trilithon_finetune.train.stream import learning_rate_of
+from trilithon_finetune.train.evidence import Evidence
+from trilithon_finetune.train.reading import Readings, ReadingStream
+from trilithon_finetune.train.reading_evaluation import ReadingEvaluator
+from trilithon_finetune.train.stream import JobStream, learning_rate_of
 from trilithon_finetune.train.work import Work
 from trilithon_parallel.backend import select
-from trilithon_parallel.checkpoint import Base, Retention, RunFacts, Saver, import_base
+from trilithon_parallel.checkpoint import Base, Piece, Retention, RunFacts, Saver, import_base
 from trilithon_parallel.collectives import barrier
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.costs import model_flops
@@ -25,6 +31,7 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.lora.training import begin
 from trilithon_parallel.optimizer import AdamWSettings
+from trilithon_parallel.shapes import RETRIEVER, STRENGTH
 from trilithon_parallel.step import DropoutRates, TrainingModel
 from trilithon_parallel.trainer import Costs, Goal, Plan
 
@@ -43,6 +50,7 @@ def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
     assert optimizer.head_lr is not None
     assert config.seed is not None
     factor = optimizer.head_lr / optimizer.lr
+    new = STRENGTH if work.recipe.head == "reading" else NEW_PARTS  # a reader's own head is its base's
     spec = lora_spec(config)
     return TrainingModel(
         work.model,
@@ -54,7 +62,7 @@ def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
         dropout=_dropout(work),
         seed=config.seed,
         lora=spec,
-        rate_of=lambda name: factor if name.startswith(NEW_PARTS) else 1.0,
+        rate_of=lambda name: factor if name.startswith(new) else 1.0,
     )
 
 
@@ -77,12 +85,35 @@ def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
             begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
             return
         targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
-        import_base(job.model_dir, targets, config=work.model, axis=grid.world, seed=work.config.seed)
+        reader = [target for target in targets if not target.name.startswith((RETRIEVER, STRENGTH))]
+        plain = work.model.without_reads()
+        import_base(job.model_dir, reader, config=plain, axis=grid.world, seed=work.config.seed)
+        _fill_beside(work, targets, grid)
     except ModelError as error:
         message = f"base model {work.config.model}: {error.message}"
         raise refuse("model_not_found", message, param="model", hint=error.hint) from None
     model.optimizer.publish()
     model.weights_changed()
+
+
+def _fill_beside(work: Work, targets: Sequence[Piece], grid: Grid) -> None:
+    """What is trained beside a reader: its retriever's weights, and the strength that the job begins with."""
+    options = work.context.options
+    for target in targets:
+        if target.name.startswith(STRENGTH):
+            assert isinstance(options, JointOptions)
+            target.tensor.detach().fill_(options.strength)
+    if work.model.retriever is not None:
+        assert work.job.retriever_dir is not None
+        assert work.config.seed is not None
+        encoder = [
+            replace(target, name=target.name.removeprefix(RETRIEVER))
+            for target in targets
+            if target.name.startswith(RETRIEVER)
+        ]
+        import_base(
+            work.job.retriever_dir, encoder, config=work.model.retriever, axis=grid.world, seed=work.config.seed
+        )
 
 
 def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:
@@ -99,6 +130,7 @@ def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:
         dtype=dtype,
         retention=Retention(config.checkpoint.keep, keep_every=1 if config.deploy.on == "checkpoint" else 0),
         side_files_from=job.model_dir,
+        retriever_files_from=job.retriever_dir,
         permit=Path(permit) if (permit := os.environ.get(LEASE_VARIABLE)) else None,
     )
 
@@ -144,8 +176,27 @@ def seconds_of(work: Work, tokens: int, peak: float) -> float:
     return costs_of(work, peak).flops_per_token * tokens / (sizes.tp * sizes.pp * likely * peak)
 
 
-def evaluator_of(work: Work) -> JobEvaluator:
+def stream_of(work: Work, grid: Grid) -> JobStream:
+    """Where a rank's batches come from."""
+    if work.recipe.head == "reading":
+        return ReadingStream(work, grid, Readings(work, None if work.context.retriever is None else Evidence(work)))
+    return JobStream(
+        work.prepared.train,
+        work.recipe,
+        work.schedule,
+        grid,
+        config=work.config,
+        beta=work.beta,
+        score_scale=work.score_scale,
+        margin=work.margin,
+    )
+
+
+def evaluator_of(work: Work, stream: JobStream) -> JobEvaluator | ReadingEvaluator:
+    """What measures the model on held-out rows."""
     config = work.config
+    if isinstance(stream, ReadingStream):
+        return ReadingEvaluator(work, stream.readings)
     assert config.training.micro_batch_tokens is not None
     assert config.training.batch_size is not None
     assert config.seed is not None

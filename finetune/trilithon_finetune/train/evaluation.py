@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -201,6 +201,12 @@ def contrast_loss(outputs: Sequence[Output], *, scale: float, margin: float | No
         total += float(contrast(pool, scale=scale, margin=margin)[0].sum())
         count += sum(columns[i]["role"] == QUERY for i in kept)
     return total / max(1, count)
+
+
+class Probed(Protocol):
+    """Who keeps outputs of a few samples at each evaluation, by sample index: what an export is held against."""
+
+    probe: dict[int, tuple[Sample, Values]]
 
 
 class JobEvaluator:

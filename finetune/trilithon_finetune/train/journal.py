@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.series import series_row, with_full
-from trilithon_finetune.train.evaluation import JobEvaluator, probe_file
+from trilithon_finetune.train.evaluation import Probed, probe_file
 from trilithon_finetune.train.remaining import Remaining
 from trilithon_finetune.train.schedule import EpochSchedule
 from trilithon_finetune.train.stream import JobStream
@@ -43,7 +43,7 @@ class Journal:
         *,
         stream: JobStream,
         schedule: EpochSchedule,
-        evaluator: JobEvaluator,
+        evaluator: Probed,
         evaluate_every: int,
         digest_of: Callable[[Path], str],
         resume_step: int,

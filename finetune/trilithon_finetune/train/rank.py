@@ -28,8 +28,11 @@ from trilithon_finetune.train.building import (
     plan_of,
     references_of,
     seconds_of,
+    stream_of,
 )
+from trilithon_finetune.train.evaluation import JobEvaluator
 from trilithon_finetune.train.journal import Journal
+from trilithon_finetune.train.reading import ReadingStream
 from trilithon_finetune.train.stream import JobStream
 from trilithon_finetune.train.threads import threads_of_a_rank
 from trilithon_finetune.train.tracking import open_trackers
@@ -113,7 +116,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
     with contextlib.ExitStack() as stack:
         meeting = stack.enter_context(_meet(work, events))
         grid, model, stream = meeting.grid, meeting.model, meeting.stream
-        evaluator = evaluator_of(work)
+        evaluator = evaluator_of(work, stream)
         saver = open_saver(work, model, getattr(torch, job.config.dtype))
         stack.callback(saver.close)
         trainer = Trainer(
@@ -124,7 +127,7 @@ def run_rank(directory: Path, attempt: int, signals: Signals) -> Ended:
         found = find_latest(job.paths.run, axis=grid.world)
         if grid.rank == 0:
             events.tell("weights_loaded", f"The weights of {job.config.model} are loaded.")
-        if work.recipe.head == "preference":
+        if isinstance(evaluator, JobEvaluator) and work.recipe.head == "preference":
             stream.references, evaluator.references = references_of(work, model)
         _try_out(model, stream, events)
         if found is not None:
@@ -202,11 +205,8 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
     peak = measured_peak(dtype, num_threads=torch.get_num_threads(), device=device)
     rendezvous.join(device=device, timeout_s=FIRST_TIMEOUT_S)
     grid = Grid.build(tp=layout.tp, pp=layout.pp, dp=layout.dp, device=device)
-    stream = JobStream(
-        work.prepared.train, work.recipe, work.schedule, grid,
-        config=job.config, beta=work.beta, score_scale=work.score_scale, margin=work.margin,
-    )  # fmt: skip
-    patience_s = PATIENCE * seconds_of(work, stream.heaviest().tokens, peak)
+    stream = stream_of(work, grid)
+    patience_s = PATIENCE * seconds_of(work, stream.silent_tokens, peak)
     with Watchdog(
         rank=grid.rank,
         world_size=grid.world_size,
@@ -225,6 +225,8 @@ def _meet(work: Work, events: Events) -> Iterator[_Meeting]:
                     job.store.root, job.config.dtype, peak, num_threads=torch.get_num_threads(), device=device
                 )
         model = build_model(work, grid, dtype)
+        if isinstance(stream, ReadingStream):
+            stream.model = model
         yield _Meeting(grid, watchdog, model, stream, peak)
 
 

@@ -117,6 +117,11 @@ class JobStream:
             schedule.order, self._lengths, num_steps=schedule.num_steps, dp=dp, micro_batch_tokens=self._capacity
         )
 
+    @property
+    def silent_tokens(self) -> int:
+        """Tokens that a rank may work on without a sign of life: those of the largest micro-batch."""
+        return self.heaviest().tokens
+
     def typical(self, number: int) -> list[int]:
         """So many steps of the first epoch, those with the most usual number of tokens."""
         steps = range(min(self._schedule.order.steps_per_epoch, self._schedule.num_steps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
+from trilithon_parallel.checkpoint.table import RETRIEVER_DIR
 from trilithon_parallel.config import ModelConfig, load_config
 from trilithon_parallel.weights.export import SIDE_FILES, hub_config
 
@@ -19,7 +20,9 @@ from trilithon_parallel.weights.export import SIDE_FILES, hub_config
 _FREE_FIELDS = ("dtype", "bos_id", "eos_ids", "pad_id", "decoder_start_id", "pooling", "normalize")
 
 
-def model_files(config: ModelConfig, *, dtype: torch.dtype, side_files_from: Path | None) -> dict[str, bytes]:
+def model_files(
+    config: ModelConfig, *, dtype: torch.dtype, side_files_from: Path | None, retriever_files_from: Path | None = None
+) -> dict[str, bytes]:
     """
     File name -> content: `config.json`, `generation_config.json` of a model that generates, and the side files.
 
@@ -27,6 +30,7 @@ def model_files(config: ModelConfig, *, dtype: torch.dtype, side_files_from: Pat
         config: of the model.
         dtype: of its weights.
         side_files_from: a model directory whose tokenizer, chat template and pooling files go along; None for none.
+        retriever_files_from: likewise, for the encoder that is trained beside a reader.
     """
     document = hub_config(config, dtype=dtype)
     files = {"config.json": encoded(document)}
@@ -37,14 +41,22 @@ def model_files(config: ModelConfig, *, dtype: torch.dtype, side_files_from: Pat
         assert side_files_from is not None
         if (side_files_from / name).is_file():
             files[name] = (side_files_from / name).read_bytes()
+    if config.retriever is not None:
+        beside = model_files(config.retriever, dtype=dtype, side_files_from=retriever_files_from)
+        files |= {f"{RETRIEVER_DIR}/{name}": data for name, data in beside.items()}
     return files
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write small files and bring them, and the folders they are in, to the disk."""
     for name, data in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(directory / name, data)
+    sync_folders(directory, files)
+
+
+def sync_folders(directory: Path, files: Iterable[str]) -> None:
+    """Bring the folders that files are in to the disk."""
     for folder in {(directory / name).parent for name in files}:
         sync_directory(folder)
 
@@ -62,6 +74,9 @@ def check_config(directory: Path, config: ModelConfig) -> None:
         CheckpointError: `checkpoint_mismatch`, naming the first field that differs.
     """
     saved = load_config(directory)
+    if config.retriever is not None:
+        check_config(directory / RETRIEVER_DIR, config.retriever)
+    config = config.without_reads()
     for field in fields(ModelConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in _FREE_FIELDS:

@@ -27,7 +27,7 @@ from pydantic import JsonValue
 
 from trilithon_parallel.checkpoint.adapter import Base, adapter_files, check_adapter
 from trilithon_parallel.checkpoint.coverage import check_coverage, check_pieces
-from trilithon_parallel.checkpoint.describe import check_config, encoded, model_files, write_files
+from trilithon_parallel.checkpoint.describe import check_config, encoded, model_files, sync_folders, write_files
 from trilithon_parallel.checkpoint.errors import CheckpointError, Task, agree, all_done
 from trilithon_parallel.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -118,6 +118,7 @@ class Saver:
         retention: what stays when a new checkpoint is there.
         side_files_from: a model directory whose tokenizer and chat template go along, of an adapter the template alone;
             None for none.
+        retriever_files_from: likewise, for the encoder that is trained beside a reader.
         max_shard_bytes: size of a file.
         permit: a file without which nothing is published any more: whoever replaces this run removes it.
     Attributes:
@@ -136,10 +137,11 @@ class Saver:
         dtype: torch.dtype,
         retention: Retention,
         side_files_from: Path | None,
+        retriever_files_from: Path | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         permit: Path | None = None,
     ) -> None:
-        self._permit = permit
+        self._permit, self._retriever_files_from = permit, retriever_files_from
         self._run_dir, self._config, self._grid, self._facts = run_dir, config, grid, facts
         self._dtype, self._retention, self._side_files_from = dtype, retention, side_files_from
         assert (config.lora is None) == (facts.base is None), "a run has a base beneath it where it trains an adapter"
@@ -267,12 +269,18 @@ class Saver:
         (check_config if self._config.lora is None else check_adapter)(temporary, self._config)
         for file, header in self._table.headers.items():
             _preallocate(temporary / file, header, self._table.sizes[file])
+        sync_folders(temporary, self._table.headers)
         return {name: file_entry(temporary / name) for name in small}
 
     def _describe(self, progress: Progress) -> dict[str, bytes]:
         """The small files of a model directory, or of an adapter's."""
         if self._config.lora is None:
-            return model_files(self._config, dtype=self._dtype, side_files_from=self._side_files_from)
+            return model_files(
+                self._config,
+                dtype=self._dtype,
+                side_files_from=self._side_files_from,
+                retriever_files_from=self._retriever_files_from,
+            )
         assert self._facts.base is not None
         layout = self._layout().model_dump()
         return adapter_files(

@@ -3,7 +3,8 @@ What a checkpoint's files hold and where, from the model's config alone: every r
 
 Weights lie in `model-0000i-of-0000n.safetensors` under the names and in the layout that `transformers` and our loader
 read; where an adapter is trained, it alone lies in `adapter_model.safetensors`, as PEFT reads it. Optimizer state lies
-in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes.
+in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes. The encoder that is trained beside a reader
+lies in `retriever/`, a model directory of its own, and the strength of the reader's bias in `reader.safetensors`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from trilithon_parallel.lora.files import TENSORS_FILE, file_layout
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.lora.spec import owned_shapes
 from trilithon_parallel.placement import global_shapes
+from trilithon_parallel.shapes import RETRIEVER, STRENGTH
 from trilithon_parallel.weights.directory import INDEX_FILE, WeightFiles, and_more
 from trilithon_parallel.weights.loader import check_weights, dtype_name
 from trilithon_parallel.weights.names import Direct, Place, file_shape, file_slices, name_table
 from trilithon_parallel.weights.safetensors_io import SafetensorsFile, TensorSpec, header_bytes, split_shards
 
 OPTIM_INDEX_FILE = "optim.safetensors.index.json"
+
+RETRIEVER_DIR = RETRIEVER.removesuffix(".")
+STRENGTH_FILE = "reader.safetensors"
 
 MASTER, EXP_AVG, EXP_AVG_SQ = ".master", ".exp_avg", ".exp_avg_sq"
 """Endings of optimizer state: the fp32 copy of a parameter that is not fp32 itself, Adam's first and second moment."""
@@ -87,13 +92,14 @@ def optimizer_names(name: str, dtype: torch.dtype) -> list[str]:
 
 def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int) -> Table:
     """The table of a checkpoint to be written: weights in `dtype`, files of at most `max_shard_bytes`. Pure."""
-    shapes = trained_shapes(config)
+    shapes = {name: shape for name, shape in trained_shapes(config).items() if not name.startswith(RETRIEVER)}
     places = _places(config)
     weights = {
         place.file_name: TensorSpec(place.file_name, dtype, file_shape(place, shapes[name]))
         for name, held in places.items()
         for place in held
     }
+    strength = weights.pop(STRENGTH, None)
     states = [
         TensorSpec(state, torch.float32, shape)
         for name, shape in shapes.items()
@@ -106,6 +112,8 @@ def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int)
     num_bytes: dict[str, int] = {}
     if config.lora is not None:
         _lay_out({TENSORS_FILE: [*weights.values()]}, headers, sizes, starts)
+    if strength is not None:
+        _lay_out({STRENGTH_FILE: [strength]}, headers, sizes, starts)
     for stem, index, specs in (
         ("model", INDEX_FILE, [] if config.lora is not None else [*weights.values()]),
         ("optim", OPTIM_INDEX_FILE, states),
@@ -118,14 +126,39 @@ def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int)
     tensors: dict[str, Stored] = {}
     for name, held in places.items():
         first, *copies = [
-            Stored(*starts[place.file_name], dtype, shapes[name], weights[place.file_name].shape, place)
+            Stored(*starts[place.file_name], dtype, shapes[name], file_shape(place, shapes[name]), place)
             for place in held
         ]
         tensors[name] = replace(first, copies=tuple(copies))
     tensors |= {
         spec.name: Stored(*starts[spec.name], spec.dtype, spec.shape, spec.shape, Direct(spec.name)) for spec in states
     }
-    return Table(tensors, headers, sizes, indexes, num_bytes)
+    table = Table(tensors, headers, sizes, indexes, num_bytes)
+    if config.retriever is None:
+        return table
+    return _joined(table, make_table(config.retriever, dtype=dtype, max_shard_bytes=max_shard_bytes))
+
+
+def _joined(table: Table, beside: Table) -> Table:
+    """A reader's table and that of the encoder beside it, which keeps its names within its directory."""
+    at = f"{RETRIEVER_DIR}/"
+    return Table(
+        {**table.tensors, **_beside(beside.tensors)},
+        {**table.headers, **{at + file: header for file, header in beside.headers.items()}},
+        {**table.sizes, **{at + file: size for file, size in beside.sizes.items()}},
+        {
+            **table.indexes,
+            **{at + index: weight_map for index, weight_map in beside.indexes.items()},
+        },
+        {**table.num_bytes, **{at + index: size for index, size in beside.num_bytes.items()}},
+    )
+
+
+def _beside(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of `retriever/`, as the reader's checkpoint names them."""
+    return {
+        RETRIEVER + name: replace(stored, file=f"{RETRIEVER_DIR}/{stored.file}") for name, stored in tensors.items()
+    }
 
 
 def trained_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -139,11 +172,14 @@ def _places(config: ModelConfig) -> Mapping[str, tuple[Place, ...]]:
         layout = file_layout(config, config.lora)
         names = owned_shapes(config, config.lora)
         return {name: (layout.places[name], *layout.copies.get(name, ())) for name in names}
-    table = name_table(config)
-    return {
+    table = name_table(config.without_reads())
+    found: dict[str, tuple[Place, ...]] = {
         name: (replace(source, file_name=table.spellings(source.file_name)[0]),)
         for name, source in table.sources.items()
     }
+    if config.reads is not None and config.reads.has_strength:
+        found[STRENGTH] = (Direct(STRENGTH),)
+    return found
 
 
 def _lay_out(
@@ -173,8 +209,12 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
         ModelError: a file is missing or broken, a tensor is missing, one too many, or of another shape or dtype than
             `config` implies; file and tensor are named.
     """
-    shapes = trained_shapes(config)
+    shapes = {name: shape for name, shape in trained_shapes(config).items() if not name.startswith(RETRIEVER)}
     tensors = _read_model(directory, config) if config.lora is None else _read_adapter(directory, config)
+    if config.retriever is not None:
+        beside = _beside(read_table(directory / RETRIEVER_DIR, config.retriever))
+    else:
+        beside = {}
     expected = {state: name for name in shapes for state in optimizer_names(name, tensors[name].dtype)}
     with WeightFiles(directory, stem="optim") as files:
         _check_names(files, expected)
@@ -194,13 +234,16 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
                     hint="Optimizer state is kept in full precision: use the checkpoint as it was saved.",
                 )
             tensors[state] = Stored(file, entry.start, entry.dtype, entry.shape, entry.shape, Direct(state))
-    return tensors
+    return {**tensors, **beside}
 
 
 def _read_model(directory: Path, config: ModelConfig) -> dict[str, Stored]:
-    check_weights(directory, config=config)
-    names, shapes = name_table(config), global_shapes(config)
+    plain = config.without_reads()
+    check_weights(directory, config=plain)
+    names, shapes = name_table(plain), global_shapes(plain)
     tensors: dict[str, Stored] = {}
+    if config.reads is not None and config.reads.has_strength:
+        tensors[STRENGTH] = _read_strength(directory)
     with WeightFiles(directory) as files:
         for name, source in names.sources.items():
             spelled = next(item for item in names.spellings(source.file_name) if item in files.tensors)
@@ -208,6 +251,18 @@ def _read_model(directory: Path, config: ModelConfig) -> dict[str, Stored]:
             file = files.file_of(spelled).path.name
             tensors[name] = Stored(file, entry.start, entry.dtype, shapes[name], entry.shape, source)
     return tensors
+
+
+def _read_strength(directory: Path) -> Stored:
+    with SafetensorsFile(directory / STRENGTH_FILE) as file:
+        entry = file.tensors.get(STRENGTH)
+        if entry is None or entry.shape != (1,):
+            raise CheckpointError(
+                f"{STRENGTH_FILE} must hold {STRENGTH} of shape [1]. Given: {list(file.tensors)}.",
+                code="weights_missing",
+                hint="The files are of different checkpoints: copy the whole directory again.",
+            )
+        return Stored(STRENGTH_FILE, entry.start, entry.dtype, entry.shape, entry.shape, Direct(STRENGTH))
 
 
 def _read_adapter(directory: Path, config: ModelConfig) -> dict[str, Stored]:

@@ -10,10 +10,11 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.adapter import attach
 from trilithon_parallel.models.causal import CausalStage
 from trilithon_parallel.models.encoder import EncoderStage
+from trilithon_parallel.models.reader import ReaderStage
 from trilithon_parallel.models.seq2seq import Seq2SeqStage
 from trilithon_parallel.placement import check_layout
 
-__all__ = ["CausalStage", "EncoderStage", "Seq2SeqStage", "build_seq2seq", "build_stage"]
+__all__ = ["CausalStage", "EncoderStage", "ReaderStage", "Seq2SeqStage", "build_seq2seq", "build_stage"]
 
 
 def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> CausalStage | EncoderStage:
@@ -41,11 +42,13 @@ def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: tor
 
 def build_seq2seq(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> Seq2SeqStage:
     """
-    This rank's part of an encoder-decoder, with uninitialised parameters: load or initialise them.
+    This rank's part of an encoder-decoder, with uninitialised parameters: load or initialise them. With `config.reads`
+    it is a `ReaderStage`.
 
     Raises:
         ModelError: `layout_invalid`, the grid does not fit the model.
     """
     assert config.is_seq2seq
     check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
-    return Seq2SeqStage(config, grid=grid, backend=backend, dtype=dtype)
+    kind = Seq2SeqStage if config.reads is None else ReaderStage
+    return kind(config, grid=grid, backend=backend, dtype=dtype)

@@ -15,6 +15,7 @@ Source: arXiv 2101.00408, readers of the individual and joint top k; in words as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -75,18 +76,24 @@ class ReaderFormat(TaskFile):
         Raises:
             ModelError: `task_tokenizer`, as `frame`.
         """
+        head, body = self.question_tokens(question, tokenizer), passage_tokens(title, text, tokenizer)
+        return self.join(head, body, tokenizer)
+
+    def question_tokens(self, question: str, tokenizer: Tokenizer) -> list[int]:
+        """A question, cut to `max_question_tokens`, with what stands around it."""
+        begin = "" if frame(tokenizer)[0] else "question: "
+        return self.framed(literal(f"{begin}{question.strip()}", tokenizer), tokenizer)
+
+    def framed(self, tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+        """The tokens of a question, cut to `max_question_tokens`, with what stands around them."""
         before, end = frame(tokenizer)
-        question, title, text = question.strip(), title.strip(), text.strip()
-        if before:
-            head = [*before, *literal(question, tokenizer)[: self.max_question_tokens], end]
-            body = [*literal(title, tokenizer), end] if title else []
-            body += literal(text, tokenizer)
-        else:
-            head = literal(f"question: {question}", tokenizer)[: self.max_question_tokens]
-            body = literal(f"title: {title}", tokenizer) if title else []
-            body += literal(f"context: {text}", tokenizer)
-        room = self.max_passage_tokens - len(head) - 1
-        return ReaderPrompt((*head, *body[:room], end), truncated=len(body) > room)
+        return [*before, *tokens[: self.max_question_tokens], *([end] if before else [])]
+
+    def join(self, question: Sequence[int], passage: Sequence[int], tokenizer: Tokenizer) -> ReaderPrompt:
+        """`pack`, of tokens that `question_tokens` and `passage_tokens` have made."""
+        _, end = frame(tokenizer)
+        room = self.max_passage_tokens - len(question) - 1
+        return ReaderPrompt((*question, *passage[:room], end), truncated=len(passage) > room)
 
     def answer_tokens(self, answer: str, tokenizer: Tokenizer) -> list[int]:
         """
@@ -97,6 +104,15 @@ class ReaderFormat(TaskFile):
         """
         _, end = frame(tokenizer)
         return [*literal(answer.strip(), tokenizer)[: self.max_answer_tokens - 1], end]
+
+
+def passage_tokens(title: str, text: str, tokenizer: Tokenizer) -> list[int]:
+    """A passage whole, with what parts its title from its text; a passage without a title has no part for it."""
+    before, end = frame(tokenizer)
+    title, text = title.strip(), text.strip()
+    if before:
+        return [*([*literal(title, tokenizer), end] if title else []), *literal(text, tokenizer)]
+    return [*(literal(f"title: {title}", tokenizer) if title else []), *literal(f"context: {text}", tokenizer)]
 
 
 def frame(tokenizer: Tokenizer) -> tuple[list[int], int]:

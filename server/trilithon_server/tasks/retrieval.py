@@ -56,7 +56,11 @@ class RetrievalFormat(TaskFile):
 
     def query(self, text: str, tokenizer: Tokenizer) -> Encoded:
         """A question."""
-        return _framed([literal(text, tokenizer)], tokenizer, self.max_query_tokens)
+        return self.framed(literal(text, tokenizer), tokenizer)
+
+    def framed(self, tokens: list[int], tokenizer: Tokenizer) -> Encoded:
+        """The tokens of a question, with what stands around them."""
+        return _framed([tokens], tokenizer, self.max_query_tokens)
 
     def passage(self, title: str, text: str, tokenizer: Tokenizer) -> Encoded:
         """A passage; without a title it is the text alone."""

@@ -15,7 +15,7 @@ from trilithon import _store
 from trilithon.errors import FailedPrecondition, Internal, InvalidArgument, TrilithonError, Unavailable, Violation
 from trilithon_finetune.config import JobConfig, load_config_file, override, parse_config
 from trilithon_finetune.errors import FinetuneError
-from trilithon_finetune.sources import named_sources
+from trilithon_finetune.sources import sources_of
 
 
 @contextlib.contextmanager
@@ -63,10 +63,11 @@ def parsed(config: Mapping[str, Any]) -> JobConfig:
     """
     known = parse_config(dict(config))
     options = dict(known.options)
-    if (named := named_sources(known)) is not None:
-        options["encoder"] = _model(named.encoder)
-        if (facts := Path(named.concepts).expanduser()).exists():
-            options["concepts"] = str(facts.resolve())
+    for source in sources_of(known):
+        if source.kind == "model":
+            options[source.option] = _model(source.name)
+        elif source.kind == "concepts" and (facts := Path(source.name).expanduser()).exists():
+            options[source.option] = str(facts.resolve())
     return known.model_copy(update={"model": _model(known.model), "options": options})
 
 

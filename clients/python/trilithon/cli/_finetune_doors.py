@@ -26,6 +26,8 @@ from trilithon.cli._parser import UsageError
 from trilithon.errors import TrilithonError
 
 FILE_FIELDS = ("training_file", "validation_file")
+PASSAGES = "passages"
+"""The option of a task that names a file."""
 _FILE_ID = re.compile(r"file-[a-z0-9]{20}")
 _JOB_ID = re.compile(r"ftjob-[a-z0-9]{20}")
 
@@ -219,6 +221,11 @@ class Uploads:
                 value = self._given.get(name)
                 if value is not None and not is_file_id(value):
                     self._given[name] = self._upload(name, Path(value))
+            options = dict(self._given.get("options") or {})
+            passages = options.get(PASSAGES)
+            if isinstance(passages, str) and not is_file_id(passages):
+                options[PASSAGES] = self._upload(f"options.{PASSAGES}", Path(passages))
+                self._given["options"] = options
         except BaseException:
             self._remove()
             raise

@@ -14,6 +14,7 @@ from trilithon import _store
 from trilithon.cli._finetune_config import parsed, told
 from trilithon.cli._finetune_doors import Checked
 from trilithon.errors import InvalidArgument
+from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.check import check_file
 from trilithon_finetune.data.findings import Finding, line_form
 from trilithon_finetune.data.judging import with_labels
@@ -28,7 +29,7 @@ from trilithon_finetune.probe import probe as measured
 from trilithon_finetune.recipes.base import IGNORE, Context, Recipe, Sample
 from trilithon_finetune.resolve import resolve_choices
 from trilithon_finetune.setup import Base, JobFile, open_base
-from trilithon_finetune.sources import named_sources
+from trilithon_finetune.sources import sources_of
 from trilithon_server.catalog import Catalog
 
 TENANT = "local"
@@ -79,17 +80,19 @@ def check(
     validation: DataFile | None,
     *,
     store: Path,
+    passages: DataFile | None = None,
     probe: bool = False,
 ) -> Checked:
     """
     The phase `validate` of such a job, here.
 
     Args:
+        passages: what the task's options name, of tasks that have them.
         probe: the job's ranks are started for a few steps, and what they take is measured.
     Raises:
         TrilithonError: the configuration is wrong, or the data; with every finding.
     """
-    with told(), _job_file(config, training, validation, store=store) as job:
+    with told(), _job_file(config, training, validation, store=store, passages=passages) as job:
         try:
             found = validate.run(job, Events(job.paths.attempt(1)), measure=measured if probe else None)
         except FinetuneError as error:
@@ -153,6 +156,9 @@ def _shown(
 
 def _sample(sample: Sample, recipe: Recipe, context: Context) -> Shown:
     """A token is learned where its own target counts, or, of a text that is gone on with, that of the one before."""
+    if recipe.head == "reading":  # what its retriever reads is of another vocabulary
+        behind = sample.columns["query"]
+        sample = replace(sample, tokens=sample.tokens[behind:], targets=sample.targets[behind:])
     targets = sample.targets or (IGNORE,) * len(sample.tokens)
     shift = recipe.head in ("vocabulary", "preference") and context.model.is_causal
     counts = [target != IGNORE for target in ((IGNORE, *targets[:-1]) if shift else targets)]
@@ -187,13 +193,17 @@ def _text(context: Context, tokens: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _job_file(
-    config: Mapping[str, Any], training: DataFile, validation: DataFile | None, *, store: Path
+    config: Mapping[str, Any],
+    training: DataFile,
+    validation: DataFile | None,
+    *,
+    store: Path,
+    passages: DataFile | None = None,
 ) -> Iterator[JobFile]:
     """A job that is in no store. Raises FinetuneError, NotFound: its model is not here."""
     job_config = parsed(config)
     paths = StorePaths(store)
     model_dir, adapter_dir = _model(job_config.model, Catalog(paths.models))
-    named = named_sources(job_config)
     with tempfile.TemporaryDirectory(prefix="trilithon-check-") as scratch:
         yield JobFile(
             job_id=_NO_JOB,
@@ -202,8 +212,8 @@ def _job_file(
             config=job_config,
             model_dir=model_dir,
             adapter_dir=adapter_dir,
-            concepts_path=None if named is None else Path(named.concepts),
-            encoder_dir=None if named is None else _model(named.encoder, Catalog(paths.models))[0],
+            passages_name="" if passages is None else passages.name,
+            **_named(job_config, passages, Catalog(paths.models)),
             training_path=training.path,
             validation_path=None if validation is None else validation.path,
             store=paths,
@@ -211,6 +221,19 @@ def _job_file(
             training_name=training.name,
             validation_name="" if validation is None else validation.name,
         )
+
+
+def _named(config: JobConfig, passages: DataFile | None, catalog: Catalog) -> dict[str, Any]:
+    """The places of what the task's options name."""
+    found = {}
+    for source in sources_of(config):
+        if source.kind == "model":
+            found[source.key] = _model(source.name, catalog)[0]
+        elif source.kind == "concepts":
+            found[source.key] = Path(source.name)
+        elif passages is not None:
+            found[source.key] = passages.path
+    return found
 
 
 def _model(name: str, catalog: Catalog) -> tuple[Path, Path | None]:

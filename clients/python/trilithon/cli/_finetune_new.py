@@ -273,7 +273,10 @@ def _print_checked(args: argparse.Namespace, checked: Checked, config: Mapping[s
 
 def _with_paths(resolved: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved configuration with its files as the user named them."""
-    return {**resolved, **{name: config[name] for name in ("training_file", "validation_file") if config.get(name)}}
+    named = {name: config[name] for name in ("training_file", "validation_file") if config.get(name)}
+    passages = config.get("options", {}).get("passages")
+    options = {**resolved.get("options", {}), **({} if passages is None else {"passages": passages})}
+    return {**resolved, **named, **({"options": options} if options else {})}
 
 
 def _local(verb: str) -> ModuleType:

@@ -60,8 +60,14 @@ class StoreDoor:
 
     def check(self, config: Mapping[str, Any], /, *, probe: bool = False) -> Checked:
         known = {name: self._file(config[name]) for name in ("training_file", "validation_file") if config.get(name)}
+        passages = config.get("options", {}).get("passages")
         return local.check(
-            config, known["training_file"], known.get("validation_file"), store=self.paths.root, probe=probe
+            config,
+            known["training_file"],
+            known.get("validation_file"),
+            store=self.paths.root,
+            passages=self._file(passages) if isinstance(passages, str) else None,
+            probe=probe,
         )
 
     def create(

@@ -1,0 +1,159 @@
+"""Masked salient spans: what is salient, what reader and retriever read, and which passage is no evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reader_facts as facts
+
+from trilithon_finetune.data.salient import salient_spans
+from trilithon_finetune.recipes import RECIPES
+from trilithon_finetune.recipes.base import Context, Retriever, Sample
+from trilithon_finetune.recipes.openqa import own_key
+from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
+from trilithon_server.tasks.retrieval import RetrievalFormat
+
+MSS = RECIPES["mss"]
+TEXT = "key0 box1 lid2 coin3 ring4"
+ENTITIES = [["box1", "ORG", 5, 9], ["coin3", "ORG", 15, 20], ["ring4", "ORG", 21, 26]]
+ROW: dict[str, Any] = {"doc_id": 7, "sent_text": TEXT, "linguistic_ent": ENTITIES}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    facts.write_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def context_of(tokenizer: Tokenizer, **options: Any) -> Context:
+    """The same words for reader and retriever."""
+    named = {"retriever": "r", "passages": "p", **options}
+    return Context(
+        tokenizer=tokenizer,
+        template=None,
+        model=facts.READER,
+        max_tokens=96,
+        labels=(),
+        options=MSS.Options.model_validate(named),
+        retriever=Retriever(tokenizer, RetrievalFormat(), facts.RETRIEVER),
+    )
+
+
+def samples_of(row: dict[str, Any], context: Context) -> list[Sample]:
+    found = MSS.encode(row, 3, context, file="f")
+    assert all(isinstance(item, Sample) for item in found), found
+    return [item for item in found if isinstance(item, Sample)]
+
+
+def shown(tokens: tuple[int, ...], tokenizer: Tokenizer) -> str:
+    return " ".join(tokenizer.id_to_piece(token) for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The mason met Ada Noor in the Bay of Biscay.", ["Ada Noor", "Bay of Biscay"]),
+        ("Nobody came on 3 May, 1921, to Rome.", ["3 May, 1921", "Rome"]),
+        ("NASA and iPhone-users paid 6.5% to O'Neill.", ["NASA", "6.5", "O'Neill"]),
+        ("Nothing here is salient.", []),
+        ("", []),
+    ],
+)
+def test_names_numbers_and_dates_are_salient(text: str, expected: list[str]) -> None:
+    """Runs of capitals and digits; a sentence's first word is no name for being the first."""
+    assert [text[start:end] for start, end in salient_spans(text)] == expected
+
+
+def test_spans_are_masked_for_both_and_written_behind_their_marks(tokenizer: Tokenizer) -> None:
+    """At most half of the salient spans, in their order; the choice hangs on the sentence alone."""
+    context = context_of(tokenizer)
+    (sample,) = samples_of(ROW, context)
+    query, question = sample.columns["query"], sample.columns["question"]
+    (gold,) = MSS.golds(ROW, 0, context)  # type: ignore[attr-defined]  # of a reader
+    said = sample.tokens[query + question :]
+    masked = TEXT.replace(gold, "[MASK]")
+
+    assert gold in ("box1", "coin3", "ring4")
+    assert shown(sample.tokens[:query], tokenizer) == f"[CLS] {masked} [SEP]"
+    assert shown(sample.tokens[query : query + question], tokenizer) == (
+        f"[CLS] {masked} [SEP]".replace("[MASK]", "<extra_id_0>")
+    )
+    assert shown(said, tokenizer) == f"[PAD] <extra_id_0> {gold}"
+    assert shown(sample.targets[query + question :], tokenizer) == f"<extra_id_0> {gold} [SEP]"
+    assert sample.columns["own"] == own_key("7")
+    assert samples_of(ROW, context) == [sample]
+
+
+def test_several_spans_have_marks_of_their_own(tokenizer: Tokenizer) -> None:
+    """Of six salient spans three are masked."""
+    words = [f"{kind}0" for kind in facts.KINDS]
+    text = " hold ".join(words)
+    (sample,) = samples_of({"doc_id": "a", "sent_text": text}, context_of(tokenizer, max_spans=3))
+    question = shown(sample.tokens[sample.columns["query"] :], tokenizer)
+
+    assert [question.count(f"<extra_id_{number}>") for number in range(4)] == [2, 2, 2, 0]
+    assert question.index("<extra_id_0>") < question.index("<extra_id_1>") < question.index("<extra_id_2>")
+
+
+def test_a_passage_gives_a_question_for_each_sentence(tokenizer: Tokenizer) -> None:
+    """Those that have a salient span; all are of the same passage."""
+    row = {"title": "t", "text": "Hold key1 hold. Hold it all. Then hold box2 here."}
+    samples = samples_of(row, context_of(tokenizer))
+
+    assert [sample.part for sample in samples] == [0, 1]
+    assert {sample.columns["own"] for sample in samples} == {own_key(f"t\0{row['text']}")}
+    assert samples_of({**row, "id": "p9"}, context_of(tokenizer))[0].columns["own"] == own_key("p9")
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "path"),
+    [
+        ({"sent_text": "a"}, "E-DATA-008", "doc_id"),
+        ({**ROW, "linguistic_ent": [["box1", "ORG", 4, 8]]}, "E-DATA-041", "linguistic_ent[0]"),
+        ({**ROW, "linguistic_ent": [["box1", "ORG"]]}, "E-DATA-008", "linguistic_ent[0]"),
+        ({"text": " "}, "E-DATA-015", "text"),
+        ({"text": "a", "titel": "b"}, "E-DATA-007", "titel"),
+    ],
+)
+def test_R11_what_is_wrong_with_a_row_is_told(row: dict[str, Any], code: str, path: str) -> None:
+    """Places that are not there, among others."""
+    found = MSS.check(row, MSS.detect(row) or "", file="f", line=1)
+
+    assert (found[0].code, found[0].path) == (code, path)
+
+
+def test_R11_nothing_salient_is_nothing_to_learn(tokenizer: Tokenizer) -> None:
+    """A finding of the row."""
+    (found,) = MSS.encode({"text": "hold it"}, 1, context_of(tokenizer), file="f")
+
+    assert getattr(found, "code", "") == "E-DATA-022"
+
+
+def test_a_sentences_own_passage_is_no_evidence(tmp_path: Path) -> None:
+    """
+    Each masked answer stands in one passage, that of the sentence itself: with its id nothing that holds the answer is
+    ever found; with another's id it is. Inverse seen: own passages left in.
+    """
+    retriever = facts.write_model(tmp_path / "retriever", facts.RETRIEVER, seed=2, sigma=0.2)
+    reader, found = facts.new_reader(tmp_path / "reader"), []
+    for shift in (0, 1):
+        rows = [
+            {
+                "doc_id": f"p{(i + shift) % facts.NUM_FACTS}",
+                "sent_text": item["text"],
+                "linguistic_ent": [[answer, "ORG", item["text"].index(answer), len(item["text"])]],
+            }
+            for i, item in enumerate(facts.passages()[:32])
+            for answer in [item["text"].split(" ", 2)[2]]
+        ]
+        made = facts.reader_job(
+            tmp_path / f"job{shift}", reader, retriever=retriever, train=rows[16:], valid=rows[:16], again=False,
+            task="mss", options={"top_k": 3, "max_question_tokens": 8}, training={"max_steps": 1, "batch_size": 16},
+        ).walk()  # fmt: skip
+        found.append(made.events("eval")[-1]["data"]["top_5"])
+
+    assert found[0] == 0.0
+    assert found[1] > 0.0

@@ -1,0 +1,291 @@
+"""Jobs of readers: with passages that rows bring, and end to end with the retriever that finds them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reader_facts as facts
+import torch
+from finetune_jobs import JobDir, twin, write_rows
+from safetensors.torch import load_file
+
+from trilithon_finetune.metrics.retrieval import top_k_accuracy
+from trilithon_parallel.config import load_config
+from trilithon_server.knowledge.dense import FlatIndex
+from trilithon_server.knowledge.passages import Passage
+from trilithon_server.local_index import LocalEncoder
+from trilithon_server.tasks import read_task
+from trilithon_server.tasks.reader_format import ReaderFormat
+from trilithon_server.tasks.retrieval import RetrievalFormat
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> JobDir:
+    """A reader that says what the passage says that its bias points at, whatever that is."""
+    folder = tmp_path_factory.mktemp("taught")
+    return facts.reader_job(
+        folder / "job",
+        facts.new_reader(folder / "base"),
+        retriever=None,
+        train=facts.told_rows(256),
+        valid=facts.told_rows(16),
+        options={"top_k": 4, "strength": 5.0},
+        training={"epochs": 9, "batch_size": 32},
+        optimizer={"lr": 5e-3, "head_lr": 5e-2, "schedule": "constant", "weight_decay": 0.0},
+        eval={"every_steps": 72},
+        checkpoint={"every_steps": 72},
+    ).walk()
+
+
+def test_a_reader_learns_from_passages_that_rows_bring(taught: JobDir) -> None:
+    """It answers from the passage with the best score; the strength that it has learned is in the task file."""
+    (last,) = taught.events("eval")
+    format_ = read_task(taught.root / "export")
+
+    assert last["data"]["em"] == 1.0
+    assert isinstance(format_, ReaderFormat)
+    assert format_.strength > 5.0
+    assert not (taught.root / "export" / "retriever").exists()
+
+
+@pytest.mark.slow
+def test_acc_A11_reader_and_retriever_learn_from_answers_alone(taught: JobDir, tmp_path: Path) -> None:
+    """
+    64 facts, the index made again three times: the retriever's top-1 rises from chance to at least 90 %. Inverse: the
+    next test.
+    """
+    retriever = facts.new_retriever(tmp_path / "retriever")
+    made = facts.reader_job(
+        tmp_path / "free",
+        taught.root / "export",
+        retriever=retriever,
+        train=facts.questions(),
+        valid=facts.questions(),
+        options={"top_k": 16, "strength": 7.5, "reload_every": 40},
+        training={"epochs": 40, "batch_size": 16},
+        eval={"every_steps": 160},
+        checkpoint={"every_steps": 160},
+    ).walk()
+    (last,) = made.events("eval")
+
+    assert found_by(retriever, facts.questions())[1] <= 4 / facts.NUM_FACTS
+    assert last["data"]["top_1"] >= 0.9
+    assert last["data"]["em"] >= 0.9
+
+
+def test_acc_A11_without_strength_the_retriever_stays_as_it_was(taught: JobDir, tmp_path: Path) -> None:
+    """
+    With the bias frozen at 0 not a bit of the retriever moves while the index is made again three times: its top-1
+    stays at chance. Inverse seen: the strength not frozen.
+    """
+    retriever = facts.new_retriever(tmp_path / "retriever")
+    made = facts.reader_job(
+        tmp_path / "frozen",
+        taught.root / "export",
+        retriever=retriever,
+        train=facts.questions(),
+        valid=facts.questions(),
+        options={"top_k": 4, "strength": 0.0, "freeze_strength": True, "reload_every": 2},
+        training={"epochs": 2, "batch_size": 16},
+        eval={"every_steps": 8},
+        checkpoint={"every_steps": 8},
+    ).walk()
+    (last,) = made.events("eval")
+    before, after = (load_file(path / "model.safetensors") for path in (retriever, made.root / "export" / "retriever"))
+
+    assert last["data"]["top_1"] <= 4 / facts.NUM_FACTS
+    assert before.keys() == after.keys()
+    assert all(bool((before[name] == after[name]).all()) for name in before)
+    assert made.losses()[-1] < made.losses()[0]
+
+
+def small_job(folder: Path, models: tuple[Path, Path], *, task: str = "reader_joint", **config: Any) -> JobDir:
+    """A few steps of both models from scratch, with an index that changes under way."""
+    options = {"top_k": 3, "reload_every": 2, **config.pop("options", {})}
+    training = {"epochs": 3, "batch_size": 8, **config.pop("training", {})}
+    return facts.reader_job(
+        folder,
+        models[0],
+        retriever=models[1],
+        train=facts.questions()[:16],
+        valid=facts.questions()[16:22],
+        task=task,
+        options=options,
+        training=training,
+        checkpoint={"every_steps": 3},
+        **{"optimizer": {"lr": 2e-3, "schedule": "constant"}, **config},
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A reader and a retriever that have learned nothing; vectors far enough from each other that no order is a tie."""
+    folder = tmp_path_factory.mktemp("models")
+    retriever = facts.write_model(folder / "retriever", facts.RETRIEVER, seed=2, sigma=0.2)
+    return facts.new_reader(folder / "reader"), retriever
+
+
+@pytest.fixture(scope="module")
+def small(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> JobDir:
+    """A joint job of one rank, from end to end."""
+    return small_job(tmp_path_factory.mktemp("small") / "job", models).walk()
+
+
+def test_what_is_served_is_a_reader_and_an_encoder(small: JobDir) -> None:
+    """The export is a reader's directory; its `retriever/` is that of an encoder, with its text format and pooling."""
+    export = small.root / "export"
+    format_ = read_task(export / "retriever")
+    with LocalEncoder(export / "retriever", name="mine") as encoder:
+        vectors = encoder.queries([row["question"] for row in facts.questions()[:3]])
+
+    assert load_config(export).is_seq2seq
+    assert isinstance(format_, RetrievalFormat)
+    assert format_.score_scale == pytest.approx(facts.RETRIEVER.hidden_size**-0.5)
+    assert encoder.facts.pooling == "mean"
+    assert vectors.shape == (3, facts.RETRIEVER.hidden_size)
+    assert small.outcome("export")["data"]["bytes"] > (export / "model.safetensors").stat().st_size
+
+
+def test_the_exported_retriever_finds_what_the_evaluation_says(small: JobDir) -> None:
+    """`top_1` and `top_5` of the last evaluation are those of an index of the exported encoder."""
+    expected = found_by(small.root / "export" / "retriever", facts.questions()[16:22])
+    last = small.events("eval")[-1]["data"]
+
+    assert {1: last["top_1"], 5: last["top_5"]} == expected
+
+
+def test_E4_the_export_says_what_the_trainer_said(small: JobDir) -> None:
+    """Answers and passages alike, within 1e-4. Inverse: the next test."""
+    data = small.outcome("verify")["data"]
+
+    assert data["max_abs"] < 1e-4
+    assert [check["name"] for check in data["checks"]] == ["export and trainer"]
+
+
+@pytest.mark.parametrize("change", ["strength", "retriever"])
+def test_verification_sees_what_is_wrong(small: JobDir, models: tuple[Path, Path], tmp_path: Path, change: str) -> None:
+    """An export whose strength, or whose retriever, is not the trained one, ends the job."""
+    broken = twin(small, tmp_path)
+    export = broken.root / "export"
+    if change == "strength":
+        document = json.loads((export / "task.json").read_text("utf-8"))
+        (export / "task.json").write_text(json.dumps({**document, "strength": 0.0}), encoding="utf-8")
+    else:
+        shutil.copy(models[1] / "model.safetensors", export / "retriever" / "model.safetensors")
+    outcome = broken.try_phase("verify")
+
+    assert not outcome["ok"]
+    assert outcome["error"]["code"] == "verify_mismatch"
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}], ids=["tp2", "dp2"])
+@pytest.mark.parametrize("task", ["reader_joint", "reader_individual"])
+def test_E8_a_reader_learns_the_same_at_every_layout(
+    models: tuple[Path, Path], tmp_path: Path, task: str, sizes: dict[str, int]
+) -> None:
+    """
+    Losses, gradients' norms, validation numbers and all weights of both models are those of one process. Inverse seen:
+    the bias without the sum over tp of its gradient; an index of one dp row's passages alone.
+    """
+    # Key biases have no gradient but rounding errors, which Adam would make steps of.
+    steps = {"training": {"epochs": 1}, "options": {"reload_every": 1}, "optimizer": {"lr": 2e-3, "eps": 1e-4}}
+    alone = small_job(tmp_path / "alone", models, task=task, **steps)
+    alone.phase("validate")
+    alone.phase("prepare")
+    other = twin(alone, tmp_path / "other")
+    other.configure("parallel", **sizes)
+    alone.train_here()
+    other.train()
+    numbers = [made.events("eval")[-1]["data"] for made in (alone, other)]
+    weights = [state_of(made.checkpoints()[-1]) for made in (alone, other)]
+
+    assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert alone.numbers("grad_norm") == pytest.approx(other.numbers("grad_norm"), rel=1e-4)
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_path: Path) -> None:
+    """
+    From a checkpoint whose index is a step older, the run goes on with the proposals that it would have had. Inverse
+    seen: the index made anew on a resume.
+    """
+    again = twin(small, tmp_path)
+    shutil.rmtree(again.run / "step_00000006")
+    (again.run / "index_00000004.safetensors").unlink()
+    again.attempt = 2
+    again.train_here()
+
+    assert small.losses() == again.losses()
+    assert again.events("running")[0]["data"]["step"] == 3
+    ours, theirs = (state_of(made.run / "step_00000006") for made in (small, again))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path) -> None:
+    """A resume between two indexes needs the vectors of the first."""
+    again = twin(small, tmp_path)
+    shutil.rmtree(again.run / "step_00000006")
+    (again.run / "index_00000002.safetensors").unlink()
+    again.attempt = 2
+    again.train_here(expect=1)
+
+    assert again.outcome("train-0")["error"]["code"] == "checkpoint_corrupt"
+    assert "the index of step 2" in again.outcome("train-0")["error"]["message"]
+
+
+REFUSED = [
+    ({"parallel": {"pp": 2}}, "parallel", "pp must be 1"),
+    ({"training": {"dropout": 0.1}}, "training.dropout", "must be 0"),
+    ({"options": {"passages": None}}, "options", "go together"),
+    ({"options": {"marginal": "token"}}, "options.marginal", "Extra inputs"),
+    ({"options": {"top_k": 64}}, "options.passages", "at least options.top_k passages, 64"),
+    ({"options": {"max_question_tokens": 20}}, "data.max_tokens", "max_passage_tokens must be at least"),
+    ({"tuning": {"kind": "lora"}}, "tuning", "lora model must be a decoder"),
+]
+
+
+@pytest.mark.parametrize(("config", "param", "message"), REFUSED, ids=[param for _, param, _ in REFUSED])
+def test_R11_what_a_reader_cannot_be_is_told(
+    models: tuple[Path, Path], tmp_path: Path, config: dict[str, Any], param: str, message: str
+) -> None:
+    """One sentence with the field, before anything is trained."""
+    made = small_job(tmp_path / "job", models, **config)
+    if param == "options.passages":
+        made.change({"passages_path": str(write_rows(tmp_path / "few.jsonl", facts.passages()[:9]))})
+    error = made.try_phase("validate")["error"]
+
+    assert error["code"] in ("invalid_config", "lora_not_servable")
+    assert error["param"].startswith(param)
+    assert message in error["message"] + error["hint"]
+
+
+def test_R11_other_bases_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A reader is an encoder-decoder, its retriever an encoder."""
+    made = small_job(tmp_path / "base", (models[1], models[1]))
+    other = small_job(tmp_path / "retriever", (models[0], models[0]))
+    errors = [job.try_phase("validate")["error"] for job in (made, other)]
+
+    assert "needs an encoder-decoder" in errors[0]["message"]
+    assert (errors[1]["code"], errors[1]["param"]) == ("model_not_found", "options.retriever")
+
+
+def found_by(retriever: Path, asked: list[dict[str, Any]]) -> dict[int, float]:
+    """Top-1 and top-5 of an encoder's directory on questions about the facts."""
+    passages = [Passage(**item) for item in facts.passages()]
+    with LocalEncoder(retriever, name="mine") as encoder:
+        found = FlatIndex(encoder.passages(passages)).search(encoder.queries([row["question"] for row in asked]), 5)
+    texts = [[passages[row].text for row in ranking.rows] for ranking in found]
+    return top_k_accuracy(texts, [row["answers"] for row in asked], (1, 5))
+
+
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, moments too, by its file and name."""
+    files = sorted(directory.rglob("*.safetensors"))
+    return {f"{path.relative_to(directory)} {name}": x for path in files for name, x in load_file(path).items()}
