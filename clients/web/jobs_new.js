@@ -22,6 +22,9 @@ const TASKS = {
   grounded_dialogue: "speak of what sentences of knowledge say",
   dpr: "find the passages of a question",
   ict: "find the passage of a sentence",
+  mss: "find and read what a sentence lost",
+  reader_individual: "answer from passages, each read alone",
+  reader_joint: "answer from passages, read together",
   answer_gen: "propose answers of a passage",
   question_gen: "ask for an answer",
 };

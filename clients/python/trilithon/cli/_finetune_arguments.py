@@ -18,6 +18,7 @@ from trilithon.cli._parser import Parser
 
 TASKS = (
     "lm", "sft", "dpo", "mlm", "span_qa", "answer_qa", "yes_no_maybe", "ner", "relation", "classify", "dpr", "ict",
+    "mss", "reader_individual", "reader_joint",
     "dialogue", "grounded_dialogue", "answer_gen", "question_gen", "story_keywords", "story_generator", "story_ranker",
 )  # fmt: skip
 """As `trilithon_finetune.config.Task` has them; a test compares."""
