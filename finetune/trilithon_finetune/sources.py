@@ -1,4 +1,4 @@
-"""What a task's options name besides a job's model and data: models, facts, a file. Names become paths where it runs."""
+"""What a task's options name beside model and data: models, facts, a file. Names become paths where a job runs."""
 
 from __future__ import annotations
 
