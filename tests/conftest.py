@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 DATA_DIR = Path(os.environ.get("TRILITHON_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads_end_with_their_file() -> Iterator[None]:
+    """
+    An engine or a job in a test's process sets torch's threads, which the next files would keep: with more of them than
+    free cores small sums take fifty times as long.
+    """
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
