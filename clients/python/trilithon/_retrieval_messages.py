@@ -25,6 +25,8 @@ ENUMS: Mapping[str, Mapping[str, Any]] = {
         "hnsw": retrieval_pb2.CreateIndexRequest.BACKEND_HNSW,
     },
     "reader": {
+        "joint": openqa_pb2.AnswerRequest.READER_JOINT,
+        "individual": openqa_pb2.AnswerRequest.READER_INDIVIDUAL,
         "span": openqa_pb2.AnswerRequest.READER_SPAN,
         "causal": openqa_pb2.AnswerRequest.READER_CAUSAL,
     },
