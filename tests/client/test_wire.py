@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ from google.protobuf import descriptor_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilithon import _retrieval_messages, _task_messages
 from trilithon._decode import decode
 from trilithon._messages import generate_request, message_fields
 from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
 from trilithon._sse import SSEDecoder
 from trilithon._types import Completion, Model
 from trilithon.api import v1
-from trilithon.api.v1 import generation_pb2
+from trilithon.api.v1 import (
+    dialogue_pb2,
+    generation_pb2,
+    openqa_pb2,
+    retrieval_pb2,
+    story_pb2,
+    synth_qa_pb2,
+)
 from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
 
 GOLDEN = Path(__file__).with_name("api_v1.txt")
@@ -46,6 +55,24 @@ def _value(name: str) -> Any:
     if "Sequence" in annotation:
         return [3, 4]
     return next(value for kind, value in _EXAMPLES.items() if kind in annotation)
+
+
+@pytest.mark.parametrize(
+    ("known", "enum"),
+    [
+        (_retrieval_messages.ENUMS["mode"], retrieval_pb2.SearchRequest.Mode),
+        (_retrieval_messages.ENUMS["role"], retrieval_pb2.EncodeRequest.Role),
+        (_retrieval_messages.ENUMS["backend"], retrieval_pb2.CreateIndexRequest.Backend),
+        (_retrieval_messages.ENUMS["reader"], openqa_pb2.AnswerRequest.Reader),
+        (_task_messages.SPEAKERS, dialogue_pb2.Turn.Speaker),
+        (_task_messages.SCORERS, dialogue_pb2.KnowledgeOptions.Scorer),
+        (_task_messages.MODES, story_pb2.SentenceControl.Mode),
+        (_task_messages.FILTERS, synth_qa_pb2.SynthQARequest.Filter),
+    ],
+)
+def test_every_value_of_an_enum_can_be_named(known: Mapping[str, int], enum: Any) -> None:
+    """Inverse seen: readers that a server had and a client could not ask for."""
+    assert set(known.values()) == set(enum.values()) - {0}
 
 
 @pytest.mark.parametrize("name", PROTO_FIELDS)

@@ -15,19 +15,19 @@ from trilithon.api.v1 import dialogue_pb2, openqa_pb2, retrieval_pb2, story_pb2,
 
 TaskMessage = TypeVar("TaskMessage", bound=Message)
 
-_SPEAKERS = {"target": dialogue_pb2.Turn.SPEAKER_TARGET, "other": dialogue_pb2.Turn.SPEAKER_OTHER}
-_FILTERS = {
+SPEAKERS = {"target": dialogue_pb2.Turn.SPEAKER_TARGET, "other": dialogue_pb2.Turn.SPEAKER_OTHER}
+FILTERS = {
     "pair_any": synth_qa_pb2.SynthQARequest.FILTER_PAIR_ANY,
     "single": synth_qa_pb2.SynthQARequest.FILTER_SINGLE,
     "none": synth_qa_pb2.SynthQARequest.FILTER_NONE,
 }
-_SCORERS = {
+SCORERS = {
     "tfidf": dialogue_pb2.KnowledgeOptions.SCORER_TFIDF,
     "dense": dialogue_pb2.KnowledgeOptions.SCORER_DENSE,
     "bm25": dialogue_pb2.KnowledgeOptions.SCORER_BM25,
     "hybrid": dialogue_pb2.KnowledgeOptions.SCORER_HYBRID,
 }
-_MODES = {
+MODES = {
     name: story_pb2.SentenceControl.Mode.Value(f"MODE_{name.upper()}") for name in ("replace", "append", "antonym")
 }
 
@@ -71,15 +71,14 @@ def task_request(kind: Callable[..., TaskMessage], fields: Fields, **own: Any) -
 def _conversation(turns: Any) -> dialogue_pb2.Conversation:
     return dialogue_pb2.Conversation(
         turns=[
-            dialogue_pb2.Turn(speaker=choice("speaker", turn["speaker"], _SPEAKERS), text=turn["text"])
-            for turn in turns
+            dialogue_pb2.Turn(speaker=choice("speaker", turn["speaker"], SPEAKERS), text=turn["text"]) for turn in turns
         ]
     )
 
 
 def _knowledge(given: Mapping[str, Any]) -> dialogue_pb2.KnowledgeOptions:
     rest = {name: value for name, value in given.items() if name != "scorer" and value is not None}
-    scorer = choice("scorer", given.get("scorer") or None, _SCORERS)
+    scorer = choice("scorer", given.get("scorer") or None, SCORERS)
     return dialogue_pb2.KnowledgeOptions(scorer=scorer, **rest)
 
 
@@ -104,7 +103,7 @@ def rewrite_request(fields: Fields) -> story_pb2.RewriteRequest:
 
 def _control(given: Mapping[str, Any]) -> story_pb2.SentenceControl:
     rest = {name: value for name, value in given.items() if name != "mode" and value is not None}
-    return story_pb2.SentenceControl(mode=choice("mode", given.get("mode"), _MODES), **rest)
+    return story_pb2.SentenceControl(mode=choice("mode", given.get("mode"), MODES), **rest)
 
 
 def _synth_qa(fields: Fields) -> synth_qa_pb2.SynthQARequest:
@@ -115,7 +114,7 @@ def _synth_qa(fields: Fields) -> synth_qa_pb2.SynthQARequest:
         synth_qa_pb2.SynthQARequest,
         fields,
         passages=[synth_qa_pb2.SynthQAPassage(**passage) for passage in fields["passages"]],
-        filter=choice("filter", fields.get("filter"), _FILTERS),
+        filter=choice("filter", fields.get("filter"), FILTERS),
         **{name: fields[name] for name in names if name in fields},
     )
 
