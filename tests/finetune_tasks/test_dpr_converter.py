@@ -56,8 +56,8 @@ def ids(items: Sequence[dict[str, str]]) -> list[str]:
 
 def test_the_positive_is_the_passage_of_the_paragraph_that_holds_the_answer() -> None:
     """
-    Another paragraph's passage with the same answer is neither that nor a hard negative. Inverse seen: passages with the
-    answer kept.
+    Another paragraph's passage with the same answer is neither that nor a hard negative. Inverse seen: passages with
+    the answer kept.
     """
     ((row,), dropped) = rows_of(squad(("stones", "what did the river do in winter", "froze")), passages())
 

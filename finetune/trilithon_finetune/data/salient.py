@@ -2,8 +2,8 @@
 Salient spans of a sentence: names, numbers and dates, which nobody guesses without knowing something (Guu et al. 2020).
 
 Where nothing says where they are, they are told by their looks: runs of words that begin with a capital letter, and
-words with a digit. A sentence's first word is capital whatever it is, so alone it counts only where it has a digit or another
-capital. Another finder (a tagger of entities) is another function of the same kind.
+words with a digit. A sentence's first word is capital whatever it is, so alone it counts only where it has a digit or
+another capital. Another finder (a tagger of entities) is another function of the same kind.
 """
 
 from __future__ import annotations

@@ -101,11 +101,9 @@ class Jobs:
         """
         document = config.model_dump(mode="json")
         body = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-        if not local_paths and not _is_name(config.model):
-            raise _invalid("model", "invalid_model", f"model must be a name, not a path. Given: {config.model[:64]!r}.")
-        if not local_paths and config.retriever is not None and not _is_name(config.retriever):
-            message = f"options.retriever must be a name, not a path. Given: {config.retriever[:64]!r}."
-            raise _invalid("options.retriever", "invalid_model", message)
+        for field, name in (("model", config.model), ("options.retriever", config.retriever)):
+            if not local_paths and name is not None and not _is_name(name):
+                raise _invalid(field, "invalid_model", f"{field} must be a name, not a path. Given: {name[:64]!r}.")
         if idempotency_key is not None and not _is_key(idempotency_key):
             message = f"an idempotency key must have 1 to {_KEY_LEN} printable characters."
             raise _invalid("idempotency_key", "invalid_idempotency_key", message)
@@ -300,12 +298,8 @@ class Jobs:
         return str(found.job_id)
 
     def _check_files(self, connection: Connection, config: JobConfig, tenant: str) -> None:
-        named = {
-            "training_file": config.training_file,
-            "validation_file": config.validation_file,
-            f"options.{PASSAGES}": config.passages,
-        }
-        for field, file_id in named.items():
+        named = {field: getattr(config, field) for field in ("training_file", "validation_file")}
+        for field, file_id in {**named, f"options.{PASSAGES}": config.passages}.items():
             if file_id is None:
                 continue
             try:
