@@ -55,7 +55,10 @@ def ids(items: Sequence[dict[str, str]]) -> list[str]:
 
 
 def test_the_positive_is_the_passage_of_the_paragraph_that_holds_the_answer() -> None:
-    """Neither the paragraph's other passages nor other paragraphs' with the same words are positive."""
+    """
+    Another paragraph's passage with the same answer is neither that nor a hard negative. Inverse seen: passages with
+    the answer kept.
+    """
     ((row,), dropped) = rows_of(squad(("stones", "what did the river do in winter", "froze")), passages())
 
     assert ids(row["positive_ctxs"]) == ["stones:1"]
@@ -65,7 +68,7 @@ def test_the_positive_is_the_passage_of_the_paragraph_that_holds_the_answer() ->
 
 
 def test_hard_negatives_share_words_and_hold_no_answer() -> None:
-    """In BM25's order. Inverse seen: passages with the answer kept."""
+    """Those of the question's own paragraph, too."""
     ((row,), _) = rows_of(squad(("stones", "the mason and the river", "12")), passages())
     found = row["hard_negative_ctxs"]
 

@@ -15,7 +15,14 @@ from trilithon_parallel.backend import select
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.models import Seq2SeqStage, build_seq2seq
-from trilithon_parallel.reading import ReaderBatch, individual_losses, joint_losses, passage_logprobs
+from trilithon_parallel.reading import (
+    ReaderBatch,
+    individual_answers,
+    individual_losses,
+    joint_answers,
+    joint_losses,
+    passage_logprobs,
+)
 
 START, END, SPACE = 0, 1, 2
 NANO = replace(
@@ -227,3 +234,28 @@ def test_acc_A06_a_small_joint_reader_learns_by_heart_in_any_order_of_passages()
 
     assert all(exact), sum(exact)
     torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_written_answers_are_the_likeliest_ones() -> None:
+    """
+    Together: token by token the likeliest. Apart: of the answers to each passage the one with the largest p(a|q), which
+    is not always that to the likeliest passage. Inverse seen: the least likely one taken.
+    """
+    stage, batch, prior = reader(), drawn(4, 3), priors(4, 3)
+    strength, bounds, most = torch.tensor(2.0, dtype=torch.float64), batch.encoder_cu_seqlens, 4
+    passages = [batch.encoder_tokens_E[a:b].tolist() for a, b in pairwise(bounds)]
+    together = joint_answers(stage, batch, prior, strength=strength, end_id=END, max_tokens=most)
+    apart = individual_answers(stage, batch, prior, end_id=END, max_tokens=most)
+    none, one = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    likeliest = 0
+    for i in range(4):
+        own = passages[3 * i : 3 * i + 3]
+        proposed = [written(stage, [passage], none, one) for passage in own]
+        lost = [float(individual_losses(stage, batch_of([own], [answer]), prior[i : i + 1])) for answer in proposed]
+        best = lost.index(min(lost))
+        likeliest += best == int(prior[i].argmax())
+
+        assert together[i] == written(stage, own, strength, prior[i : i + 1])
+        assert apart[i] == proposed[best]
+    assert likeliest < 4

@@ -299,12 +299,8 @@ class Jobs:
         return str(found.job_id)
 
     def _check_files(self, connection: Connection, config: JobConfig, tenant: str) -> None:
-        named = {
-            "training_file": config.training_file,
-            "validation_file": config.validation_file,
-            f"options.{PASSAGES}": config.passages,
-        }
-        for field, file_id in named.items():
+        named = {field: getattr(config, field) for field in ("training_file", "validation_file")}
+        for field, file_id in {**named, f"options.{PASSAGES}": config.passages}.items():
             if file_id is None:
                 continue
             try:
