@@ -27,7 +27,7 @@ DATA_DIR = Path(os.environ.get("TRILITHON_DATA", Path(__file__).resolve().parent
 def _threads_end_with_their_file() -> Iterator[None]:
     """
     An engine or a job in a test's process sets torch's threads, which the next files would keep: with more of them than
-    free cores small sums take fifty times as long.
+    free cores small sums take many times as long.
     """
     yield
     if (torch := sys.modules.get("torch")) is not None:

@@ -87,23 +87,24 @@ class JobDir:
         sizes = self.spec["config"]["parallel"]
         world_size, port = sizes["tp"] * sizes["pp"] * sizes["dp"], free_port()
         command = [sys.executable, "-m", "trilithon_finetune.train", str(self.root), "--attempt", str(self.attempt)]
-        return [
-            subprocess.Popen(
-                command,
-                env=one_thread()
-                | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
+        with one_core() if world_size == 1 else contextlib.nullcontext():
+            return [
+                subprocess.Popen(
+                    command,
+                    env=one_thread()
+                    | {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(world_size),
+                        "LOCAL_WORLD_SIZE": str(world_size),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                    },
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(world_size)
+            ]
 
     def train(self, *, expect: int = 0) -> str:
         """Run all ranks to their end; what they printed."""
