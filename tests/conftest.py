@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import ports
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -86,15 +86,4 @@ def shared_data() -> Callable[[str], Path]:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that names TCP ports of 127.0.0.1 that nobody listens on, a new one at each call."""
-    given: set[int] = set()
-
-    def find() -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port: int = probe.getsockname()[1]
-            if port not in given:
-                given.add(port)
-                return port
-
-    return find
+    return ports.free_port

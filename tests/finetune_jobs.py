@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import free_port
+from ports import free_port
 
 from trilithon_finetune.paths import StorePaths
 from trilithon_finetune.phases.phase import run_phase

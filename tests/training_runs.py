@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from ranks import free_port
+from ports import free_port
 from tiny import tiny_llama
 
 from trilithon_parallel.data.index_writer import IndexWriter

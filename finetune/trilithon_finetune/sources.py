@@ -10,15 +10,8 @@ from trilithon_finetune.config import PASSAGES, RETRIEVER, JobConfig
 
 Kind = Literal["model", "concepts", "file"]
 
-_LABELS: Mapping[str, Kind] = {"concepts": "concepts", "encoder": "model"}
-_EVIDENCE: Mapping[str, Kind] = {RETRIEVER: "model", PASSAGES: "file"}
-_NAMED: Mapping[str, Mapping[str, Kind]] = {
-    "story_generator": _LABELS,
-    "story_ranker": _LABELS,
-    "reader_individual": _EVIDENCE,
-    "reader_joint": _EVIDENCE,
-    "mss": _EVIDENCE,
-}
+_KINDS: Mapping[str, Kind] = {"concepts": "concepts", "encoder": "model", RETRIEVER: "model", PASSAGES: "file"}
+"""By option: it means the same in every task that has it."""
 
 _KEYS: Mapping[Kind, str] = {"model": "dir", "concepts": "path", "file": "path"}
 
@@ -50,8 +43,7 @@ class Source:
 def sources_of(config: JobConfig) -> list[Source]:
     """All that the options of a configuration name; what is no name is for the recipe to refuse."""
     options = config.options
-    known = _NAMED.get(config.task, {})
-    return [Source(name, kind, value) for name, kind in known.items() if isinstance(value := options.get(name), str)]
+    return [Source(name, kind, value) for name, kind in _KINDS.items() if isinstance(value := options.get(name), str)]
 
 
 def names_in(config: JobConfig) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ def enter(opened: Open, visit: Visit, *, key: str = ALICE, **options: Any) -> Wa
     watched.page.locator("#key").wait_for()
     watched.page.fill("#key", key)
     watched.page.press("#key", "Enter")
-    expect(watched.page.locator("#ask-model option")).to_have_count(3)
+    expect(watched.page.locator("#ask-model option")).to_have_count(5)
     return watched
 
 

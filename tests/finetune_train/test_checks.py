@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finetune_jobs import JobDir, make_job, write_rows
+from finetune_jobs import JobDir, make_job, one_core, write_rows
 from task_rows import rows
 from tiny import tiny_llama
 
@@ -93,10 +93,12 @@ def test_a_file_that_says_nothing_is_written_anew(tmp_path: Path, text: str) -> 
 def test_a_run_remembers_what_it_measured(job: JobDir) -> None:
     """The ranks measure in any case; the store has the larger of that and what a check found."""
     config = parse_config(job.spec["config"])
-    store, threads = Path(job.spec["store"]), threads_of_a_rank(config)
-    remember_peak(store, config.dtype, 1.0, num_threads=threads)
+    store = Path(job.spec["store"])
     for phase in ("validate", "prepare"):
         job.phase(phase)
+    with one_core():
+        threads = threads_of_a_rank(config)
+    remember_peak(store, config.dtype, 1.0, num_threads=threads)
 
     job.train_here()
 

@@ -18,6 +18,7 @@ from trilithon_parallel import rendezvous
 from trilithon_parallel.collectives import all_reduce
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.health import HealthError, Signals, agree
+from trilithon_parallel.launch.ending import end_process
 from trilithon_parallel.watchdog import Watchdog
 
 MODE, DIRECTORY = sys.argv[1], Path(sys.argv[2])
@@ -55,12 +56,12 @@ if MODE == "seed":
         agree(grid, {"config": "same", "seed": "2" if grid.rank == 2 else "1"})
     except HealthError as error:
         print(f"{error.code} {error.fields} {error.ranks} {error}")
-        sys.exit(3)
+        end_process(3)
 elif MODE == "signal":
     with Signals() as signals:
         step = stop_together(grid, signals)
     (DIRECTORY / f"stopped-rank{grid.rank}").write_text(str(step))
     rendezvous.leave()
-    sys.exit(signals.exit_code)
+    end_process(signals.exit_code)
 else:
     meet(grid)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ranks import free_port
+from ports import free_port
 from training_runs import BATCH, LIMIT_S, LONG, SEQ_LEN, STEPS, Run, kill, make_run
 
 from trilithon_parallel.backend import native, select

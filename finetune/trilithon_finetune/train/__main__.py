@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from trilithon_finetune.train.rank import main
+from trilithon_parallel.launch.ending import end_process
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m trilithon_finetune.train")
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args()
-    sys.exit(main(args.directory, args.attempt, probe=args.probe))
+    end_process(main(args.directory, args.attempt, probe=args.probe))

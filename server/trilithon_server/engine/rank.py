@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from trilithon_parallel.launch.ending import end_process
+
 EXIT_DRAINED = 0
 EXIT_BUG = 1
 EXIT_INVALID = 3
@@ -145,8 +147,4 @@ def _known_errors() -> dict[str, tuple[type[Exception], ...]]:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: waiting for communication threads whose peers are gone could take for ever.
-    os._exit(exit_code)
+    end_process(main())
