@@ -17,6 +17,7 @@ its score. `own` is a number of the passage that the question was made from, whi
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -164,13 +165,13 @@ class Reader(Recipe):
             samples += [_question(asked, line, len(samples), context), *passages]
         return samples
 
+    @abstractmethod
     def asked(self, row: Mapping[str, Any], context: Context) -> Sequence[Asked]:
         """The questions that a sound row asks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def golds(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
         """What is right to answer to the question that is a row's sample number `part`."""
-        raise NotImplementedError
 
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context

@@ -180,16 +180,7 @@ def stream_of(work: Work, grid: Grid) -> JobStream:
     """Where a rank's batches come from."""
     if work.recipe.head == "reading":
         return ReadingStream(work, grid, Readings(work, None if work.context.retriever is None else Evidence(work)))
-    return JobStream(
-        work.prepared.train,
-        work.recipe,
-        work.schedule,
-        grid,
-        config=work.config,
-        beta=work.beta,
-        score_scale=work.score_scale,
-        margin=work.margin,
-    )
+    return JobStream(work, grid)
 
 
 def evaluator_of(work: Work, stream: JobStream) -> JobEvaluator | ReadingEvaluator:

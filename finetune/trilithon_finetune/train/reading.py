@@ -183,16 +183,7 @@ class ReadingStream(JobStream):
     """
 
     def __init__(self, work: Work, grid: Grid, readings: Readings) -> None:
-        super().__init__(
-            work.prepared.train,
-            work.recipe,
-            work.schedule,
-            grid,
-            config=work.config,
-            beta=work.beta,
-            score_scale=work.score_scale,
-            margin=work.margin,
-        )
+        super().__init__(work, grid)
         self.readings, options = readings, readings.options
         tokens = work.recipe.unit_tokens(work.context)
         assert tokens is not None

@@ -12,7 +12,7 @@ from trilithon_finetune.data.batches import Heaviest, MicroBatch, heaviest, in_o
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.recipes.base import Recipe, Sample
 from trilithon_finetune.train.collate import collate
-from trilithon_finetune.train.schedule import EpochSchedule
+from trilithon_finetune.train.work import Work
 from trilithon_parallel.data.ramp import LearningRate, Step
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.objective import PackedBatch
@@ -38,30 +38,17 @@ class JobStream:
     """
     Batches of prepared data for one rank.
 
-    Args:
-        train: the samples to learn from.
-        beta: of preferences. score_scale, margin: of inner products of vectors.
     Attributes:
         references: of preferences, each sample's log-probability before the first step; set before training.
     """
 
-    def __init__(
-        self,
-        train: Part,
-        recipe: Recipe,
-        schedule: EpochSchedule,
-        grid: Grid,
-        *,
-        config: JobConfig,
-        beta: float,
-        score_scale: float,
-        margin: float | None,
-    ) -> None:
-        assert config.training.micro_batch_tokens is not None
-        self._train, self._recipe, self._schedule, self._grid = train, recipe, schedule, grid
-        self._capacity, self._beta, self._seed = config.training.micro_batch_tokens, beta, schedule.order.seed
-        self._score_scale, self._margin = score_scale, margin
-        self._lengths = train.unit_lengths
+    def __init__(self, work: Work, grid: Grid) -> None:
+        capacity = work.config.training.micro_batch_tokens
+        assert capacity is not None
+        self._train, self._recipe, self._schedule, self._grid = work.prepared.train, work.recipe, work.schedule, grid
+        self._capacity, self._beta, self._seed = capacity, work.beta, work.schedule.order.seed
+        self._score_scale, self._margin = work.score_scale, work.margin
+        self._lengths = self._train.unit_lengths
         self.references: Sequence[float] | None = None
 
     def micro_batches(self, step: Step) -> Sequence[PackedBatch]:
