@@ -108,7 +108,7 @@ async def respond(
         TrilithonError: refused; nothing was admitted.
     """
     violations = found if found is not None else Violations()
-    model = await service.resolve(model_name, call)
+    model = await service.resolve(model_name, call, able="generate")
     model.require("generate")
     model.ready()
     format_ = format_of(model)

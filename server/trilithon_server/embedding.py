@@ -57,7 +57,7 @@ async def embed(
         TrilithonError: refused, or the engine could not finish.
     """
     violations = found if found is not None else Violations()
-    model = await service.resolve(model_name, call)
+    model = await service.resolve(model_name, call, able="embed")
     model.require("embed")
     hello = model.ready()
     bounds = model.bounds(call.principal, hello)

@@ -101,7 +101,7 @@ async def score(
         TrilithonError: refused, or the engine could not finish.
     """
     violations = found if found is not None else Violations()
-    model = await service.resolve(model_name, call)
+    model = await service.resolve(model_name, call, able="score")
     model.require("score")
     hello = model.ready()
     bounds = model.bounds(call.principal, hello)

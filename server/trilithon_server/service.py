@@ -136,9 +136,10 @@ class Service:
         """The first model that can do something, for requests that cannot name one; empty when there is none."""
         return next((name for name, model in self.models.items() if capability in model.capabilities), "")
 
-    async def resolve(self, name: str, call: Call) -> ServedModel:
-        """The model that a call means, see `Names.resolve`."""
-        return await self.names.resolve(name, call)
+    async def resolve(self, name: str, call: Call, *, able: Capability | None = None) -> ServedModel:
+        """The model that a call means, see `Names.resolve`; where it names none, the only one that is `able`."""
+        fit = [known for known, model in self.models.items() if able in model.capabilities]
+        return await self.names.resolve(name or (fit[0] if len(fit) == 1 else ""), call)
 
     def fingerprint(self, hello: wire.Hello, adapter: AdapterRef | None = None) -> str:
         """Version, layout, configuration and adapter: answers repeat only while it is the same."""
@@ -167,7 +168,7 @@ class Service:
 
         Args:
             call: from `call()`.
-            model_name: empty = the only one.
+            model_name: empty = the only one that writes.
             prompts: 1 to `limits.max_prompts`.
             values: parameters by JSON name.
             found: violations that the front has already found; reported together with ours.
@@ -179,7 +180,7 @@ class Service:
             TrilithonError: refused; nothing was admitted.
         """
         violations = found if found is not None else Violations()
-        model = await self.resolve(model_name, call)
+        model = await self.resolve(model_name, call, able="generate")
         model.require("generate")
         hello = model.ready()
         bounds = model.bounds(call.principal, hello, default_max_tokens=default_max_tokens)

@@ -39,7 +39,7 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
     Raises:
         TrilithonError: there is no model of that name, it cannot do its part, or is not ready.
     """
-    writer = await service.resolve(writer_name, call)
+    writer = await service.resolve(writer_name, call, able="generate")
     writer.require("generate")
     base = writer.name if writer.adapter is None else writer.adapter.base
     predictor = await service.resolve(predictor_name or _trained(service, KeywordFormat) or base, call)

@@ -366,3 +366,19 @@ def test_acc_005_a_model_that_was_trained_reads_what_it_was_trained_on(decoder: 
     assert told["keywords"] == ["boat"]
     assert told["text"] == " ".join(text[: first_end(text)].split())
     assert (refused["code"], "<|story|>" in refused["message"]) == ("task_invalid", True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model"),
+    [
+        ("/v1/stories", {"first_sentence": "Tom has a dog.", "sentences": 1, "max_tokens": 4}, "writer"),
+        ("/v1/completions", {"prompt": "Tom has", "max_tokens": 2}, "writer"),
+        ("/v1/dialogue", {"conversation": [{"speaker": "other", "text": "Hello."}], "max_tokens": 2}, "writer"),
+        ("/v1/embeddings", {"input": "Tom has a dog."}, "encoder"),
+    ],
+)
+def test_the_only_model_that_can_needs_no_name(server: Server, path: str, body: dict[str, Any], model: str) -> None:
+    """Beside a decoder and an encoder nobody can be meant but one of both. Inverse seen: "name one"."""
+    told = httpx.post(server.url + path, json=body, timeout=60)
+
+    assert (told.status_code, told.json()["model"]) == (200, model), told.text
