@@ -382,3 +382,13 @@ def test_the_only_model_that_can_needs_no_name(server: Server, path: str, body: 
     told = httpx.post(server.url + path, json=body, timeout=60)
 
     assert (told.status_code, told.json()["model"]) == (200, model), told.text
+
+
+def test_a_server_without_jobs_says_what_its_files_need(server: Server) -> None:
+    """What `trilithon index build` meets there first. Another path that is not there is told plainly."""
+    files = httpx.get(f"{server.url}/v1/files").json()["error"]
+    other = httpx.get(f"{server.url}/v1/filing").json()["error"]
+
+    assert files["code"] == other["code"] == "route_not_found"
+    assert files["message"] == "this server keeps no files and runs no jobs. Start it with --set jobs.store=FOLDER."
+    assert other["message"] == "no such route. See /docs for what is served."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,6 +127,10 @@ class Endpoint:
                 await route.handler(service, exchange, call)
 
 
+_WITH_JOBS = re.compile(r"/v1/(files|uploads|fine_tuning)(/|$)")
+"""Where paths begin that are there with a store of jobs alone."""
+
+
 class NotFoundEndpoint:
     """Every path that is not there."""
 
@@ -134,5 +139,9 @@ class NotFoundEndpoint:
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         exchange = Exchange(scope, receive, send, self._service.limits)
-        error = NotFound("no such route. See /docs for what is served.", code="route_not_found")
+        message, hint = "no such route. See /docs for what is served.", ""
+        if _WITH_JOBS.match(scope["path"]):
+            message = "this server keeps no files and runs no jobs."
+            hint = "Start it with --set jobs.store=FOLDER."
+        error = NotFound(message, code="route_not_found", hint=hint)
         await exchange.fail(as_error(error, exchange.request_id))
