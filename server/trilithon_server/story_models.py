@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 from trilithon.errors import FailedPrecondition
-from trilithon_parallel.config import ModelError
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
-from trilithon_server.tasks import TaskFormat, read_task
+from trilithon_server.task_model import adapter_task
+from trilithon_server.tasks import TaskFormat
 from trilithon_server.tasks.story_format import GUIDE, KeywordFormat, RankerFormat, SentenceFormat
 
 
@@ -106,13 +104,4 @@ def _format(model: ServedModel) -> TaskFormat | None:
     """What a model was trained for, by its task file or its adapter's."""
     if model.adapter is None:
         return model.story
-    return _of_adapter(model.adapter.directory, model.adapter.digest)
-
-
-@functools.lru_cache(maxsize=256)
-def _of_adapter(directory: str, digest: str) -> TaskFormat | None:
-    """`digest`: of the adapter's version, which has one task for ever."""
-    try:
-        return read_task(Path(directory))
-    except ModelError as error:
-        raise FailedPrecondition(error.message, code=error.code, hint=error.hint) from None
+    return adapter_task(model.adapter.directory, model.adapter.digest)
