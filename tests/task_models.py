@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, TaskHead
+from trilithon_parallel.contrast import QUERY
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
@@ -23,11 +24,11 @@ from trilithon_parallel.objective import (
     PreferenceBatch,
     SpanBatch,
     TagBatch,
-    VectorBatch,
 )
 from trilithon_parallel.optimizer import AdamWSettings
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.task_head import SPAN_LABELS, for_task, span_lengths
+from trilithon_parallel.vector_batch import VectorBatch
 
 # 6 heads and an ffn of 96: tp 2 and 3 cut them evenly.
 ENCODER = replace(BERT, num_heads=6, num_kv_heads=6, head_dim=8, ffn_size=96, num_layers=4)
@@ -42,7 +43,7 @@ MODELS: dict[str, ModelConfig] = {
     "vectors": replace(ENCODER, pooling="mean", normalize=True),
     "preference": replace(LLAMA, num_heads=6, num_kv_heads=3, head_dim=16, ffn_size=96),
 }
-CONFIGS = {**MODELS, "margin": MODELS["vectors"]}
+CONFIGS = {**MODELS, "margin": MODELS["vectors"], "twins": replace(MODELS["vectors"], has_twin=True)}
 MARGIN = 0.5
 # Of each sequence of a global batch: a query, its answer or another passage; whose it is; which text. Queries and their
 # answers stand on different dp ranks, one passage has the text of the first answer, and two sequences ask for nothing.
@@ -117,9 +118,10 @@ def batch_of(kind: str, rows: list[dict[str, Any]], first: int) -> PackedBatch:
         ends = [bound + max(row["end"], first) for row, bound, first in zip(rows, bounds, firsts, strict=False)]
         context_T = torch.cat([row["context"] for row in rows])
         return JointSpanBatch(**common, starts_B=torch.tensor(starts), ends_B=torch.tensor(ends), context_T=context_T)
-    if kind in ("vectors", "margin"):
+    if kind in ("vectors", "margin", "twins"):
         chosen = slice(first % len(LENGTHS), first % len(LENGTHS) + len(rows))
-        facts = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}
+        facts: dict[str, Any] = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}
+        facts["is_query_B"] = [role == QUERY for role in ROLES[chosen]]
         if kind == "margin":
             return VectorBatch(**common, **facts, score_scale=1.0, margin=MARGIN)
         return VectorBatch(**common, **facts, score_scale=5.0)

@@ -250,6 +250,7 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
     weights = max(
         stage_parameters(base, tp=tp, num_layers=layers, is_first=first, is_last=last) for first, last in ends
     )
+    weights *= 2 if model.has_twin else 1
     embedding = local_sizes(model, tp).vocab * model.hidden_size
     is_full = config.tuning.kind == "full"
     trained = weights if is_full else trained_parameters(config, model) / (tp * pp)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trilithon_finetune.errors import refuse
 from trilithon_finetune.paths import JobPaths, StorePaths
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Context, Recipe, Retriever
-from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.config import QUERY_DIR, ModelConfig, ModelError, load_config
 from trilithon_parallel.task_head import for_vectors
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.tasks import read_task
@@ -128,7 +128,7 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
     """
     recipe, config = RECIPES[config_task(job)], job.config
     try:
-        model = load_config(job.model_dir)
+        model = load_pair(job.model_dir)
         tokenizer = load_tokenizer(job.model_dir)
         template = load_template(job.model_dir) if model.is_causal else None
     except (ModelError, TemplateError) as error:
@@ -159,15 +159,20 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
     return Base(recipe, model, context)
 
 
+def load_pair(model_dir: Path) -> ModelConfig:
+    """What a directory holds: `has_twin` where there is an encoder of questions beside that of passages."""
+    return replace(load_config(model_dir), has_twin=(model_dir / QUERY_DIR / "config.json").is_file())
+
+
 def _open_retriever(model_dir: Path, config: JobConfig) -> Retriever:
     """
     The encoder beside a reader.
 
     Raises:
-        FinetuneError: `model_not_found`, it cannot be read or is no encoder.
+        FinetuneError: `model_not_found`, it cannot be read or is no encoder; `invalid_config`, it reads questions.
     """
     try:
-        model, tokenizer, task = load_config(model_dir), load_tokenizer(model_dir), read_task(model_dir)
+        model, tokenizer, task = load_pair(model_dir), load_tokenizer(model_dir), read_task(model_dir)
         vectors = for_vectors(model)
     except ModelError as error:
         message = f"options.retriever {config.retriever}: {error.message}"
@@ -177,7 +182,14 @@ def _open_retriever(model_dir: Path, config: JobConfig) -> Retriever:
         format_ = RetrievalFormat.for_encoder(
             normalize=model.normalize, hidden_size=model.hidden_size, max_context=model.max_context
         )
-    return Retriever(tokenizer, format_, vectors)
+    if format_.reads == "questions":
+        raise refuse(
+            "invalid_config",
+            f"options.retriever must read passages. Given: {config.retriever}, which reads questions alone.",
+            param="options.retriever",
+            hint=f"Name the directory that holds both encoders: this one is its {QUERY_DIR}/.",
+        )
+    return Retriever(tokenizer, replace(format_, reads="passages" if model.has_twin else "both"), vectors)
 
 
 def _is_special(token: str, tokenizer: Tokenizer) -> bool:

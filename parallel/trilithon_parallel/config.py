@@ -18,6 +18,9 @@ __all__ = ["ARCHITECTURES", "Family", "ModelConfig", "ModelError", "Reads", "Rop
 
 Family = Literal["llama", "gpt2", "bert", "t5"]
 
+RETRIEVER_DIR, QUERY_DIR = "retriever", "query"
+"""Folders of a model directory: an encoder trained beside a reader; one of questions trained beside one of passages."""
+
 # Hugging Face class name -> family. Checkpoints of other heads on the same trunk are listed by their own class name.
 ARCHITECTURES: Mapping[str, Family] = {
     "LlamaForCausalLM": "llama",
@@ -108,19 +111,27 @@ class ModelConfig:
     """The adapter beside the weights; no file of a model says it."""
     reads: Reads | None = None
     """What is trained beside a reader; no file of a model says it."""
+    has_twin: bool = False
+    """Whether an encoder of passages is trained with one of questions, of its shape; no file of a model says it."""
 
     def without_lora(self) -> ModelConfig:
         """The base model alone."""
         return replace(self, lora=None)
 
-    def without_reads(self) -> ModelConfig:
-        """The reader alone."""
-        return replace(self, reads=None)
+    def alone(self) -> ModelConfig:
+        """The model without those that are trained beside it."""
+        return replace(self, reads=None, has_twin=False)
 
     @property
     def retriever(self) -> ModelConfig | None:
         """The encoder that is trained beside a reader."""
         return None if self.reads is None else self.reads.retriever
+
+    @property
+    def beside(self) -> dict[str, ModelConfig]:
+        """Models that are trained with this one, by the folder of its directory that each has for itself."""
+        found = {} if self.retriever is None else {RETRIEVER_DIR: self.retriever}
+        return {**found, QUERY_DIR: self.alone()} if self.has_twin else found
 
     @property
     def is_causal(self) -> bool:

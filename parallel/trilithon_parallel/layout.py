@@ -81,8 +81,8 @@ class Layout:
                 "layer_counts", f"{stages} counts of at least 1 whose sum is {config.num_layers}", list(counts),
                 f"for example {[len(layers) for layers in stage_layers(config.num_layers, stages)]}",
             )  # fmt: skip
-        if self.sequence_parallel and config.reads is not None:
-            raise _invalid("sequence_parallel", "off for a reader of passages", True, "false")
+        if self.sequence_parallel and (config.reads is not None or config.has_twin):
+            raise _invalid("sequence_parallel", "off for a reader of passages and for two encoders", True, "false")
         if self.sequence_parallel and tokens_per_micro_batch % self.tp:
             raise _invalid(
                 "sequence_parallel", f"off where tp does not divide a micro-batch's {tokens_per_micro_batch} tokens",

@@ -26,9 +26,10 @@ An encoder-decoder (T5) has two stacks, `encoder.` and `decoder.`, with layers a
     {encoder,decoder}.relative_bias.weight [buckets, A]   {encoder,decoder}.norm.weight [H]
 
 A reader of passages has besides, while it is trained, a scalar that is in no model's files, and the encoder that
-chooses the passages, with names as above (for models of one stage)
+chooses the passages (for models of one stage); an encoder of passages may have one of questions. Both have names as
+above
 
-    passage_strength [1]    retriever.*
+    passage_strength [1]    retriever.*    query.*
 
 Files hold true sizes. A rank's tensor may be padded: heads by whole zero groups, ffn and vocabulary by zero rows or
 columns. Padding always follows the real part, so a rank's tensor is one slice of the file's tensor and then zeros.
@@ -47,8 +48,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from trilithon_parallel.config import ModelConfig, ModelError
-from trilithon_parallel.shapes import RETRIEVER, STRENGTH, model_of
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR, ModelConfig, ModelError
+from trilithon_parallel.shapes import STRENGTH, model_of
 from trilithon_parallel.shapes import global_shapes as global_shapes  # part of what this module offers
 
 Cut = Literal["q", "kv", "heads", "ffn", "vocab"]
@@ -149,9 +150,12 @@ COPY_RULES: tuple[Placement, ...] = (
 )
 
 
+_BESIDE = re.compile(rf"^(({RETRIEVER_DIR}|{QUERY_DIR})\.)*")
+
+
 def placement_of(name: str) -> Placement:
     """The one rule that covers a canonical name; KeyError where none does."""
-    name = name.removeprefix(RETRIEVER)
+    name = _BESIDE.sub("", name)
     for rule in (*RULES, *MASKED_LM_RULES, *TASK_RULES, *LORA_RULES, *SEQ2SEQ_RULES, *READER_RULES, *COPY_RULES):
         if rule.pattern.fullmatch(name):
             return rule
@@ -288,10 +292,11 @@ def stage_names(config: ModelConfig, *, pp: int, pp_rank: int, counts: Sequence[
     layers = stage_layers(config.num_layers, pp, counts)[pp_rank]
     first_layers = {"encoder_end": config.num_encoder_layers - 1, "decoder_start": config.num_encoder_layers}
     names = []
-    for name in global_shapes(config):
+    for full_name in global_shapes(config):
+        name, model = model_of(full_name, config)
         stage = placement_of(name).stage
-        if name.startswith(RETRIEVER):
-            keep = True  # there is one stage
+        if model.is_seq2seq != config.is_seq2seq:
+            keep = True  # a reader's retriever: there is one stage
         elif stage == "layer":
             keep = _layer_id(name, config) in layers
         elif stage in first_layers:
@@ -299,7 +304,7 @@ def stage_names(config: ModelConfig, *, pp: int, pp_rank: int, counts: Sequence[
         else:
             keep = pp_rank == (0 if stage == "first" else pp - 1)
         if keep:
-            names.append(name)
+            names.append(full_name)
     return names + _copies(config, layers, pp_rank=pp_rank, is_last=pp_rank == pp - 1)
 
 
@@ -366,8 +371,8 @@ def check_layout(config: ModelConfig, *, tp: int, pp: int) -> None:
             code="layout_invalid",
             hint="Allowed: 1. Use tp or dp for more ranks.",
         )
-    if config.retriever is not None:
-        check_layout(config.retriever, tp=tp, pp=pp)
+    for model in config.beside.values():
+        check_layout(model, tp=tp, pp=pp)
 
 
 def layout_waste(config: ModelConfig, tp: int) -> float:

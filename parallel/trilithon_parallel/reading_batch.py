@@ -21,7 +21,7 @@ from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import Lost
 from trilithon_parallel.models import ReaderStage
-from trilithon_parallel.objective import PackedBatch, Stage, VectorBatch
+from trilithon_parallel.objective import PackedBatch, Stage
 from trilithon_parallel.reading import (
     Marginal,
     ReaderBatch,
@@ -31,6 +31,7 @@ from trilithon_parallel.reading import (
     joint_losses,
     passage_logprobs,
 )
+from trilithon_parallel.vector_batch import VectorBatch
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

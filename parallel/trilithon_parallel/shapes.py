@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.config import RETRIEVER_DIR, ModelConfig
 from trilithon_parallel.lora.spec import owned_shapes
 
-RETRIEVER = "retriever."
+RETRIEVER = f"{RETRIEVER_DIR}."
 """Begins the names of the tensors of the encoder that is trained beside a reader."""
 
 STRENGTH = "passage_strength"
@@ -50,18 +50,18 @@ def global_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
             shapes |= {"task_head.weight": (len(head.labels), hidden), "task_head.bias": (len(head.labels),)}
     if config.lora is not None:
         shapes |= owned_shapes(config, config.lora)
-    if (reads := config.reads) is not None:
-        shapes |= {STRENGTH: (1,)} if reads.has_strength else {}
-        beside = {} if reads.retriever is None else global_shapes(reads.retriever)
-        shapes |= {RETRIEVER + name: shape for name, shape in beside.items()}
+    if config.reads is not None and config.reads.has_strength:
+        shapes[STRENGTH] = (1,)
+    for folder, model in config.beside.items():
+        shapes |= {f"{folder}.{name}": shape for name, shape in global_shapes(model).items()}
     return shapes
 
 
 def model_of(name: str, config: ModelConfig) -> tuple[str, ModelConfig]:
-    """The model that a canonical tensor is of, and what that calls it: a reader's, or the encoder's beside it."""
-    if name.startswith(RETRIEVER):
-        assert config.retriever is not None
-        return name.removeprefix(RETRIEVER), config.retriever
+    """The model that a canonical tensor is of, and what that calls it: the model itself, or one beside it."""
+    for folder, model in config.beside.items():
+        if name.startswith(f"{folder}."):
+            return model_of(name.removeprefix(f"{folder}."), model)
     return name, config
 
 

@@ -30,11 +30,12 @@ from trilithon_parallel.loss import Lost
 from trilithon_parallel.models import build_seq2seq, build_stage
 from trilithon_parallel.models.seq2seq import Stack
 from trilithon_parallel.models.stage import Trunk
-from trilithon_parallel.objective import PackedBatch, VectorBatch, dropout_of, learn, pooled, predict
+from trilithon_parallel.objective import PackedBatch, dropout_of, learn, predict
 from trilithon_parallel.optimizer import AdamWSettings, Optimizer
 from trilithon_parallel.precision import LossScale
 from trilithon_parallel.recompute import Recompute
 from trilithon_parallel.schedule import schedule, with_messages
+from trilithon_parallel.vector_batch import VectorBatch, pooled
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from trilithon.errors import (
 )
 from trilithon_server.auth import Principal
 from trilithon_server.dialogue_requests import check_documents
+from trilithon_server.encoders import check_side, default_encoder, described, encoder_of
 from trilithon_server.knowledge.dense import BACKENDS
 from trilithon_server.knowledge.indexes import Build, Facts, Work
 from trilithon_server.knowledge.live import LiveIndex
@@ -34,15 +35,7 @@ from trilithon_server.knowledge.manifest import Encoder
 from trilithon_server.knowledge.passages import Passage, read_passages
 from trilithon_server.knowledge.stored import Settings
 from trilithon_server.metrics import RequestRecord
-from trilithon_server.retrieval import (
-    Vectors,
-    cut_documents,
-    default_encoder,
-    described,
-    encode_passages,
-    encoder_of,
-    kept_indexes,
-)
+from trilithon_server.retrieval import Vectors, cut_documents, encode_passages, kept_indexes
 from trilithon_server.served import Call, ServedModel, request_id
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
@@ -110,7 +103,10 @@ async def refresh(service: Service, call: Call, name: str, *, encoder: str) -> F
     live = await indexes.live(tenant, name)
     with live.reading() as index:
         manifest = index.manifest
-        model = await _encoder(service, call, encoder) if encoder else await encoder_of(service, call, manifest, "")
+        if encoder:
+            model = await _encoder(service, call, encoder)
+        else:
+            model = await encoder_of(service, call, manifest, "", "passages")
     work = _work(service, call.principal, model.name, lambda: _stored(live), Settings(backend=manifest.backend))
     await indexes.refresh(tenant, name, work)
     return await indexes.facts(tenant, name)
@@ -202,7 +198,7 @@ async def _encode(
 async def _encoder(service: Service, call: Call, name: str) -> ServedModel:
     model = await service.resolve(name or default_encoder(service), call)
     model.require("embed")
-    model.ready()
+    check_side(model, "passages")
     return model
 
 

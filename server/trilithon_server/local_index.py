@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilithon.errors import InvalidArgument
-from trilithon_parallel.config import load_config
+from trilithon_parallel.config import QUERY_DIR, load_config
 from trilithon_server.knowledge.index import IndexStore
 from trilithon_server.knowledge.manifest import Encoder
 from trilithon_server.knowledge.passages import Passage
@@ -40,10 +40,10 @@ class LocalEncoder:
     An encoder of vectors. A context manager.
 
     Args:
-        model_dir: of the encoder.
+        model_dir: of the encoder; of two, the one of passages, which has that of questions beside it.
         name: under which an index remembers it.
     Raises:
-        InvalidArgument: `unsupported_model`, the model is no encoder.
+        InvalidArgument: `unsupported_model`, the model is no encoder, or of two the one of questions.
         ModelError: it cannot be loaded.
     """
 
@@ -55,7 +55,13 @@ class LocalEncoder:
                 code="unsupported_model",
                 hint="Take an encoder, such as all-minilm-l6-v2.",
             )
-        self._llm = LLM(model_dir)
+        if isinstance(task, RetrievalFormat) and task.reads == "questions":
+            raise InvalidArgument(
+                f"the encoder must read passages. Given: `{name}`, one of two encoders, which reads questions alone.",
+                code="unsupported_model",
+                hint=f"Name the directory of both; this is its folder {QUERY_DIR}/.",
+            )
+        self._llm = self._asker = LLM(model_dir)
         hello = self._llm.hello
         if isinstance(task, RetrievalFormat):
             self.format = task
@@ -63,6 +69,8 @@ class LocalEncoder:
             self.format = RetrievalFormat.for_encoder(
                 normalize=config.normalize, hidden_size=hello.hidden_size, max_context=hello.max_context_tokens
             )
+        if self.format.reads == "passages":
+            self._asker = LLM(model_dir / QUERY_DIR)
         self.facts = Encoder(
             model_digest=hello.model_digest,
             pooling="first" if config.pooling == "cls" else "mean",
@@ -74,15 +82,17 @@ class LocalEncoder:
 
     def queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors float32[N, H] of questions."""
-        return self._vectors([self.format.query(text, self._llm.tokenizer).tokens for text in texts])
+        return self._vectors(self._asker, [self.format.query(text, self._llm.tokenizer).tokens for text in texts])
 
     def passages(self, passages: Sequence[Passage]) -> Vectors:
         """Vectors float32[M, H] of passages."""
-        return self._vectors([self.format.passage(p.title, p.text, self._llm.tokenizer).tokens for p in passages])
+        tokenizer = self._llm.tokenizer
+        return self._vectors(self._llm, [self.format.passage(p.title, p.text, tokenizer).tokens for p in passages])
 
     def close(self) -> None:
         """Let go of the model; idempotent."""
         self._llm.close()
+        self._asker.close()
 
     def __enter__(self) -> LocalEncoder:
         return self
@@ -92,11 +102,11 @@ class LocalEncoder:
     ) -> None:
         self.close()
 
-    def _vectors(self, sequences: Sequence[Sequence[int]]) -> Vectors:
+    def _vectors(self, llm: LLM, sequences: Sequence[Sequence[int]]) -> Vectors:
         kind, unit = {"first": "FIRST", "mean": "MEAN", "last": "LAST"}[self.facts.pooling], self.facts.normalize
         rows: list[list[float]] = []
         for first in range(0, len(sequences), BATCH):  # the engine's queue has an end
-            rows += self._llm.embed(sequences[first : first + BATCH], kind=kind, normalize=unit)
+            rows += llm.embed(sequences[first : first + BATCH], kind=kind, normalize=unit)
         return np.array(rows, np.float32)
 
 

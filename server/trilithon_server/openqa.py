@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
 from trilithon_server.dialogue_requests import check_documents
+from trilithon_server.encoders import asker_of, check_side, default_encoder, format_of
 from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.version import Hit, Queries, search_passages
@@ -37,10 +38,8 @@ from trilithon_server.retrieval import (
     check_line,
     check_mode,
     cut_documents,
-    default_encoder,
     encode_passages,
     encode_queries,
-    format_of,
     look_up,
     mode_of,
 )
@@ -212,8 +211,10 @@ async def _passages(
         model = await service.resolve(asked.retriever or default_encoder(service), call)
         model.require("embed")
         if mode != "bm25":
+            check_side(model, "passages")
+            asker = await asker_of(service, call, model)
             known = await encode_passages(service, call, model, passages, values)
-            question = await encode_queries(service, call, model, [asked.question], values)
+            question = await encode_queries(service, call, asker, [asked.question], values)
             queries = dataclasses.replace(queries, vectors_NH=question.vectors_NH)
             vectors_MH, scale = known.vectors_NH, format_of(model).score_scale
             usage = known.usage + question.usage

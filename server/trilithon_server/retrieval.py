@@ -16,20 +16,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from trilithon.errors import FailedPrecondition, InvalidArgument, NotFound
+from trilithon.errors import FailedPrecondition, InvalidArgument
 from trilithon_server.embedding import embed
+from trilithon_server.encoders import check_side, default_encoder, encoder_of, format_of, space_of
 from trilithon_server.generation import NO_TOKENS, Usage
 from trilithon_server.knowledge.html import read_html, read_text
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.knowledge.local import Document
-from trilithon_server.knowledge.manifest import Encoder, Manifest
 from trilithon_server.knowledge.passages import Passage, passages_of
 from trilithon_server.knowledge.version import Hit, IndexVersion, Mode, Queries
 from trilithon_server.prompts import Sequenced
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_run import off_loop
-from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.validation import Violations, is_text, nearest, shown
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -45,7 +44,7 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """Vectors float32[N, H], and the encoder that made them."""
+    """Vectors float32[N, H], the encoder that made them, and the digest of the one that made what they compare with."""
 
     vectors_NH: Vectors
     model: ServedModel
@@ -107,6 +106,8 @@ async def encode(
     violations = found if found is not None else Violations()
     model = await service.resolve(model_name or default_encoder(service), call)
     model.require("embed")
+    if role in ("query", "passage"):
+        check_side(model, "questions" if role == "query" else "passages")
     most = service.limits.max_embedding_inputs
     if not 1 <= len(texts) <= most:
         violations.add("texts", f"must hold from 1 to {most} texts", given=len(texts))
@@ -151,7 +152,7 @@ async def _vectors(
     service: Service, call: Call, model: ServedModel, sequences: Sequence[Sequence[int]], values: Mapping[str, Any]
 ) -> Encoded:
     rows: list[Sequence[float]] = []
-    tokens, digest = 0, model.ready().model_digest
+    tokens, digest = 0, space_of(model)
     most = min(service.limits.max_embedding_inputs, service.limits.max_queue_requests)
     for first in range(0, len(sequences), most):
         part = [Sequenced(ids=ids) for ids in sequences[first : first + most]]
@@ -203,88 +204,10 @@ async def _encoded(
     """The questions' vectors; a named encoder must be the index's own, also where words alone are compared."""
     model = None
     if wanted.encoder or mode != "bm25":
-        model = await encoder_of(service, call, index.manifest, wanted.encoder)
+        model = await encoder_of(service, call, index.manifest, wanted.encoder, "questions")
     if model is None or mode == "bm25":
         return None
     return await encode_queries(service, call, model, wanted.queries, values)
-
-
-async def encoder_of(service: Service, call: Call, manifest: Manifest, name: str) -> ServedModel:
-    """
-    The served encoder that made an index's vectors.
-
-    Args:
-        name: as a request gives it; empty: whichever it is.
-    Raises:
-        FailedPrecondition: `index_encoder`, it is another one, or none that is served.
-        NotFound: `model_not_found`.
-    """
-    digest = manifest.encoder.model_digest
-    if name:
-        model = await service.resolve(name, call)
-        model.require("embed")
-        if model.ready().model_digest == digest:
-            return model
-        raise _other_encoder(manifest, f"`{model.name}`, {model.ready().model_digest}")
-    for model in service.models.values():
-        if model.encoder and model.engine.hello is not None and model.engine.hello.model_digest == digest:
-            return model
-    if manifest.encoder.model:
-        try:
-            model = await service.resolve(manifest.encoder.model, call)
-        except NotFound:
-            raise _other_encoder(manifest, "none that is served") from None
-        if model.encoder and model.ready().model_digest == digest:
-            return model
-    raise _other_encoder(manifest, "none that is served")
-
-
-def _other_encoder(manifest: Manifest, given: str) -> FailedPrecondition:
-    known = f"`{manifest.encoder.model}`, " if manifest.encoder.model else ""
-    return FailedPrecondition(
-        f"index {shown(manifest.index)} version {manifest.version} holds vectors of the encoder "
-        f"{known}{manifest.encoder.model_digest}. Given: {given}.",
-        code="index_encoder",
-        hint="Ask with the encoder that built it, refresh the index with the other one, or search by words (bm25).",
-    )
-
-
-def default_encoder(service: Service) -> str:
-    """
-    The first served encoder, one without a task of its own before the others.
-
-    Raises:
-        FailedPrecondition: `unsupported_model`, there is none.
-    """
-    encoders = [model for model in service.models.values() if model.encoder]
-    if not encoders:
-        raise FailedPrecondition(
-            "vectors are compared, and no encoder is served.",
-            code="unsupported_model",
-            hint="Serve one beside the model, or search by words (bm25).",
-        )
-    return min(encoders, key=lambda model: model.task is not None).name
-
-
-def format_of(model: ServedModel) -> RetrievalFormat:
-    """How an encoder reads questions and passages: as it was trained, else as suits its vectors."""
-    hello = model.ready()
-    return model.retrieval or RetrievalFormat.for_encoder(
-        normalize=model.normalize, hidden_size=hello.hidden_size, max_context=hello.max_context_tokens
-    )
-
-
-def described(model: ServedModel) -> Encoder:
-    """What an index tells of the encoder that made its vectors."""
-    form = format_of(model)
-    return Encoder(
-        model_digest=model.ready().model_digest,
-        pooling=model.pooling,
-        normalize=model.normalize,
-        passage_format=form.passage_format,
-        score_scale=form.score_scale,
-        model=model.name,
-    )
 
 
 def kept_indexes(service: Service) -> Indexes:

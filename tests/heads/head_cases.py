@@ -97,6 +97,9 @@ def _cases() -> dict[int, list[Case]]:
         ("vectors", {"pp": 2, "dp": 2}, dropout),
         ("vectors", {"dp": 4}, {}),
         *[("margin", sizes, {}) for sizes in ({"tp": 2}, {"dp": 2}, {"pp": 2, "dp": 2})],
+        *[("twins", sizes, dropout) for sizes in ({"tp": 2}, {"tp": 3}, {"pp": 2}, {"dp": 2}, {"pp": 2, "dp": 2})],
+        ("twins", {"tp": 2}, {"dtype": f32}),
+        ("twins", {"pp": 2, "virtual": 2, "schedule": "interleaved"}, {}),
     ]
     cases = [Case(kind, tuple(sizes.items()), **extra) for kind, sizes, extra in wanted]
     by_size: dict[int, list[Case]] = {}
@@ -109,6 +112,7 @@ CASES = _cases()
 LAYOUTS = {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1)]}  # tp, pp, dp
 # What else is checked at the layouts above: a function's name.
 CHECKS = ("logits", "begins", "saves")
+SAVED = ("tokens", "sequence", "span", "twins")
 
 
 def grid_of(layout: Layout) -> Grid:
@@ -209,8 +213,8 @@ def begins(models: Path, layout: Layout, grid: Grid) -> None:
 
 def saves(models: Path, layout: Layout, grid: Grid) -> None:
     """A checkpoint written here is read by `test_checkpoints`, and one that one process wrote goes on here."""
-    for kind in ("tokens", "sequence", "span"):
-        model = make_model(MODELS[kind], grid, layout, dtype=torch.float32)
+    for kind in SAVED:
+        model = make_model(CONFIGS[kind], grid, layout, dtype=torch.float32)
         model.train_step(batches_of(kind, 0, layout, grid.dp.rank), learning_rate=1e-2, step=0)
         saver = Saver(
             models / f"run-{kind}-{layout.tp}-{layout.pp}-{layout.dp}", config=model.config, grid=grid,
@@ -221,7 +225,7 @@ def saves(models: Path, layout: Layout, grid: Grid) -> None:
         saver.wait()
         saver.close()
         before = models / f"run-{kind}-1-1-1" / "step_00000001"
-        other = make_model(MODELS[kind], grid, layout, dtype=torch.float32)
+        other = make_model(CONFIGS[kind], grid, layout, dtype=torch.float32)
         load(before, list(other.optimizer.targets()), config=other.config, axis=grid.world)
         other.optimizer.num_steps = 1
         other.optimizer.publish()

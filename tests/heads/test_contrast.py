@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from task_models import FACTS, MODELS, batches_of, make_model
+from task_models import CONFIGS, FACTS, MODELS, batches_of, make_model
 
+from trilithon_parallel.attention import PackedView
 from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Pool, contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
-from trilithon_parallel.objective import VectorBatch, dropout_of
+from trilithon_parallel.models import TwinStage
+from trilithon_parallel.objective import dropout_of
 from trilithon_parallel.step import DropoutRates
+from trilithon_parallel.vector_batch import VectorBatch
 
 
 def pool_of(vectors: list[list[float]], roles: list[int], pairs: list[int], keys: list[int] | None = None) -> Pool:
@@ -107,8 +110,9 @@ def test_ranks_count_the_passages_before() -> None:
     assert contrast(pool, scale=1.0)[2].tolist() == [2, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", ["vectors", "twins"])
 @pytest.mark.parametrize("rates", [None, DropoutRates(hidden=0.1, attention=0.1)], ids=["", "dropout"])
-def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None) -> None:
+def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None, kind: str) -> None:
     """
     Running each micro-batch again with its share of the gradient gives every weight the gradient that autograd finds
     through the vectors of the whole batch at once, whatever the micro-batches; and the loss is the mean over queries.
@@ -118,13 +122,13 @@ def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None) ->
     found = []
     for size in (8, 2):
         layout = Layout(micro_batch_size=size)
-        model = make_model(MODELS["vectors"], dropout=rates)
-        batches = batches_of("vectors", 0, layout, 0)
+        model = make_model(CONFIGS[kind], dropout=rates)
+        batches = batches_of(kind, 0, layout, 0)
         result = model.train_step(batches, learning_rate=0.0, step=0)
         found.append((result.loss, result.grad_norm))
         assert result.num_tokens == FACTS["roles_B"].count(QUERY)
-    model = make_model(MODELS["vectors"], dropout=rates)
-    (batch,) = batches_of("vectors", 0, Layout(micro_batch_size=8), 0)
+    model = make_model(CONFIGS[kind], dropout=rates)
+    (batch,) = batches_of(kind, 0, Layout(micro_batch_size=8), 0)
     assert isinstance(batch, VectorBatch)
     masks = None if rates is None else dropout_of(batch, Grid.single(), model.config, rates, seed=model.seed, step=0)
     stage, roles, pairs, keys = model.chunks[0].stage, *FACTS.values()
@@ -144,3 +148,34 @@ def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None) ->
     for told, told_norm in found:
         assert told == pytest.approx(loss.item(), rel=1e-12)
         assert told_norm == pytest.approx(norm, rel=1e-10)
+
+
+def test_each_of_two_encoders_reads_its_own() -> None:
+    """
+    Queries have the vectors that the encoder of queries gives them, passages those of the other one, whichever of them
+    a micro-batch holds, and each encoder learns. Inverse seen: both read by one.
+    """
+    model = make_model(CONFIGS["twins"])
+    stage = model.chunks[0].stage
+    assert isinstance(stage, TwinStage)
+    (together,) = model.predict(batches_of("twins", 0, Layout(micro_batch_size=8), 0))
+    alone = batches_of("twins", 0, Layout(micro_batch_size=1), 0)
+    assert model.predict(alone)[0].shape == (1, together.shape[1])
+    for at, batch in enumerate(alone):
+        assert isinstance(batch, VectorBatch)
+        view = PackedView(batch.cu_seqlens, causal=False)
+        vectors = [
+            encoder.pool(
+                encoder(batch.tokens_T, positions_T=batch.positions_T, view=view, types_T=batch.types_T),
+                batch.cu_seqlens,
+            )
+            for encoder in (stage, stage.query)
+        ]
+        own, other = vectors if not batch.is_query_B[0] else reversed(vectors)
+        assert torch.allclose(together[at].double(), own[0], atol=1e-6)
+        assert not torch.allclose(together[at].double(), other[0], atol=1e-2)
+    before = {name: value.detach().clone() for name, value in stage.named_parameters()}
+    model.train_step(batches_of("twins", 0, Layout(micro_batch_size=2), 0), learning_rate=1e-2, step=0)
+    still = [name for name, value in stage.named_parameters() if torch.equal(before[name], value)]
+
+    assert still == []

@@ -8,6 +8,7 @@ looks at the lease: a worker that has lost its job cannot move it back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,10 @@ from trilithon_finetune.config import Deploy
 from trilithon_finetune.jobs.moves import NewEvent
 from trilithon_finetune.jobs.records import Job
 from trilithon_finetune.jobs.rows import checkpoint_name
+from trilithon_parallel.config import QUERY_DIR
 from trilithon_server.catalog import Catalog, CatalogConflict, CatalogEntry
+from trilithon_server.encoders import QUESTIONS_SUFFIX
+from trilithon_server.engine.identity import model_digest
 
 _TRIES = 10
 
@@ -32,7 +36,8 @@ def deploy(
     check: Callable[[], object],
 ) -> NewEvent:
     """
-    Register a directory under the job's name, or that of its checkpoint, and move the alias where one is asked for.
+    Register a directory under the job's name, or that of its checkpoint, and move the alias where one is asked for. An
+    encoder of questions that lies in it gets a name of its own.
 
     Args:
         check: raises when the job is somebody else's.
@@ -45,22 +50,24 @@ def deploy(
     begun = catalog.get(job.model, tenant=job.tenant)
     name = checkpoint_name(job.name, step) if checkpoint else job.name
     check()
-    catalog.register(
-        CatalogEntry(
-            name=name,
-            kind=kind,
-            base=begun.base if begun is not None and begun.kind == "adapter" else job.model,
-            base_digest=job.base_digest,
-            path=path.resolve(),
-            digest=digest,
-            tenant=job.tenant,
-            task=job.task,
-            job_id=job.id,
-            step=step,
-            template_digest=job.template_digest,
-            created=job.created_at,
-        )
+    entry = CatalogEntry(
+        name=name,
+        kind=kind,
+        base=begun.base if begun is not None and begun.kind == "adapter" else job.model,
+        base_digest=job.base_digest,
+        path=path.resolve(),
+        digest=digest,
+        tenant=job.tenant,
+        task=job.task,
+        job_id=job.id,
+        step=step,
+        template_digest=job.template_digest,
+        created=job.created_at,
     )
+    if (questions := entry.path / QUERY_DIR).is_dir():
+        asker = replace(entry, name=name + QUESTIONS_SUFFIX, path=questions, digest=model_digest(questions))
+        catalog.register(asker)
+    catalog.register(entry)
     data: dict[str, Any] = {"model": name, "step": step, "digest": digest}
     if settings.alias is None or settings.on == "never":
         return NewEvent(kind="deployed", message=f"The model {name} is served.", data=data)

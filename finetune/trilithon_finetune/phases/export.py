@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from trilithon_finetune.setup import JobFile
 from trilithon_finetune.train.work import Work, export_digest, open_work
 from trilithon_parallel.checkpoint import CheckpointError, Manifest, export, find_latest
 from trilithon_parallel.checkpoint.run_dir import step_name, sync_directory
-from trilithon_parallel.checkpoint.table import RETRIEVER_DIR, STRENGTH_FILE
+from trilithon_parallel.checkpoint.table import STRENGTH_FILE
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.files import CONFIG_FILE, FACTS_FILE, TENSORS_FILE
 from trilithon_parallel.report import StepMetrics, read_metrics
 from trilithon_parallel.shapes import STRENGTH
+from trilithon_server.engine.identity import model_digest
+from trilithon_server.tasks import TASK_FILE, read_task
+from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import TEMPLATE_FILE
-
-TASK_FILE = "task.json"
 
 
 def run(job: JobFile, events: Events) -> dict[str, Any]:
@@ -105,6 +107,9 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
         write_json(part / TASK_FILE, task)
     if work.context.retriever is not None:
         write_json(part / RETRIEVER_DIR / TASK_FILE, work.context.retriever.format.task_file())
+    for directory in (part, part / RETRIEVER_DIR):
+        if (directory / QUERY_DIR).is_dir():
+            _tell_apart(directory)
     if work.context.template is not None:
         (part / TEMPLATE_FILE).write_text(work.context.template.source, encoding="utf-8")
     sync_directory(part)
@@ -112,6 +117,14 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
     part.rename(out)
     sync_directory(out.parent)
     return out
+
+
+def _tell_apart(directory: Path) -> None:
+    """Of two encoders, the task file of that of questions: it names the passages that it asks for."""
+    passages = read_task(directory)
+    assert isinstance(passages, RetrievalFormat)
+    questions = replace(passages, reads="questions", passages_by=model_digest(directory))
+    write_json(directory / QUERY_DIR / TASK_FILE, questions.task_file())
 
 
 def _learned_numbers(checkpoint: Path) -> dict[str, float]:

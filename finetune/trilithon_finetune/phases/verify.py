@@ -33,7 +33,8 @@ from trilithon_finetune.train.evaluation import probe_file
 from trilithon_finetune.train.work import Work, open_work
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.backend import select
-from trilithon_parallel.config import ModelConfig, ModelError, load_config
+from trilithon_parallel.config import QUERY_DIR, ModelConfig, ModelError, load_config
+from trilithon_parallel.contrast import QUERY
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import MAX_RANK, AdapterBank
 from trilithon_parallel.lora.merge import merge_into
@@ -143,10 +144,20 @@ def verify_model(work: Work, export: Path, probes: list[tuple[Sample, Values]]) 
     if work.recipe.head == "reading":
         said = reader_outputs(work, export, probes, unit=work.prepared.facts.unit)
         return [_compare("export and trainer", said, probes, TOLERANCE[work.config.dtype])]
-    config = load_config(export)
-    stage = loaded_stage(config, export, dtype=getattr(torch, work.config.dtype))
+    if not work.model.has_twin:
+        return [_compare("export and trainer", _said_by(work, export, probes), probes, TOLERANCE[work.config.dtype])]
+    checks = []
+    for name, directory, are_queries in (("passages", export, False), ("questions", export / QUERY_DIR, True)):
+        asked = [probe for probe in probes if (probe[0].columns["role"] == QUERY) is are_queries]
+        said = _said_by(work, directory, asked)
+        checks.append(_compare(f"export and trainer, {name}", said, asked, TOLERANCE[work.config.dtype]))
+    return checks
+
+
+def _said_by(work: Work, directory: Path, probes: list[tuple[Sample, Values]]) -> list[Values]:
+    stage = loaded_stage(load_config(directory), directory, dtype=getattr(torch, work.config.dtype))
     stage.prepare()
-    return [_compare("export and trainer", outputs_of_stage(stage, probes), probes, TOLERANCE[work.config.dtype])]
+    return outputs_of_stage(stage, probes)
 
 
 def verify_adapter(work: Work, export: Path, probes: list[tuple[Sample, Values]]) -> list[Check]:

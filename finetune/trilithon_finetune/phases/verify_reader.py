@@ -14,14 +14,14 @@ import torch
 
 from trilithon_finetune.recipes.base import Sample
 from trilithon_finetune.recipes.openqa import Reader
+from trilithon_finetune.setup import load_pair
 from trilithon_finetune.train.evidence import Evidence
 from trilithon_finetune.train.reading import Readings
 from trilithon_finetune.train.work import Work
 from trilithon_parallel.backend import select
-from trilithon_parallel.checkpoint.table import RETRIEVER_DIR
-from trilithon_parallel.config import load_config
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR, load_config
 from trilithon_parallel.grid import Grid
-from trilithon_parallel.models import ReaderStage, build_seq2seq
+from trilithon_parallel.models import EncoderStage, ReaderStage, TwinStage, build_seq2seq, build_stage
 from trilithon_parallel.weights.loader import load_stage
 from trilithon_server.tasks.reader_format import ReaderFormat
 
@@ -60,20 +60,29 @@ def _load(work: Work, export: Path) -> ReaderStage:
     assert isinstance(recipe, Reader)
     backend = select("torch", device="cpu")
     has_retriever = work.context.retriever is not None
-    retriever = load_config(export / RETRIEVER_DIR) if has_retriever else None
+    retriever = load_pair(export / RETRIEVER_DIR) if has_retriever else None
     plain = build_seq2seq(config, grid=grid, backend=backend, dtype=dtype)
     load_stage(plain, export, config=config, grid=grid)
     stage = build_seq2seq(recipe.trained(config, options, retriever), grid=grid, backend=backend, dtype=dtype)
     assert isinstance(stage, ReaderStage)
     stage.load_state_dict(plain.state_dict(), strict=False)
     if stage.retriever is not None:
-        assert retriever is not None
-        load_stage(stage.retriever, export / RETRIEVER_DIR, config=retriever, grid=grid)
+        _fill(stage.retriever, export / RETRIEVER_DIR)
+        if isinstance(stage.retriever, TwinStage):
+            _fill(stage.retriever.query, export / RETRIEVER_DIR / QUERY_DIR)
     stage.eval().requires_grad_(False)
     if stage.passage_strength is not None:
         format_ = ReaderFormat.from_task_file(json.loads((export / "task.json").read_bytes()))
         stage.passage_strength.fill_(format_.strength)
     return stage
+
+
+def _fill(encoder: EncoderStage, directory: Path) -> None:
+    """An encoder's own weights, from its directory; those of the one beside it stay."""
+    config = load_config(directory)
+    plain = build_stage(config, grid=encoder.grid, backend=encoder.backend, dtype=encoder.dtype)
+    load_stage(plain, directory, config=config, grid=encoder.grid)
+    encoder.load_state_dict(plain.state_dict(), strict=False)
 
 
 def _place(sample: Sample) -> tuple[int, int]:

@@ -235,8 +235,13 @@ class Recipe(Protocol):
         return None
 
     def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
-        """The base with what is trained beside it."""
-        return base
+        """
+        The base with what is trained beside it.
+
+        Args:
+            base: `has_twin` where its directory holds an encoder of questions, too.
+        """
+        return base.alone()
 
     def score_scale(self, context: Context) -> float:
         """Of inner products, where vectors are told apart."""

@@ -137,7 +137,7 @@ class Reader(Recipe):
     def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
         """The reader, its retriever, and the strength of its bias."""
         if not base.is_seq2seq:
-            return base
+            return base.alone()
         return replace(base, reads=Reads(retriever, has_strength=self.kind == "joint"))
 
     def score_scale(self, context: Context) -> float:

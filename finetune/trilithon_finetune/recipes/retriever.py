@@ -6,7 +6,8 @@ Tasks `dpr` and `ict`: an encoder whose vectors bring a question and the passage
     ict  {"text", "title"?}
          inverse cloze (Lee et al. 2019): a sentence of a document asks for the block that it was taken from
 
-Each question is told from all other passages of the global batch. One encoder reads both.
+Each question is told from all other passages of the global batch. One encoder reads both, or each has its own, which
+begin alike.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,9 +23,11 @@ from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, shown
+from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.blocks import Block, blocks_of
 from trilithon_finetune.recipes.fields import Best, RowCheck
+from trilithon_parallel.config import ModelConfig
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 
@@ -43,6 +47,8 @@ class RetrieverOptions(Section):
     """Longer questions are cut. None: 64."""
     score_scale: Annotated[float, Field(gt=0)] | None = None
     """Of inner products before the softmax. None: 20 where vectors have length 1, else 1 / sqrt(hidden size)."""
+    shared: bool | None = None
+    """Whether one encoder reads questions and passages. None: true, or false where the base is two encoders."""
 
 
 class DprOptions(RetrieverOptions):
@@ -72,6 +78,18 @@ class _Retriever(Recipe):
     def labels(self, rows: Iterable[Mapping[str, Any]], options: Section) -> tuple[str, ...]:
         """None: the head is a vector."""
         return ()
+
+    def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
+        """One encoder or two."""
+        assert isinstance(options, RetrieverOptions)
+        if options.shared and base.has_twin:
+            raise refuse(
+                "invalid_config",
+                "options.shared must be false or left out: the base is two encoders. Given: true.",
+                param="options.shared",
+                hint="Name a base of one encoder, or train both.",
+            )
+        return base if options.shared is None else replace(base, has_twin=not options.shared)
 
     def score_scale(self, context: Context) -> float:
         """Of inner products."""
@@ -211,6 +229,7 @@ def _format(context: Context) -> RetrievalFormat:
         max_passage_tokens=context.max_tokens,
         title=best.title,
         score_scale=options.score_scale or best.score_scale,
+        reads="passages" if model.has_twin else "both",
     )
 
 

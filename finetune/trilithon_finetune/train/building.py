@@ -25,13 +25,13 @@ from trilithon_finetune.train.work import Work
 from trilithon_parallel.backend import select
 from trilithon_parallel.checkpoint import Base, Piece, Retention, RunFacts, Saver, import_base
 from trilithon_parallel.collectives import barrier
-from trilithon_parallel.config import ModelError
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR, ModelConfig, ModelError
 from trilithon_parallel.costs import model_flops
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.lora.training import begin
 from trilithon_parallel.optimizer import AdamWSettings
-from trilithon_parallel.shapes import RETRIEVER, STRENGTH
+from trilithon_parallel.shapes import STRENGTH
 from trilithon_parallel.step import DropoutRates, TrainingModel
 from trilithon_parallel.trainer import Costs, Goal, Plan
 
@@ -85,10 +85,7 @@ def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
             begin(model, job.model_dir, seed=work.config.seed, adapter=earlier)
             return
         targets = [target for target in model.optimizer.targets() if ".exp_avg" not in target.name]
-        reader = [target for target in targets if not target.name.startswith((RETRIEVER, STRENGTH))]
-        plain = work.model.without_reads()
-        import_base(job.model_dir, reader, config=plain, axis=grid.world, seed=work.config.seed)
-        _fill_beside(work, targets, grid)
+        _fill(work, work.model, job.model_dir, targets, grid)
     except ModelError as error:
         message = f"base model {work.config.model}: {error.message}"
         raise refuse("model_not_found", message, param="model", hint=error.hint) from None
@@ -96,24 +93,27 @@ def fill_weights(work: Work, model: TrainingModel, grid: Grid) -> None:
     model.weights_changed()
 
 
-def _fill_beside(work: Work, targets: Sequence[Piece], grid: Grid) -> None:
-    """What is trained beside a reader: its retriever's weights, and the strength that the job begins with."""
-    options = work.context.options
+def _fill(work: Work, config: ModelConfig, directory: Path, targets: Sequence[Piece], grid: Grid) -> None:
+    """
+    A model, those beside it, each from a directory of its own, and a reader's strength, which the job begins with.
+
+    Where a directory holds no encoder of questions, that one begins as the encoder of passages.
+    """
+    assert work.config.seed is not None
+    for folder, model in config.beside.items():
+        prefix = f"{folder}."
+        inner = [replace(t, name=t.name.removeprefix(prefix)) for t in targets if t.name.startswith(prefix)]
+        targets = [target for target in targets if not target.name.startswith(prefix)]
+        beside = work.job.retriever_dir if folder == RETRIEVER_DIR else directory / QUERY_DIR
+        assert beside is not None
+        _fill(work, model, beside if beside.is_dir() else directory, inner, grid)
+    own = [target for target in targets if not target.name.startswith(STRENGTH)]
+    import_base(directory, own, config=config.alone(), axis=grid.world, seed=work.config.seed)
     for target in targets:
         if target.name.startswith(STRENGTH):
+            options = work.context.options
             assert isinstance(options, JointOptions)
             target.tensor.detach().fill_(options.strength)
-    if work.model.retriever is not None:
-        assert work.job.retriever_dir is not None
-        assert work.config.seed is not None
-        encoder = [
-            replace(target, name=target.name.removeprefix(RETRIEVER))
-            for target in targets
-            if target.name.startswith(RETRIEVER)
-        ]
-        import_base(
-            work.job.retriever_dir, encoder, config=work.model.retriever, axis=grid.world, seed=work.config.seed
-        )
 
 
 def open_saver(work: Work, model: TrainingModel, dtype: torch.dtype) -> Saver:

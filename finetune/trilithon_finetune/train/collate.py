@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trilithon_finetune.recipes.base import IGNORE, Head, Sample
-from trilithon_parallel.contrast import NOTHING
+from trilithon_parallel.contrast import NOTHING, QUERY
 from trilithon_parallel.objective import (
     Batch,
     ClassBatch,
@@ -22,8 +22,8 @@ from trilithon_parallel.objective import (
     PreferenceBatch,
     SpanBatch,
     TagBatch,
-    VectorBatch,
 )
+from trilithon_parallel.vector_batch import VectorBatch
 
 PAIR_BITS = 24
 """Of a pair's number within its row."""
@@ -78,7 +78,12 @@ def collate(
     if head == "vectors":
         roles = [sample.columns["role"] if counts else NOTHING for sample in samples]
         pairs = [pair_of(sample) for sample in samples]
-        facts = {"roles_B": ints(roles), "pairs_B": ints(pairs), "keys_B": ints([s.columns["key"] for s in samples])}
+        facts = {
+            "is_query_B": [sample.columns["role"] == QUERY for sample in samples],
+            "roles_B": ints(roles),
+            "pairs_B": ints(pairs),
+            "keys_B": ints([sample.columns["key"] for sample in samples]),
+        }
         return VectorBatch(**packed, **facts, score_scale=score_scale, margin=margin)  # type: ignore[arg-type]  # by name
     if head in ("span", "joint_span") and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)

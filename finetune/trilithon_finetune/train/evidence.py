@@ -28,8 +28,8 @@ from trilithon_finetune.train.work import Work
 from trilithon_parallel.checkpoint.run_dir import steps
 from trilithon_parallel.collectives import all_gather, barrier
 from trilithon_parallel.contrast import QUERY
-from trilithon_parallel.objective import VectorBatch
 from trilithon_parallel.step import TrainingModel
+from trilithon_parallel.vector_batch import VectorBatch
 from trilithon_server.knowledge.dense import FlatIndex
 from trilithon_server.tasks.reader_format import passage_tokens
 
@@ -95,8 +95,10 @@ class PassageIndex:
         ]
 
 
-def vector_batch(sequences: Sequence[Sequence[int]], *, score_scale: float, device: torch.device) -> VectorBatch:
-    """Texts of the retriever as a batch that asks for their vectors."""
+def vector_batch(
+    sequences: Sequence[Sequence[int]], *, num_queries: int, score_scale: float, device: torch.device
+) -> VectorBatch:
+    """Texts of the retriever as a batch that asks for their vectors: first questions, then passages."""
     lengths = [len(tokens) for tokens in sequences]
 
     def ints(values: Sequence[int]) -> torch.Tensor:
@@ -108,6 +110,7 @@ def vector_batch(sequences: Sequence[Sequence[int]], *, score_scale: float, devi
         cu_seqlens=[0, *accumulate(lengths)],
         sample_ids=range(len(lengths)),
         lengths=lengths,
+        is_query_B=[i < num_queries for i in range(len(lengths))],
         roles_B=torch.full((len(lengths),), QUERY),
         pairs_B=torch.arange(len(lengths)),
         keys_B=torch.zeros(len(lengths), dtype=torch.int64),
@@ -115,11 +118,14 @@ def vector_batch(sequences: Sequence[Sequence[int]], *, score_scale: float, devi
     )
 
 
-def vectors_of(model: TrainingModel, sequences: Sequence[Sequence[int]], *, capacity: int) -> Vectors:
+def vectors_of(
+    model: TrainingModel, sequences: Sequence[Sequence[int]], *, are_queries: bool, capacity: int
+) -> Vectors:
     """Vectors [N, H] of texts by the retriever as it is, on this row's ranks alone; `capacity`: tokens at once."""
     width = model.config.retriever.hidden_size if model.config.retriever is not None else 0
     batches = [
-        vector_batch(some, score_scale=1.0, device=model.grid.device) for some in _in_batches(sequences, capacity)
+        vector_batch(some, num_queries=len(some) * are_queries, score_scale=1.0, device=model.grid.device)
+        for some in _in_batches(sequences, capacity)
     ]
     made = model.predict(batches)
     return torch.cat(made).numpy() if made else np.zeros((0, width), np.float32)
@@ -132,7 +138,8 @@ def make_index(model: TrainingModel, evidence: Evidence, *, capacity: int) -> Ve
     dp = model.grid.dp
     each = -(-len(evidence) // dp.size)
     mine = range(min(dp.rank * each, len(evidence)), min((dp.rank + 1) * each, len(evidence)))
-    made = torch.from_numpy(vectors_of(model, [evidence.sought(row) for row in mine], capacity=capacity))
+    sought = [evidence.sought(row) for row in mine]
+    made = torch.from_numpy(vectors_of(model, sought, are_queries=False, capacity=capacity))
     padded = torch.cat((made, made.new_zeros(each - len(made), made.shape[1]))).to(model.grid.device)
     vectors: Vectors = all_gather(padded, dp, dim=0, label="index").cpu().numpy()[: len(evidence)]
     return vectors

@@ -90,7 +90,7 @@ class Readings:
             return [[] for _ in units]
         assert index is not None
         samples = [part.sample(part.samples_of(unit)[0]) for unit in units]
-        queries = vectors_of(model, [_query(sample) for sample in samples], capacity=self.capacity)
+        queries = vectors_of(model, [_query(sample) for sample in samples], are_queries=True, capacity=self.capacity)
         without = [self.evidence.own_rows(sample.columns["own"]) for sample in samples]
         found = index.search(queries, count, without=without)
         if any(len(rows) < self.num_passages for rows in found):
@@ -166,7 +166,9 @@ class Readings:
             kind=self._kind,
             end_id=self._end_id,
             marginal=self._marginal,
-            vectors=vector_batch(sought, score_scale=self._score_scale, device=device) if has_retriever else None,
+            vectors=vector_batch(sought, num_queries=len(readings), score_scale=self._score_scale, device=device)
+            if has_retriever
+            else None,
             logprobs_BK=None if has_retriever else scores_BK.log_softmax(1),
             is_strength_learned=self._is_strength_learned,
             max_answer_tokens=self.options.max_answer_tokens if written else 0,

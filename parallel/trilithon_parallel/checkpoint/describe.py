@@ -12,8 +12,7 @@ import torch
 
 from trilithon_parallel.checkpoint.errors import CheckpointError
 from trilithon_parallel.checkpoint.run_dir import sync_directory, write_file
-from trilithon_parallel.checkpoint.table import RETRIEVER_DIR
-from trilithon_parallel.config import ModelConfig, load_config
+from trilithon_parallel.config import RETRIEVER_DIR, ModelConfig, load_config
 from trilithon_parallel.weights.export import SIDE_FILES, hub_config
 
 # Serving's words for the same weights: a run may be resumed whatever they say.
@@ -29,7 +28,8 @@ def model_files(
     Args:
         config: of the model.
         dtype: of its weights.
-        side_files_from: a model directory whose tokenizer, chat template and pooling files go along; None for none.
+        side_files_from: a model directory whose tokenizer, chat template and pooling files go along, to an encoder of
+            questions beside one of passages, too; None for none.
         retriever_files_from: likewise, for the encoder that is trained beside a reader.
     """
     document = hub_config(config, dtype=dtype)
@@ -41,9 +41,10 @@ def model_files(
         assert side_files_from is not None
         if (side_files_from / name).is_file():
             files[name] = (side_files_from / name).read_bytes()
-    if config.retriever is not None:
-        beside = model_files(config.retriever, dtype=dtype, side_files_from=retriever_files_from)
-        files |= {f"{RETRIEVER_DIR}/{name}": data for name, data in beside.items()}
+    for folder, model in config.beside.items():
+        source = retriever_files_from if folder == RETRIEVER_DIR else side_files_from
+        beside = model_files(model, dtype=dtype, side_files_from=source)
+        files |= {f"{folder}/{name}": data for name, data in beside.items()}
     return files
 
 
@@ -74,9 +75,9 @@ def check_config(directory: Path, config: ModelConfig) -> None:
         CheckpointError: `checkpoint_mismatch`, naming the first field that differs.
     """
     saved = load_config(directory)
-    if config.retriever is not None:
-        check_config(directory / RETRIEVER_DIR, config.retriever)
-    config = config.without_reads()
+    for folder, model in config.beside.items():
+        check_config(directory / folder, model)
+    config = config.alone()
     for field in fields(ModelConfig):
         theirs, ours = getattr(saved, field.name), getattr(config, field.name)
         if theirs != ours and field.name not in _FREE_FIELDS:

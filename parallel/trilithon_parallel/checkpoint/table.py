@@ -3,8 +3,9 @@ What a checkpoint's files hold and where, from the model's config alone: every r
 
 Weights lie in `model-0000i-of-0000n.safetensors` under the names and in the layout that `transformers` and our loader
 read; where an adapter is trained, it alone lies in `adapter_model.safetensors`, as PEFT reads it. Optimizer state lies
-in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes. The encoder that is trained beside a reader
-lies in `retriever/`, a model directory of its own, and the strength of the reader's bias in `reader.safetensors`.
+in `optim-0000i-of-0000n.safetensors`, fp32, canonical names, global shapes. What is trained beside the model lies in
+model directories of their own: in `retriever/` a reader's encoder, in `query/` an encoder of questions beside one of
+passages; the strength of a reader's bias in `reader.safetensors`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from trilithon_parallel.lora.files import TENSORS_FILE, file_layout
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.lora.spec import owned_shapes
 from trilithon_parallel.placement import global_shapes
-from trilithon_parallel.shapes import RETRIEVER, STRENGTH
+from trilithon_parallel.shapes import STRENGTH
 from trilithon_parallel.weights.directory import INDEX_FILE, WeightFiles, and_more
 from trilithon_parallel.weights.loader import check_weights, dtype_name
 from trilithon_parallel.weights.names import Direct, Place, file_shape, file_slices, name_table
@@ -30,7 +31,6 @@ from trilithon_parallel.weights.safetensors_io import SafetensorsFile, TensorSpe
 
 OPTIM_INDEX_FILE = "optim.safetensors.index.json"
 
-RETRIEVER_DIR = RETRIEVER.removesuffix(".")
 STRENGTH_FILE = "reader.safetensors"
 
 MASTER, EXP_AVG, EXP_AVG_SQ = ".master", ".exp_avg", ".exp_avg_sq"
@@ -92,8 +92,7 @@ def optimizer_names(name: str, dtype: torch.dtype) -> list[str]:
 
 def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int) -> Table:
     """The table of a checkpoint to be written: weights in `dtype`, files of at most `max_shard_bytes`. Pure."""
-    shapes = {name: shape for name, shape in trained_shapes(config).items() if not name.startswith(RETRIEVER)}
-    places = _places(config)
+    shapes, places = _own_shapes(config), _places(config)
     weights = {
         place.file_name: TensorSpec(place.file_name, dtype, file_shape(place, shapes[name]))
         for name, held in places.items()
@@ -134,16 +133,16 @@ def make_table(config: ModelConfig, *, dtype: torch.dtype, max_shard_bytes: int)
         spec.name: Stored(*starts[spec.name], spec.dtype, spec.shape, spec.shape, Direct(spec.name)) for spec in states
     }
     table = Table(tensors, headers, sizes, indexes, num_bytes)
-    if config.retriever is None:
-        return table
-    return _joined(table, make_table(config.retriever, dtype=dtype, max_shard_bytes=max_shard_bytes))
+    for folder, model in config.beside.items():
+        table = _joined(table, folder, make_table(model, dtype=dtype, max_shard_bytes=max_shard_bytes))
+    return table
 
 
-def _joined(table: Table, beside: Table) -> Table:
-    """A reader's table and that of the encoder beside it, which keeps its names within its directory."""
-    at = f"{RETRIEVER_DIR}/"
+def _joined(table: Table, folder: str, beside: Table) -> Table:
+    """A model's table and that of one beside it, which keeps its names within its folder."""
+    at = f"{folder}/"
     return Table(
-        {**table.tensors, **_beside(beside.tensors)},
+        {**table.tensors, **_beside(folder, beside.tensors)},
         {**table.headers, **{at + file: header for file, header in beside.headers.items()}},
         {**table.sizes, **{at + file: size for file, size in beside.sizes.items()}},
         {
@@ -154,16 +153,20 @@ def _joined(table: Table, beside: Table) -> Table:
     )
 
 
-def _beside(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The tensors of `retriever/`, as the reader's checkpoint names them."""
-    return {
-        RETRIEVER + name: replace(stored, file=f"{RETRIEVER_DIR}/{stored.file}") for name, stored in tensors.items()
-    }
+def _beside(folder: str, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors of a model beside another one, as that one's checkpoint names them."""
+    return {f"{folder}.{name}": replace(stored, file=f"{folder}/{stored.file}") for name, stored in tensors.items()}
 
 
 def trained_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The tensors that a checkpoint holds, with their true shapes: the adapter's where one is trained, else all."""
     return global_shapes(config) if config.lora is None else owned_shapes(config, config.lora)
+
+
+def _own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Without those of the models beside."""
+    folders = tuple(f"{folder}." for folder in config.beside)
+    return {name: shape for name, shape in trained_shapes(config).items() if not name.startswith(folders)}
 
 
 def _places(config: ModelConfig) -> Mapping[str, tuple[Place, ...]]:
@@ -172,7 +175,7 @@ def _places(config: ModelConfig) -> Mapping[str, tuple[Place, ...]]:
         layout = file_layout(config, config.lora)
         names = owned_shapes(config, config.lora)
         return {name: (layout.places[name], *layout.copies.get(name, ())) for name in names}
-    table = name_table(config.without_reads())
+    table = name_table(config.alone())
     found: dict[str, tuple[Place, ...]] = {
         name: (replace(source, file_name=table.spellings(source.file_name)[0]),)
         for name, source in table.sources.items()
@@ -209,12 +212,11 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
         ModelError: a file is missing or broken, a tensor is missing, one too many, or of another shape or dtype than
             `config` implies; file and tensor are named.
     """
-    shapes = {name: shape for name, shape in trained_shapes(config).items() if not name.startswith(RETRIEVER)}
+    shapes = _own_shapes(config)
     tensors = _read_model(directory, config) if config.lora is None else _read_adapter(directory, config)
-    if config.retriever is not None:
-        beside = _beside(read_table(directory / RETRIEVER_DIR, config.retriever))
-    else:
-        beside = {}
+    beside: dict[str, Stored] = {}
+    for folder, model in config.beside.items():
+        beside |= _beside(folder, read_table(directory / folder, model))
     expected = {state: name for name in shapes for state in optimizer_names(name, tensors[name].dtype)}
     with WeightFiles(directory, stem="optim") as files:
         _check_names(files, expected)
@@ -238,7 +240,7 @@ def read_table(directory: Path, config: ModelConfig) -> Mapping[str, Stored]:
 
 
 def _read_model(directory: Path, config: ModelConfig) -> dict[str, Stored]:
-    plain = config.without_reads()
+    plain = config.alone()
     check_weights(directory, config=plain)
     names, shapes = name_table(plain), global_shapes(plain)
     tensors: dict[str, Stored] = {}

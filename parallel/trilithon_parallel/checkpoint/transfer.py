@@ -14,8 +14,8 @@ from trilithon_parallel.checkpoint.errors import CheckpointError, agree, togethe
 from trilithon_parallel.checkpoint.manifest import verify
 from trilithon_parallel.checkpoint.piece import Piece
 from trilithon_parallel.checkpoint.run_dir import sync_directory
-from trilithon_parallel.checkpoint.table import MASTER, RETRIEVER_DIR
-from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.checkpoint.table import MASTER
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR, ModelConfig
 from trilithon_parallel.grid import Axis, Grid
 from trilithon_parallel.lora.files import CONFIG_FILE
 from trilithon_parallel.placement import global_shapes
@@ -32,8 +32,8 @@ def export(
     """
     Copy a checkpoint's weights into a model directory, in one pass, one tensor in memory at a time.
 
-    Serving needs no export: a checkpoint is a model directory as it stands. This leaves the optimizer behind. The
-    encoder that was trained beside a reader goes to `retriever/`, a model directory of its own.
+    Serving needs no export: a checkpoint is a model directory as it stands. This leaves the optimizer behind. What was
+    trained beside the model goes to model directories of their own, `retriever/` and `query/`.
 
     Args:
         directory: of the checkpoint; it is verified first.
@@ -60,10 +60,6 @@ def export(
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".tmp-{out_dir.name}-") as temporary:
         model_dir = Path(temporary) / "model"
         _copy_model(directory, model_dir, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        if (directory / RETRIEVER_DIR).is_dir():
-            beside = directory / RETRIEVER_DIR, model_dir / RETRIEVER_DIR
-            _copy_model(*beside, dtype=dtype, max_shard_bytes=max_shard_bytes)
-            sync_directory(model_dir)
         model_dir.rename(out_dir)
     sync_directory(out_dir.parent)
 
@@ -81,7 +77,10 @@ def _copy_model(directory: Path, model_dir: Path, *, dtype: torch.dtype | None, 
         write_files(model_dir, small)
         specs = [TensorSpec(entry.name, dtype or entry.dtype, entry.shape) for entry in files.tensors.values()]
         write_shards(model_dir, specs, lambda spec: files.file_of(spec.name).read(spec.name), max_bytes=max_shard_bytes)
-        sync_directory(model_dir)
+    for folder in (RETRIEVER_DIR, QUERY_DIR):
+        if (directory / folder).is_dir():
+            _copy_model(directory / folder, model_dir / folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    sync_directory(model_dir)
 
 
 def import_model_directory(model_dir: Path, targets: Sequence[Piece], *, config: ModelConfig, axis: Axis) -> None:

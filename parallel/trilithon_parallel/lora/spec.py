@@ -92,6 +92,8 @@ class LoraSpec:
         """
         if config.is_seq2seq:
             raise _invalid("model must be a decoder or an encoder", config.architecture, "Finetune all of it instead.")
+        if config.has_twin:
+            raise _invalid("model must be one encoder", "two", "Finetune all of them instead.")
         self._check_targets(config)
         self._check_numbers()
         for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):

@@ -12,15 +12,16 @@ from trilithon_parallel.models.causal import CausalStage
 from trilithon_parallel.models.encoder import EncoderStage
 from trilithon_parallel.models.reader import ReaderStage
 from trilithon_parallel.models.seq2seq import Seq2SeqStage
+from trilithon_parallel.models.twin import TwinStage
 from trilithon_parallel.placement import check_layout
 
-__all__ = ["CausalStage", "EncoderStage", "ReaderStage", "Seq2SeqStage", "build_seq2seq", "build_stage"]
+__all__ = ["CausalStage", "EncoderStage", "ReaderStage", "Seq2SeqStage", "TwinStage", "build_seq2seq", "build_stage"]
 
 
 def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: torch.dtype) -> CausalStage | EncoderStage:
     """
     This rank's part of a decoder or encoder, with uninitialised parameters: load or initialise them, then (to serve)
-    `prepare()`.
+    `prepare()`. With `config.has_twin` it is a `TwinStage`.
 
     Raises:
         ModelError: `layout_invalid`, the grid does not fit the model; `model_unsupported`, an encoder-decoder, which
@@ -33,7 +34,7 @@ def build_stage(config: ModelConfig, *, grid: Grid, backend: Backend, dtype: tor
             hint="Name a decoder or an encoder.",
         )
     check_layout(config, tp=grid.tp.size, pp=grid.pp.size)
-    kind = CausalStage if config.is_causal else EncoderStage
+    kind = CausalStage if config.is_causal else TwinStage if config.has_twin else EncoderStage
     stage = kind(config, grid=grid, backend=backend, dtype=dtype)
     if config.lora is not None:
         attach(stage, stage.model.layers, config=config, grid=grid, dtype=dtype)

@@ -7,6 +7,9 @@ Questions and passages as an encoder of vectors reads them. No torch.
 A vector stands for a text; a passage answers a question where the inner product of theirs is high. The title is part of
 a passage: before a separator, as encoders from BERT learn it (Karpukhin et al. 2020), or as a sentence of its own for
 encoders of sentences, which have seen no separator inside of a text.
+
+One encoder reads both, or each has its own (arXiv 2101.00408, section 2.1): then either is a model by itself, and that
+of questions says whose passages it asks for.
 """
 
 from __future__ import annotations
@@ -30,14 +33,20 @@ class RetrievalFormat(TaskFile):
         title: `separator`: [CLS] title [SEP] text [SEP]; `sentence`: [CLS] title. text [SEP].
         score_scale: what an inner product is multiplied by before a softmax over passages: 1 / sqrt(H) for vectors of
             any length (arXiv 2101.00408), 20 for those of length 1, whose products are cosines.
+        reads: what this encoder reads: `both`, or `questions` or `passages` alone.
+        passages_by: `model_digest` of the encoder of the passages that it asks for, where it reads `questions`; else
+            empty.
     """
 
     task: ClassVar[str] = "retrieval"
+    added: ClassVar[tuple[str, ...]] = ("reads", "passages_by")
 
     max_query_tokens: Size = 64
     max_passage_tokens: Size = 256
     title: Literal["separator", "sentence"] = "sentence"
     score_scale: float = 20.0
+    reads: Literal["both", "questions", "passages"] = "both"
+    passages_by: str = ""
 
     @classmethod
     def for_encoder(cls, *, normalize: bool, hidden_size: int, max_context: int) -> Self:

@@ -16,9 +16,13 @@ Room = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What formats share whose fields are texts, numbers, choices and true or false. `task`: what the file calls it."""
+    """
+    What formats share whose fields are texts, numbers, choices and true or false. `task`: what the file calls it.
+    `added`: fields that older files lack, so that their defaults hold.
+    """
 
     task: ClassVar[str]
+    added: ClassVar[tuple[str, ...]] = ()
 
     def task_file(self) -> dict[str, JsonValue]:
         """What `from_task_file` reads."""
@@ -32,7 +36,8 @@ class TaskFile:
         Raises:
             ValueError, KeyError, TypeError: it is not one that `task_file` writes.
         """
-        values = {field.name: document[field.name] for field in fields(cls)}
+        names = [field.name for field in fields(cls) if field.name in document or field.name not in cls.added]
+        values = {name: document[name] for name in names}
         try:
             return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
         except ValidationError as error:
