@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from task_rows import rows
-from tiny import tiny_llama
+from tiny import tiny_bert, tiny_llama
 
 from trilithon_finetune.jobs.states import JobState
 from trilithon_server.catalog import Catalog
+from trilithon_server.encoders import QUESTIONS_SUFFIX
+from trilithon_server.engine.identity import model_digest
 
 from .conftest import TENANT, Store, check_history
 
@@ -97,3 +99,27 @@ def test_answers_that_an_export_writes_reach_the_table(make_store: Callable[...,
     assert "exact_match" not in trained.data
     assert (written.data["written_answers"], written.type) == (4.0, trained.type)
     assert store.jobs.metrics(job.id, tenant=TENANT)[-1]["validation"]["f1"] == written.data["f1"]
+
+
+def test_two_encoders_of_a_job_have_two_names(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """The encoder of questions is served under the job's name with an ending; each entry tells its own digest."""
+    store = make_store(None)
+    model = tiny_bert(tmp_path / "m", scale=0.1)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows("dpr", 16)).encode()
+    file = store.jobs.put_file(io.BytesIO(lines), tenant=TENANT, filename="dpr.jsonl", purpose="fine-tune")
+    job = store.create(
+        model="tiny",
+        task="dpr",
+        training_file=file.id,
+        options={"shared": False},
+        training={"epochs": 1, "batch_size": 8},
+    )
+    store.work(models={"tiny": model}, **REAL)
+
+    done = store.get(job)
+    assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
+    catalog = Catalog(store.jobs.paths.models)
+    found = [catalog.get(name, tenant=TENANT) for name in (done.name, done.name + QUESTIONS_SUFFIX)]
+    paths = [entry.path for entry in found if entry is not None]
+    assert [path.name for path in paths] == ["export", "query"]
+    assert [entry.digest for entry in found if entry is not None] == [model_digest(path) for path in paths]

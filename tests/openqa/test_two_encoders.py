@@ -16,6 +16,8 @@ from open_questions import BUILD_S, DOCUMENTS, INDEXES, QUESTION
 from served import serving
 from tiny import tiny_bert, tiny_llama
 
+from trilithon_server.catalog import Catalog, CatalogEntry
+from trilithon_server.encoders import QUESTIONS_SUFFIX
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.index import IndexStore
 from trilithon_server.knowledge.passages import read_passages
@@ -23,7 +25,7 @@ from trilithon_server.knowledge.stored import Settings
 from trilithon_server.local_index import LocalEncoder, build, search
 from trilithon_server.tasks.retrieval import RetrievalFormat
 
-PASSAGES, QUESTIONS, OTHER = "passages", "questions", "other"
+PASSAGES, QUESTIONS, OTHER, MADE = "passages", "questions", "other", "ft:walker"
 SEARCH, ENCODE = "/v1/retrieval/search", "/v1/retrieval/encode"
 
 
@@ -40,6 +42,21 @@ class Two:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def built(self, name: str, model: str) -> dict[str, Any]:
+        """A new index, when it is there."""
+        self.post(INDEXES, name=name, documents=DOCUMENTS, model=model)
+        return self.version(name, 1)
+
+    def version(self, name: str, number: int) -> dict[str, Any]:
+        """What is told of an index when it has come to a version."""
+        deadline = time.monotonic() + BUILD_S
+        while True:
+            told: dict[str, Any] = self.http.get(f"{INDEXES}/{name}").json()
+            if told["state"] == "failed" or (told["state"] == "ready" and told["version"] >= number):
+                return told
+            assert time.monotonic() < deadline, told
+            time.sleep(0.02)
+
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
         """The error of a request that must fail."""
         response = self.http.post(path, json=body)
@@ -55,16 +72,27 @@ def written(path: Path, format_: RetrievalFormat, *, seed: int) -> Path:
     return path
 
 
+def pair(path: Path, *, seed: int) -> Path:
+    """An encoder of passages, and in its directory that of questions."""
+    passages = written(path, RetrievalFormat(reads="passages"), seed=seed)
+    asks = RetrievalFormat(reads="questions", passages_by=model_digest(passages))
+    written(passages / "query", asks, seed=seed + 1)
+    return passages
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     """A writer, two encoders that belong together, that of questions first, and one that is neither."""
     folder = tmp_path_factory.mktemp("two")
-    passages = written(folder / PASSAGES, RetrievalFormat(reads="passages"), seed=1)
-    questions = written(
-        passages / "query", RetrievalFormat(reads="questions", passages_by=model_digest(passages)), seed=2
-    )
-    flags = ["--dtype", "float32", "--set", f"server.store={folder / 'store'}"]
-    served = {QUESTIONS: questions, PASSAGES: passages, OTHER: tiny_bert(folder / OTHER, seed=3)}
+    passages = pair(folder / PASSAGES, seed=1)
+    flags = ["--dtype", "float32"]
+    for key, value in {"store": "store", "catalog": "catalog", "max_hosted_models": 2}.items():
+        flags += ["--set", f"server.{key}={value if isinstance(value, int) else folder / value}"]
+    made = pair(folder / "made", seed=4)
+    for name, directory in {MADE: made, MADE + QUESTIONS_SUFFIX: made / "query"}.items():
+        entry = CatalogEntry(name=name, kind="model", base="", base_digest="", path=directory, digest=f"d-{name}")
+        Catalog(folder / "catalog").register(entry)
+    served = {QUESTIONS: passages / "query", PASSAGES: passages, OTHER: tiny_bert(folder / OTHER, seed=3)}
     for i, (name, directory) in enumerate(served.items(), 1):
         engine = {"name": name, "served_name": name, "model": directory, "num_threads": 1, "dtype": "float32"}
         for key, value in engine.items():
@@ -79,12 +107,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 @pytest.fixture(scope="module")
 def index(two: Two) -> str:
     """Built by the encoder of passages."""
-    two.post(INDEXES, name="walks", documents=DOCUMENTS, model=PASSAGES)
-    deadline = time.monotonic() + BUILD_S
-    while (told := two.http.get(f"{INDEXES}/walks").json())["state"] == "building":
-        assert time.monotonic() < deadline, told
-        time.sleep(0.02)
-    assert told["model"] == PASSAGES
+    assert two.built("walks", PASSAGES)["model"] == PASSAGES
     return "walks"
 
 
@@ -142,12 +165,22 @@ def test_an_index_is_refreshed_by_the_one_of_passages(two: Two, index: str) -> N
     """Whichever stands first among the served."""
     response = two.http.post(f"{INDEXES}/{index}/refresh", json={})
     assert response.status_code == 200, response.text
-    deadline = time.monotonic() + BUILD_S
-    while (told := two.http.get(f"{INDEXES}/{index}").json())["version"] < 2:
-        assert time.monotonic() < deadline, told
-        time.sleep(0.02)
+    told = two.version(index, 2)
 
     assert (told["model"], told["error"]) == (PASSAGES, "")
+
+
+def test_two_that_a_job_made_are_started_when_they_are_needed(two: Two) -> None:
+    """The one of questions by the other's name: no search names it, and it never was asked for before."""
+    built = two.built("made", MADE)
+    found = two.post(SEARCH, index="made", queries=[QUESTION])["results"][0]["passages"]
+    (vector,) = two.post(ENCODE, texts=[QUESTION], role="query", model=MADE + QUESTIONS_SUFFIX)["vectors"]
+    (mill,) = two.post(ENCODE, texts=[DOCUMENTS[2]["text"]], titles=["Mills!"], role="passage", model=MADE)["vectors"]
+
+    assert (built["state"], built["model"]) == ("ready", MADE)
+    assert next(hit["score"] for hit in found if hit["id"] == "mill:0") == pytest.approx(
+        float(np.dot(vector["values"], mill["values"])), abs=1e-5
+    )
 
 
 def test_an_answer_from_documents_takes_both(two: Two) -> None:
