@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reader_facts as facts
+import torch
+from finetune_jobs import JobDir, twin
+from safetensors.numpy import load_file
 
 from trilithon_finetune.data.salient import salient_spans
+from trilithon_finetune.phases.verify_reader import loaded_reader
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Context, Retriever, Sample
 from trilithon_finetune.recipes.openqa import own_key
+from trilithon_finetune.setup import read_job
+from trilithon_finetune.train.evidence import Evidence
+from trilithon_finetune.train.reading import Readings
+from trilithon_finetune.train.work import open_work
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
+from trilithon_server.tasks.reader_format import passage_tokens
 from trilithon_server.tasks.retrieval import RetrievalFormat
 
 MSS = RECIPES["mss"]
@@ -157,3 +167,83 @@ def test_a_sentences_own_passage_is_no_evidence(tmp_path: Path) -> None:
 
     assert found[0] == 0.0
     assert found[1] > 0.0
+
+
+def masked_facts(folder: Path, **config: Any) -> JobDir:
+    """Sentences of the facts whose last two words are masked, each found in its own passage alone."""
+    rows = [
+        {
+            "doc_id": "elsewhere",
+            "sent_text": item["text"],
+            "linguistic_ent": [[answer, "ORG", item["text"].index(answer), len(item["text"])]],
+        }
+        for item in facts.passages()[:24]
+        for answer in [item["text"].split(" ", 2)[2]]
+    ]
+    folder.mkdir()
+    retriever = facts.write_model(folder / "retriever", facts.RETRIEVER, seed=2, sigma=0.2)
+    return facts.reader_job(
+        folder / "job",
+        facts.new_reader(folder / "reader"),
+        retriever=retriever,
+        train=rows[8:],
+        valid=rows[:8],
+        again=False,
+        task="mss",
+        options={"top_k": 3, "max_question_tokens": 8, **config.pop("options", {})},
+        training={"max_steps": 2, "batch_size": 8},
+        **config,
+    )
+
+
+def test_the_last_passage_is_empty(tmp_path: Path) -> None:
+    """
+    Beside two that are found stands one that says nothing, and `retriever_utility` is by how much all three make the
+    spans likelier than it alone does, by the exported models. Inverse seen: the utility of the first passage found.
+    """
+    made = masked_facts(tmp_path / "with").walk()
+    work, export = open_work(read_job(made.root)), made.root / "export"
+    evidence = Evidence(work)
+    readings, stage, part = Readings(work, evidence), loaded_reader(work, export), work.prepared.valid
+    alone = []
+    for unit in range(part.num_units):
+        reading = readings.reading(part, unit, ())
+        batch = readings.batch([reading], [unit], device=torch.device("cpu"))
+        with torch.inference_mode():
+            memory = batch.run(stage, None, dropout=None)
+            alone.append(float(batch.outputs(stage, memory, grid=stage.grid, per_token=False)[0, 0]))
+        assert reading.rows == (len(facts.passages()),)
+    last = made.events("eval")[-1]["data"]
+    recorded = load_file(next(made.run.glob("probe_*.safetensors")))
+
+    assert evidence.read(evidence.null_row) == tuple(passage_tokens("", "", work.context.tokenizer))
+    assert last["retriever_utility"] == pytest.approx(-last["valid_loss"] - np.mean(alone), abs=1e-4)
+    assert abs(last["retriever_utility"]) > 1e-3
+    for values in recorded.values():
+        assert [row == evidence.null_row for row in values[:3]] == [False, False, True]
+
+
+def test_without_the_empty_passage_all_are_found(tmp_path: Path) -> None:
+    """`null_passage: false`: three passages, and no utility; one passage has no room for the empty one."""
+    made = masked_facts(tmp_path / "without", options={"null_passage": False}).walk()
+    single = masked_facts(tmp_path / "single", options={"top_k": 1}).try_phase("validate")
+    recorded = load_file(next(made.run.glob("probe_*.safetensors")))
+
+    assert "retriever_utility" not in made.events("eval")[-1]["data"]
+    assert all(max(values[:3]) < len(facts.passages()) for values in recorded.values())
+    assert "top_k must be at least 2" in single["error"]["message"]
+
+
+def test_E8_masked_spans_are_learned_the_same_by_two_rows(tmp_path: Path) -> None:
+    """Losses and numbers of two data-parallel ranks are those of one process."""
+    alone = masked_facts(tmp_path / "alone")
+    alone.phase("validate")
+    alone.phase("prepare")
+    other = twin(alone, tmp_path / "other")
+    other.configure("parallel", dp=2)
+    alone.train_here()
+    other.train()
+    numbers = [made.events("eval")[-1]["data"] for made in (alone, other)]
+
+    assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)

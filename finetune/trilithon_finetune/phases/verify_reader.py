@@ -36,7 +36,7 @@ def reader_outputs(work: Work, export: Path, probes: list[tuple[Sample, Values]]
     Args:
         probes: what was recorded, in the order of the part's samples; `unit` samples make one question.
     """
-    stage = _load(work, export)
+    stage = loaded_reader(work, export)
     readings = Readings(work, None if work.context.retriever is None else Evidence(work))
     part = work.prepared.valid if len(work.prepared.valid) else work.prepared.train
     first_of = {_place(part.sample(index)): index for index in range(0, len(part), unit)}
@@ -53,7 +53,7 @@ def reader_outputs(work: Work, export: Path, probes: list[tuple[Sample, Values]]
     return found
 
 
-def _load(work: Work, export: Path) -> ReaderStage:
+def loaded_reader(work: Work, export: Path) -> ReaderStage:
     """The exported models as the one that they were trained as."""
     grid, dtype = Grid.single(), getattr(torch, work.config.dtype)
     config, options, recipe = load_config(export), work.context.options, work.recipe

@@ -7,9 +7,11 @@ section 2.2, after Guu et al. 2020). Rows are
 
 A few salient spans of a sentence are replaced by <extra_id_0>, <extra_id_1> ..., and the reader writes them, each
 behind its mark, from passages that the retriever finds for what is left. The sentence's own passage is not among them:
-known by `doc_id` or `id`, else by its title and text. Places in `linguistic_ent` are characters; `bert_ent_pos` counts
-pieces of a tokenizer that may be another one, and is not read. Without entities spans are told by their looks
-(`data/salient.py`).
+known by `doc_id` or `id`, else by its title and text. One of them is empty: what the others are worth is how much
+likelier they make the spans than that one does (`retriever_utility`).
+
+Places in `linguistic_ent` are characters; `bert_ent_pos` counts pieces of a tokenizer that may be another one, and is
+not read. Without entities spans are told by their looks (`data/salient.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding, shown
@@ -44,6 +46,19 @@ class MssOptions(IndividualOptions):
 
     max_spans: Annotated[int, Field(ge=1, le=16)] = 1
     """Of a sentence that are masked, at most; never more than half of its salient ones, but one always."""
+    null_passage: bool = True
+    """The last of the `top_k` passages is empty: spans that the reader knows need no other (Guu et al. 2020)."""
+
+    @property
+    def has_null(self) -> bool:
+        """As the option says."""
+        return self.null_passage
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.null_passage and self.top_k < 2:
+            raise ValueError("top_k must be at least 2 with a null_passage, which is one of them")
+        return self
 
 
 @dataclass(frozen=True)

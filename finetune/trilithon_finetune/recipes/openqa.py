@@ -63,6 +63,11 @@ class ReaderOptions(Section):
     written_answers: Annotated[int, Field(ge=0)] = 200
     """Validation questions, at most, that are answered in the reader's own words for `em` and `f1`; 0: none."""
 
+    @property
+    def has_null(self) -> bool:
+        """Whether one of the `top_k` passages is the empty one, which says what is known without any."""
+        return False
+
     @model_validator(mode="after")
     def _both(self) -> Self:
         if (self.retriever is None) != (self.passages is None):

@@ -31,6 +31,7 @@ from trilithon_parallel.contrast import QUERY
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.vector_batch import VectorBatch
 from trilithon_server.knowledge.dense import FlatIndex
+from trilithon_server.knowledge.passages import Passage
 from trilithon_server.tasks.reader_format import passage_tokens
 
 Vectors = npt.NDArray[np.float32]
@@ -40,7 +41,7 @@ KEPT_TOKENS = 65_536
 
 
 class Evidence:
-    """The passages of a job as reader and retriever read them."""
+    """The passages of a job as reader and retriever read them. Row `null_row`, behind them, is an empty one."""
 
     def __init__(self, work: Work) -> None:
         assert work.context.retriever is not None
@@ -56,6 +57,11 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.passages)
 
+    @property
+    def null_row(self) -> int:
+        """Of the empty passage."""
+        return len(self)
+
     def own_rows(self, key: int) -> frozenset[int]:
         """Passages that a question with this `own` was made from."""
         return frozenset(self._keys.get(key, ()))
@@ -65,12 +71,18 @@ class Evidence:
         return sorted(range(len(self)), key=lambda row: (-len(self.passages[row].text), row))[:count]
 
     def _read(self, row: int) -> tuple[int, ...]:
-        passage = self.passages[row]
+        passage = self._at(row)
         return tuple(passage_tokens(passage.title, passage.text, self._tokenizer))
 
     def _sought(self, row: int) -> tuple[int, ...]:
-        passage, retriever = self.passages[row], self.retriever
+        passage, retriever = self._at(row), self.retriever
         return retriever.format.passage(passage.title, passage.text, retriever.tokenizer).tokens
+
+    def _at(self, row: int) -> Passage:
+        return NULL if row == self.null_row else self.passages[row]
+
+
+NULL = Passage(id="", title="", text="")
 
 
 class PassageIndex:

@@ -7,7 +7,7 @@ Shapes: B questions, K passages of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -50,10 +50,10 @@ class Reading:
     question: tuple[int, ...]
     decoder: tuple[int, ...]
     answer: tuple[int, ...]
-    passages: tuple[tuple[int, ...], ...]
-    sought: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
-    scores: tuple[float, ...]
+    passages: tuple[tuple[int, ...], ...] = ()
+    sought: tuple[tuple[int, ...], ...] = ()
+    rows: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 class Readings:
@@ -93,33 +93,35 @@ class Readings:
         queries = vectors_of(model, [_query(sample) for sample in samples], are_queries=True, capacity=self.capacity)
         without = [self.evidence.own_rows(sample.columns["own"]) for sample in samples]
         found = index.search(queries, count, without=without)
-        if any(len(rows) < self.num_passages for rows in found):
+        needed = self.num_passages - self.options.has_null
+        if any(len(rows) < needed for rows in found):
             raise refuse(
                 "invalid_config",
-                f"options.passages must hold options.top_k passages, {self.num_passages}, beside those that a question "
-                f"was made from. Given: {min(map(len, found))}.",
+                f"options.passages must hold at least {needed} passages for options.top_k {self.num_passages}, beside "
+                f"those that a question was made from. Given: {min(map(len, found))}.",
                 param="options.passages",
                 hint="Lower options.top_k, or give more passages.",
             )
         return found
 
     def reading(self, part: Part, unit: int, rows: Sequence[int]) -> Reading:
-        """A unit's question with these rows of the evidence, or with the passages that it brings."""
+        """A unit's question with these rows of the evidence and the empty one, or with the passages that it brings."""
         first, *brought = (part.sample(index) for index in part.samples_of(unit))
         query, question = first.columns["query"], first.columns["question"]
         before = query + question
-        rest = {
-            "query": first.tokens[:query],
-            "question": first.tokens[query:before],
-            "decoder": first.tokens[before:],
-            "answer": first.targets[before:],
-        }
+        asked = Reading(
+            query=first.tokens[:query],
+            question=first.tokens[query:before],
+            decoder=first.tokens[before:],
+            answer=first.targets[before:],
+        )
         if self.evidence is None:
             passages, scores = tuple(s.tokens for s in brought), tuple(map(score_of, brought))
-            return Reading(**rest, passages=passages, sought=(), rows=(-1,) * len(passages), scores=scores)
-        chosen = tuple(rows[: self.num_passages])
-        return Reading(
-            **rest,
+            return replace(asked, passages=passages, rows=(-1,) * len(passages), scores=scores)
+        null = (self.evidence.null_row,) * self.options.has_null
+        chosen = (*rows[: self.num_passages - len(null)], *null)
+        return replace(
+            asked,
             passages=tuple(map(self.evidence.read, chosen)),
             sought=tuple(map(self.evidence.sought, chosen)),
             rows=chosen,

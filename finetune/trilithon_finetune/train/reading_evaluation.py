@@ -71,6 +71,9 @@ class ReadingEvaluator:
         answer_at = max(TOP) + readings.num_passages
         loss = -float(np.mean([values[answer_at] for _, values in sorted(found.items())], dtype=np.float64))
         numbers = self._finding(found) if index is not None else {}
+        if readings.options.has_null:
+            alone = self._without_passages(model)
+            numbers["retriever_utility"] = -loss - float(np.mean([alone[unit] for unit in sorted(alone)]))
         tokens = {unit: values[answer_at + 1 + readings.num_passages :] for unit, values in said.items()}
         return Evaluation(loss, {**self._answering(tokens), **numbers})
 
@@ -89,7 +92,6 @@ class ReadingEvaluator:
         mine = units[grid.dp.rank :: grid.dp.size]
         groups = [mine[first : first + each] for first in range(0, len(mine), each)]
         width = max(TOP) + 2 * readings.num_passages + 1 + (readings.options.max_answer_tokens if written else 0)
-        rows_BW = torch.zeros(-(-len(units) // grid.dp.size), width)
         best, batches = [], []
         for group in groups:
             count = max(readings.num_passages, *TOP)
@@ -98,11 +100,26 @@ class ReadingEvaluator:
             ids = [part.samples_of(unit)[0] for unit in group]
             batches.append(readings.batch(some, ids, device=grid.device, written=written))
             best += [[*_padded(rows, max(TOP)), *item.rows] for rows, item in zip(found, some, strict=True)]
-        if batches:
-            made = torch.cat(model.predict(batches))
-            rows_BW[: len(made)] = torch.cat((torch.tensor(best, dtype=torch.float32), made), 1)
-        gathered = all_gather(rows_BW.unsqueeze(0).to(grid.device), grid.dp, dim=0, label="evaluation").cpu().numpy()
-        return {unit: gathered[at % grid.dp.size, at // grid.dp.size] for at, unit in enumerate(units)}
+        made = torch.cat([torch.zeros(0, width - max(TOP) - readings.num_passages), *model.predict(batches)])
+        chosen = torch.tensor(best, dtype=torch.float32).view(len(made), max(TOP) + readings.num_passages)
+        return _of_all(model, units, torch.cat((chosen, made), 1))
+
+    def _without_passages(self, model: TrainingModel) -> dict[int, float]:
+        """Of each unit, on every rank, log p(a|q) from the empty passage alone."""
+        readings, grid = self._readings, model.grid
+        units = range(self._valid.num_units)
+        each = max(1, readings.capacity // self._work.context.max_tokens)
+        mine = units[grid.dp.rank :: grid.dp.size]
+        batches = [
+            readings.batch(
+                [readings.reading(self._valid, unit, ()) for unit in group],
+                [self._valid.samples_of(unit)[0] for unit in group],
+                device=grid.device,
+            )
+            for group in (mine[first : first + each] for first in range(0, len(mine), each))
+        ]
+        made = torch.cat([torch.zeros(0, 2), *model.predict(batches)])
+        return {unit: float(values[0]) for unit, values in _of_all(model, units, made).items()}
 
     def _answering(self, said: Mapping[int, Values]) -> dict[str, float]:
         """`em` and `f1` of answers that were written greedily, and of how many they are."""
@@ -132,6 +149,15 @@ class ReadingEvaluator:
         sample, recipe = self._valid.sample(self._valid.samples_of(unit)[0]), self._work.recipe
         assert isinstance(recipe, Reader)
         return recipe.golds(self._rows[sample.row], sample.part, self._work.context)
+
+
+def _of_all(model: TrainingModel, units: Sequence[int], rows_BW: torch.Tensor) -> dict[int, Values]:
+    """What all dp rows found of every unit, each of those that are its turn. Collective."""
+    dp = model.grid.dp
+    missing = -(-len(units) // dp.size) - len(rows_BW)
+    padded = torch.cat((rows_BW, rows_BW.new_zeros(missing, rows_BW.shape[1]))).unsqueeze(0).to(model.grid.device)
+    gathered = all_gather(padded, dp, dim=0, label="evaluation").cpu().numpy()
+    return {unit: gathered[at % dp.size, at // dp.size] for at, unit in enumerate(units)}
 
 
 def spread(total: int, count: int) -> list[int]:
