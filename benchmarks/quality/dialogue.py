@@ -73,7 +73,6 @@ class Losses:
 def losses(llm: LLM, cases: Sequence[Case], adapter: Path | None) -> Losses:
     """Of the last turn of each case, whole packs at once."""
     found: list[tuple[float, int]] = []
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     for first in range(0, len(cases), BATCH):
         packs = [
             FORMAT.pack(
@@ -85,10 +84,11 @@ def losses(llm: LLM, cases: Sequence[Case], adapter: Path | None) -> Losses:
             )
             for case in cases[first : first + BATCH]
         ]
-        outputs = llm.generate([Sequenced(ids=pack.tokens) for pack in packs], params, adapter=adapter)
-        for pack, output in zip(packs, outputs, strict=True):
+        starts = [pack.spans[-1][0] for pack in packs]
+        scored = llm.score([Sequenced(ids=pack.tokens) for pack in packs], starts, adapter=adapter)
+        for pack, tokens in zip(packs, scored, strict=True):
             start, stop = pack.spans[-1]
-            told = [token.logprob for token in output.prompt_tokens[start - 1 : stop - 1]]
+            told = [token.logprob for token in tokens[: stop - start]]
             found.append((-math.fsum(told), stop - start))
     nll, tokens = zip(*found, strict=True)
     return Losses(np.array(nll), np.array(tokens))

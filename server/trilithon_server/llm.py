@@ -130,18 +130,41 @@ class LLM:
             FailedPrecondition: the adapter cannot be loaded, or there is no room for any.
             TrilithonError: the engine could not finish a prompt; the others were dropped.
         """
-        hello = self._engine.hello
-        bounds = Bounds(vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
-        checked = validate((params or SamplingParams()).given(), bounds)
-        if hello.seq2seq:
+        checked = validate((params or SamplingParams()).given(), self._bounds)
+        return [self._output(item, checked) for item in self._answered(_as_list(prompts), checked, adapter)]
+
+    def score(
+        self, prompts: Sequence[Prompt], starts: Sequence[int], *, adapter: str | Path | None = None
+    ) -> list[list[TokenInfo]]:
+        """
+        Log-probabilities of each prompt's tokens from a place on; what stands before is read, or found in the cache.
+
+        Args:
+            prompts: as for `generate`.
+            starts: of each the first token that is wanted, from 1.
+        Raises:
+            InvalidArgument, FailedPrecondition, TrilithonError: as for `generate`.
+        """
+        checked = validate(SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0).given(), self._bounds)
+        return [item.prompt_tokens for item in self._answered(prompts, checked, adapter, starts)]
+
+    def _answered(
+        self,
+        prompts: Sequence[Prompt],
+        checked: SamplingParams,
+        adapter: str | Path | None,
+        starts: Sequence[int] | None = None,
+    ) -> list[_Pending]:
+        """Every prompt with what the engine said to it."""
+        if self._engine.hello.seq2seq:
             found = Violations()
             check_reading(checked, found)
             found.raise_if_any()
-        wanted = None if adapter is None else self._adapter(adapter)
+        bounds, wanted = self._bounds, None if adapter is None else self._adapter(adapter)
         submits, pending = [], {}
-        for prompt in _as_list(prompts):
+        for prompt, start in zip(prompts, starts or [0] * len(prompts), strict=True):
             prepared = self._prepare(prompt, checked)
-            room = answer_room(prepared, checked, bounds, hello)
+            room = answer_room(prepared, checked, bounds, self._engine.hello)
             seed = checked.seed if checked.seed is not None else secrets.randbits(63)
             sampling = to_wire(
                 checked,
@@ -157,12 +180,18 @@ class LLM:
             ]
             submit = self._submit(prepared.packed, checked)
             submit.sampling.CopyFrom(sampling)
+            submit.sampling.prompt_logprobs_from = start
             if wanted is not None:
                 submit.adapter.CopyFrom(wanted)
             submits.append(submit)
             pending[submit.handle] = _Pending(prepared, choices)
         self._run(submits, pending)
-        return [self._output(item, checked) for item in pending.values()]
+        return list(pending.values())
+
+    @property
+    def _bounds(self) -> Bounds:
+        hello = self._engine.hello
+        return Bounds(vocab_size=hello.vocab_size, max_context=hello.max_context_tokens)
 
     @property
     def hello(self) -> Hello:

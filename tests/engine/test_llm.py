@@ -56,6 +56,22 @@ def test_stop_strings_cut_the_text(llm: LLM) -> None:
     assert (cut.matched_stop, cut.finish_reason.value) == (stop, "stop_sequence")
 
 
+def test_a_part_of_a_prompt_is_scored(llm: LLM) -> None:
+    """
+    From a place on the log-probabilities are those of the whole prompt, whether what is before it was read already or
+    not; a prompt's own first token has none.
+    """
+    prompts = [list(range(5, 5 + size)) for size in (40, 12, 3)]
+    whole = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=0))
+    starts = [33, 1, 2]
+    first, again = llm.score(prompts, starts), llm.score(prompts, starts)
+
+    for output, start, tokens, cached in zip(whole, starts, first, again, strict=True):
+        expected = [token.logprob for token in output.prompt_tokens[start - 1 :]]
+        assert [token.logprob for token in tokens] == expected == [token.logprob for token in cached]
+        assert [token.id for token in tokens] == output.prompt_token_ids[start:]
+
+
 def test_wrong_parameters_and_constraints_are_the_callers_errors(llm: LLM) -> None:
     """What is refused over the wire is refused here, and the next call is answered."""
     with pytest.raises(InvalidArgument, match="temperature"):
