@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ports
 import pytest
+import side_by_side
 from hypothesis import HealthCheck, settings
 
 # Several ranks, engines and suites share few cores; one thread each also makes sums reproducible.
@@ -21,6 +23,17 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 DATA_DIR = Path(os.environ.get("TRILITHON_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest folders first."""
+    items.sort(key=lambda item: side_by_side.rank(item.path.parent.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> side_by_side.Sharing:
+    """As `side_by_side` says."""
+    return side_by_side.Sharing(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -122,3 +122,21 @@ def test_R3_health_names_the_service(served_jobs: JobsServer) -> None:
         )
         assert any(answer.status == health_pb2.HealthCheckResponse.SERVING for answer in watch)
         watch.cancel()
+
+
+@pytest.mark.parametrize("given", ["nowhere", "/etc/passwd", "../store"])
+@pytest.mark.parametrize(("option", "what"), [("concepts", "no concepts"), ("encoder", "no model")])
+def test_S8_an_option_names_what_the_server_knows(
+    client: Client, served_jobs: JobsServer, option: str, what: str, given: str
+) -> None:
+    """Over either protocol other names, and paths, are told at once, with those that there are; no job is made."""
+    options = {"concepts": "village", "encoder": MODEL, option: given}
+    if option == "encoder":
+        options.pop("concepts")
+    before = len(client.jobs.list())
+    with pytest.raises(NotFound) as caught:
+        client.jobs.create(model=MODEL, training_file=served_jobs.file(), task="story_generator", options=options)
+
+    assert given in caught.value.message
+    assert what in caught.value.message
+    assert len(client.jobs.list()) == before

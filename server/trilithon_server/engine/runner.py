@@ -166,6 +166,15 @@ class Runner:
         return infos if is_sound else None
 
 
+def try_head(stage: CausalStage | Seq2SeqStage, rows: int) -> None:
+    """Logits of so many rows, on the last stage: what a start-up measures the memory of."""
+    if stage.grid.is_last_stage:
+        with torch.inference_mode():
+            stage.gather_logits(
+                torch.zeros(rows, stage.config.hidden_size, dtype=stage.dtype, device=stage.grid.device)
+            )
+
+
 def spans_of(plan: StepPlan) -> tuple[list[int], Places]:
     """The boundaries of a plan's sequences in T, and the place of each of its tokens in its own sequence."""
     bounds = [0, *np.cumsum(plan.lengths).tolist()]

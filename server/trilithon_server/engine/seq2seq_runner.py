@@ -18,7 +18,7 @@ from trilithon_parallel.models import Seq2SeqStage
 from trilithon_parallel.models.seq2seq import boundary_rows
 from trilithon_parallel.models.seq2seq_serving import Seq2SeqBatch, Sources, serve
 from trilithon_server.engine.plan import Encoding, StepOutput, StepPlan
-from trilithon_server.engine.runner import Runner, slots_of, spans_of
+from trilithon_server.engine.runner import Runner, slots_of, spans_of, try_head
 from trilithon_server.engine.sampler import Draw
 from trilithon_server.engine.spec import EngineSpec
 from trilithon_server.engine.wire_pb2 import Sampling, Submit
@@ -103,10 +103,7 @@ def warm_up_seq2seq(
     wide.reads = [Sources([gather_tokens], [0] * -(-gather_tokens // BLOCK_SIZE))]
     runner.execute(wide)
     runner.flush()
-    if grid.is_last_stage:
-        with torch.inference_mode():
-            hidden_BH = torch.zeros(spec.max_batch_sequences, config.hidden_size, dtype=stage.dtype, device=grid.device)
-            stage.gather_logits(hidden_BH)
+    try_head(stage, spec.max_batch_sequences)
     return time.monotonic() - began
 
 

@@ -34,7 +34,7 @@ from trilithon_server.engine.core import EngineCore
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.engine.intake import Facts
 from trilithon_server.engine.plan import StepPlan
-from trilithon_server.engine.runner import Runner
+from trilithon_server.engine.runner import Runner, try_head
 from trilithon_server.engine.sampler import Draw
 from trilithon_server.engine.seq2seq_runner import Seq2SeqRunner, warm_up_seq2seq
 from trilithon_server.engine.spec import EngineSpec
@@ -271,10 +271,7 @@ def warm_up(spec: EngineSpec, config: ModelConfig, stage: Stage, *, grid: Grid, 
     plan.draws = [Draw(0, 0)]
     runner.execute(plan)
     runner.flush()
-    if grid.is_last_stage:
-        with torch.inference_mode():
-            hidden_BH = torch.zeros(spec.max_batch_sequences, config.hidden_size, dtype=stage.dtype, device=grid.device)
-            stage.gather_logits(hidden_BH)
+    try_head(stage, spec.max_batch_sequences)
     return time.monotonic() - began
 
 
