@@ -56,7 +56,9 @@ async def asker_of(service: Service, call: Call, model: ServedModel) -> ServedMo
     Raises:
         FailedPrecondition: `unsupported_model`, it is not served.
     """
-    found = await _partner(service, call, space_of(model), model.name, "questions", first=model)
+    if format_of(model).reads == "both":
+        return model
+    found = await _partner(service, call, space_of(model), model.name, "questions")
     if found is None:
         raise FailedPrecondition(
             f"the encoder `{model.name}` reads passages alone, and the one of its questions is not served.",
@@ -66,18 +68,15 @@ async def asker_of(service: Service, call: Call, model: ServedModel) -> ServedMo
     return found
 
 
-async def _partner(
-    service: Service, call: Call, digest: str, builder: str, side: Side, *, first: ServedModel | None = None
-) -> ServedModel | None:
+async def _partner(service: Service, call: Call, digest: str, builder: str, side: Side) -> ServedModel | None:
     """
     What is served that reads one side of an encoder's space.
 
     Args:
         digest: of the encoder of the passages; `builder`: the name that it has or had.
     """
-    served = [model for model in service.models.values() if model.encoder and model.engine.hello is not None]
-    for model in served if first is None else [first, *served]:
-        if _fits(model, digest, side):
+    for model in service.models.values():
+        if model.encoder and model.engine.hello is not None and _fits(model, digest, side):
             return model
     for name in (builder, builder + QUESTIONS_SUFFIX) if builder else ():
         try:
