@@ -289,7 +289,7 @@ def grounded(args: argparse.Namespace) -> dict[str, Any]:
     rows = [row for _, row in begin_rows(document, Counter())]
     judged, held, learned = said(rows[:200]), said(rows[200:240]), rows[240 : 240 + args.learned_replies]
     others = said(not_attributable(document)[:200])
-    chat = topical((data_dir() / "dialogue" / "topical_chat_valid_freq.jsonl").read_bytes(), 200)
+    chat = topical((data_dir() / "dialogue" / "topical_chat_valid_freq.jsonl").read_bytes(), args.chats)
     ablations = {
         "both": chat,
         "knowledge": [Case(c.group, c.conversation, (), c.knowledge) for c in chat],
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--dialogues", type=int, default=25, help="to judge by")
     parser.add_argument("--learned", type=int, default=120, help="dialogues to learn")
     parser.add_argument("--learned-replies", type=int, default=400)
+    parser.add_argument("--chats", type=int, default=200, help="turns of Topical-Chat to judge by")
     args = parser.parse_args()
     torch.set_num_threads(2)
     numbers = {"persona": persona, "grounded": grounded}[args.what](args)
