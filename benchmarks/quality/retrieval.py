@@ -178,7 +178,7 @@ def dpr(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, An
     found: dict[str, Any] = {"train_rows": sum(1 for _ in train.open()), "questions": len(questions)}
     for name, start in starts.items():
         config = {"task": "dpr", "seed": seed, "training": {"epochs": epochs, "batch_size": 32}}
-        config |= {"data": {"max_tokens": 192, "on_long": "truncate"}, "eval": {"every_steps": 5}}
+        config |= {"data": {"max_tokens": 192, "on_long": "truncate"}, "eval": {"every_steps": 10}}
         result = run_job(folder, start, train, dev, config)
         found[name] = {
             "seconds": result.seconds,
