@@ -98,7 +98,7 @@ def answers(engine: InProcessEngine, asked: Sequence[tuple[Sequence[int], Adapte
 def serve(model: Path, adapters: Mapping[str, Path]) -> dict[str, Any]:
     """All models in one batch, and each alone."""
     spec = EngineSpec(
-        name="chat", model_dir=str(model), dtype="float32", num_threads=2, max_context=1024,
+        name="chat", model_dir=str(model), dtype="float32", max_context=1024,
         max_batch_sequences=16, max_adapters=len(adapters),
     )  # fmt: skip
     template = load_template(model)
@@ -132,7 +132,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=350, help="of the first adapter, validation included")
     parser.add_argument("--epochs", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     model, numbers, exports = model_dir(MODEL), {}, {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

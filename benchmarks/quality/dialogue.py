@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from runs import Result, data_dir, model_dir, record, run_job, write_rows
 
 from trilithon_finetune.converters.dialogues import CONTEXT_TURNS, begin_rows, persona_rows, topical_rows
@@ -123,7 +122,7 @@ def opened(model: Path) -> LLM:
     """With room for one adapter."""
     return LLM(
         model, dtype="float32", max_context=640, kv_cache_bytes=1 << 30, max_batch_sequences=BATCH,
-        max_queued_requests=BATCH, max_adapters=1, num_threads=2,
+        max_queued_requests=BATCH, max_adapters=1,
     )  # fmt: skip
 
 
@@ -325,7 +324,6 @@ def main() -> None:
     parser.add_argument("--learned-replies", type=int, default=400)
     parser.add_argument("--chats", type=int, default=200, help="turns of Topical-Chat to judge by")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     numbers = {"persona": persona, "grounded": grounded}[args.what](args)
     record(f"dialogue_{args.what}", {"seed": args.seed, "epochs": args.epochs, **numbers})
 

@@ -140,7 +140,6 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--dropout", type=float, default=0.1)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     model, data = model_dir("all-minilm-l6-v2"), data_dir() / "biomed"
     files = [data / f"{FILES[args.corpus]}_{part}.tsv" for part in ("train", "devel")]
     ours: list[Result] = []

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from retrieval import MINILM, Corpus, Question, qed, tell, xquad
 from runs import data_dir, model_dir, run_job, write_rows
 
@@ -234,7 +233,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=int, help="questions, rows or passages, to try the script [all]")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         numbers = {"readers": readers, "refresh": refresh}[args.case](Path(name), args.seed, args.limit)
     tell(f"openqa_{args.case}", {"seed": args.seed, "limit": args.limit, **numbers})

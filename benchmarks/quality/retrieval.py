@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from runs import Result, data_dir, model_dir, record, run_job, write_rows
 from sentences import found as sentences_found
 from vocabulary import random_start, word_pieces
@@ -225,7 +224,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="questions or rows, to try the script [all]")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         if args.case == "zero_shot":
             numbers: Mapping[str, Any] = zero_shot(args.limit)

@@ -231,7 +231,6 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the case `questions` leaves the model, merged")
     parser.add_argument("--rows", type=int, help="of each file, at most: for a small run")
     args = parser.parse_args()
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         numbers = CASES[args.case](Path(folder), args)
     name = f"synthetic_{args.case}"

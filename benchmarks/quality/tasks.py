@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from runs import Result, data_dir, judge, model_dir, record, run_job, write_rows
 
 from trilithon_finetune.converters import Split, convert
@@ -102,7 +101,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--lr", type=float, default=None)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     if args.case == "overfit":
         record("overfit", overfit(args.seeds[0]))
         return

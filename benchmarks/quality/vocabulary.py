@@ -197,7 +197,6 @@ def main() -> None:
     parser.add_argument("--reading-epochs", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.part == "fragmentation":
