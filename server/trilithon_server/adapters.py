@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from trilithon.errors import FailedPrecondition, InvalidArgument, NotFound
 from trilithon_server.catalog import Alias, Catalog, CatalogEntry
 from trilithon_server.config import EngineConfig
+from trilithon_server.errors import draining
 from trilithon_server.hosting import Hosting
 from trilithon_server.served import AdapterRef, Call, ServedModel
 from trilithon_server.task_model import known_capabilities
@@ -76,6 +77,7 @@ class Names:
 
         Raises:
             NotFound: `model_not_found`, naming the choices.
+            Unavailable: `draining`, the call began after the drain did.
             FailedPrecondition: `base_mismatch`, `template_mismatch`, `adapters_unsupported`; what hosting raises.
         """
         model = self._models.get(name) if name else self._only()
@@ -83,6 +85,8 @@ class Names:
             found = await self.find(name, call.principal.tenant)
             model = await self._serve(found, call) if isinstance(found, CatalogEntry) else self.adapted(found)
         call.record.model = model.label
+        if call.late:
+            raise draining(call.request_id)
         return model
 
     async def on(self, model: str, adapter: str, call: Call) -> str:

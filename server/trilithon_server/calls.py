@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,26 @@ class Calls:
         self._limiter = limiter
         self._metrics = metrics
         self._tracer = tracer
+        self.draining = False
+        """Whether calls that begin now are late: they are given no model."""
+        self._open = 0  # counted, and not late
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return once every counted call has ended that began before the drain did, its answer told to the end."""
+        await self._idle.wait()
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        self._open += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
 
     @contextlib.contextmanager
     def open(
@@ -76,19 +97,25 @@ class Calls:
         record = RequestRecord(route=route, model="")
         arrived_s = time.monotonic()
         tenant = None
+        late = self.draining
         ends: list[Callable[[], None]] = []
         span = span_of(self._tracer, route, traceparent, request_id)
         try:
             principal = self._keys.authenticate(authorization, api_key)
             tenant = principal.tenant
             principal.require(scope)
-            with self._limiter.request(principal) if count else contextlib.nullcontext():
+            with contextlib.ExitStack() as held:
+                if count:
+                    held.enter_context(self._limiter.request(principal))
+                    if not late:
+                        held.enter_context(self._holding())
                 yield Call(
                     principal=principal,
                     request_id=request_id,
                     route=route,
                     arrived_s=arrived_s,
                     deadline_s=deadline_s,
+                    late=late,
                     record=record,
                     ends=ends,
                 )

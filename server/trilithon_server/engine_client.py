@@ -78,6 +78,7 @@ class EngineClient:
         """Digests of the adapters that are loaded."""
         self._adapter_waits: dict[tuple[str, bool], list[asyncio.Future[None]]] = {}  # by digest, and whether to load
         self._draining = False
+        self._shut = False
         self._held_down = False  # lost by the supervisor's word: no reconnect to a dying leader
         self._steps: deque[tuple[float, int]] = deque()
         self._step_tokens = 0
@@ -109,7 +110,7 @@ class EngineClient:
 
         Raises:
             Overloaded: `queue_full`, with the time after which a retry can succeed.
-            Unavailable: `loading`, `draining` or `engine_lost`.
+            Unavailable: `loading`, `engine_lost` or `server_shutting_down`.
         """
         self._admit(len(submit.prompt) + len(submit.source_tokens), submit.request_id)
         submit.handle = self._next_handle
@@ -174,8 +175,13 @@ class EngineClient:
             else:
                 wait.set_result(None)
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether there is an engine that answers; while the server drains it does, for the calls that go on."""
+        return self.state in ("ready", "draining") and not self._shut
+
     def drain(self) -> None:
-        """Refuse new requests from now on; those in flight go on."""
+        """Show that the server is on its way down. Which calls may still ask is for the service to say."""
         self._draining = True
         if self.state == "ready":
             self.state = "draining"
@@ -183,6 +189,11 @@ class EngineClient:
     async def wait_idle(self) -> None:
         """Return once no request is in flight."""
         await self._idle.wait()
+
+    def shut(self) -> None:
+        """Refuse everything from now on, and have the engine end what it holds as SHUTDOWN."""
+        self._shut = True
+        self.abort_all("shutdown")
 
     def abort_all(self, cause: str) -> None:
         """Ask the engine to drop every request; with cause `shutdown` they finish as SHUTDOWN."""
@@ -282,7 +293,7 @@ class EngineClient:
     # -- admission and loss ---------------------------------------------------------------------------------
 
     def _admit(self, tokens: int, request_id: str, *, requests: int = 1) -> None:
-        if self.state != "ready":
+        if not self.takes_requests:
             raise self._not_ready(request_id)
         limits = self._limits
         if requests == 0:
@@ -301,9 +312,8 @@ class EngineClient:
         raise Overloaded(message, code="queue_full", request_id=request_id, retry_after_s=wait_s)
 
     def _not_ready(self, request_id: str) -> Unavailable:
-        if self._draining:
-            message = "the server is draining and takes no new requests."
-            return Unavailable(message, code="draining", request_id=request_id, retry_after_s=5.0)
+        if self._shut:
+            return _shutting_down(request_id, retry_after_s=5.0)
         if self.state == "loading":
             wait_s = self._restart_estimate_s()
             return Unavailable("the model is loading.", code="loading", request_id=request_id, retry_after_s=wait_s)
@@ -319,11 +329,7 @@ class EngineClient:
         )
 
     def _shutting_down(self, stream: EngineStream) -> Unavailable:
-        retry_after_s = None if stream.streamed else 5.0
-        message = "the server is shutting down."
-        return Unavailable(
-            message, code="server_shutting_down", request_id=stream.request_id, retry_after_s=retry_after_s
-        )
+        return _shutting_down(stream.request_id, retry_after_s=None if stream.streamed else 5.0)
 
     def _restart_estimate_s(self) -> float:
         """What the last start took, from 1 to 30 s."""
@@ -385,3 +391,8 @@ async def _read_message(reader: asyncio.StreamReader) -> wire.FromEngine:
         return wire.FromEngine.FromString(body)
     except DecodeError as error:
         raise ValueError(f"not a message of the engine: {error}") from None
+
+
+def _shutting_down(request_id: str, *, retry_after_s: float | None) -> Unavailable:
+    message = "the server is shutting down."
+    return Unavailable(message, code="server_shutting_down", request_id=request_id, retry_after_s=retry_after_s)

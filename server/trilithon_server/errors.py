@@ -38,6 +38,12 @@ def as_error(error: BaseException, request_id: str) -> TrilithonError:
     )
 
 
+def draining(request_id: str = "") -> Unavailable:
+    """The server is on its way down: what it is at goes on, new work is refused."""
+    message = "the server is draining and takes no new requests."
+    return Unavailable(message, code="draining", request_id=request_id, retry_after_s=5.0)
+
+
 def error_body(error: TrilithonError) -> dict[str, Any]:
     """The one body of every HTTP error, and of the error event of a stream."""
     return {

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trilithon_server import logs
 from trilithon_server.config import EngineConfig, ServeConfig, authority, read_config
@@ -34,6 +34,9 @@ from trilithon_server.hosting import Hosting
 from trilithon_server.listeners import HttpListener, ListenError, serve_http, serve_metrics
 from trilithon_server.metrics import CONTENT_TYPE, Metrics
 from trilithon_server.served import ServedModel
+
+if TYPE_CHECKING:
+    from trilithon_server.service import Service
 
 ALIVE_INTERVAL_S = 1.0
 STALL_S = 10.0  # work in flight, no step finished and none under way for this long: the leader is stuck
@@ -107,39 +110,35 @@ class Front:
                 grpc=authority(server.host, server.grpc_port),
             )
             await self._drain.wait()
-            await self._finish_in_flight()
+            await self._finish_in_flight(service)
             self._report(event="drained")
         finally:
             await asyncio.gather(self.hosting.stop(), *(client.stop() for client in self.clients.values()))
-            for listener in listeners:
-                await listener.stop(grace_s=FLUSH_S)
-            await rpc.stop(FLUSH_S)
+            await asyncio.gather(rpc.stop(FLUSH_S), *(listener.stop(grace_s=FLUSH_S) for listener in listeners))
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.gather(*(extension.stop() for extension in self._extensions))
             await service.stop()
 
-    async def _finish_in_flight(self) -> None:
+    async def _finish_in_flight(self, service: Service) -> None:
         """Refuse new work, let what is in flight go on up to the limit, then end it with its own reason."""
-        self.hosting.drain()
+        service.refuse_new()
         clients = self._engines()
-        for client in clients:
-            client.drain()
         for extension in self._extensions:
             extension.drain()
         waits = [client.wait_idle() for client in clients] + [item.wait_idle() for item in self._extensions]
-        idle = asyncio.gather(*waits)
+        idle = asyncio.gather(service.wait_idle(), *waits)
         if not await _within(idle, self._abort, self._drain_s):
             _log.warning("drain_limit", extra={"in_flight": sum(client.in_flight for client in clients)})
             for client in clients:
-                client.abort_all("shutdown")
+                client.shut()
             for extension in self._extensions:
                 extension.abort()
             await asyncio.wait([idle], timeout=ABORT_GRACE_S)
         for client in clients:
             client.fail_all_shutdown()
-        await asyncio.gather(idle, return_exceptions=True)
+        idle.cancel()  # who does not read what is told is not waited for
         if self._abort.is_set() or any(client.state == "failed" for client in clients):
             await asyncio.sleep(LINGER_S)
 

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trilithon.errors import DeadlineExceeded, FailedPrecondition, Overloaded, TrilithonError, Unavailable
+from trilithon.errors import DeadlineExceeded, FailedPrecondition, Overloaded, TrilithonError
 from trilithon_server.catalog import CatalogEntry
 from trilithon_server.config import EngineConfig, ServeConfig
 from trilithon_server.config_sources import is_seq2seq
 from trilithon_server.engine_client import EngineClient
+from trilithon_server.errors import draining
 from trilithon_server.metrics import Metrics
 from trilithon_server.preflight import ModelRefused, check_model, engine_spec
 from trilithon_server.served import Call, ServedModel
@@ -66,7 +67,7 @@ class _Hosted:
     @property
     def ready(self) -> bool:
         """Whether requests can go to it now."""
-        return self.model is not None and self.client.state == "ready"
+        return self.model is not None and self.client.takes_requests
 
     @property
     def idle(self) -> bool:
@@ -133,9 +134,10 @@ class Hosting:
             DeadlineExceeded: `queue_timeout`, the model was not there in time.
             Unavailable: `draining`.
         """
-        if self._draining:
-            raise _draining()
-        hosted = self._hosted.get(_key(entry)) or self._begin(entry)
+        hosted = self._hosted.get(_key(entry))
+        if self._draining and (call.late or hosted is None or not hosted.ready):
+            raise draining()
+        hosted = hosted or self._begin(entry)
         hosted.users += 1
         hosted.last_used_s = time.monotonic()
         call.ends.append(lambda: self._release(hosted))
@@ -188,7 +190,7 @@ class Hosting:
         for hosted in list(self._hosted.values()):
             hosted.client.drain()
             if not hosted.ready:
-                hosted.refusal = _draining
+                hosted.refusal = draining
                 hosted.wake()
 
     async def stop(self) -> None:
@@ -388,8 +390,3 @@ def _load_failed(entry: CatalogEntry, reason: str) -> FailedPrecondition:
         code="model_load_failed",
         hint="Name another model, or make it anew.",
     )
-
-
-def _draining() -> Unavailable:
-    message = "the server is draining and takes no new requests."
-    return Unavailable(message, code="draining", retry_after_s=5.0)

@@ -184,6 +184,7 @@ async def _encode(
         request_id=request_id(None),
         route="index",
         arrived_s=time.monotonic(),
+        late=service.draining,
         record=RequestRecord(route="index", model=""),
     )
     try:

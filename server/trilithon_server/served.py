@@ -239,6 +239,7 @@ class Call:
         route: the HTTP path or RPC name, for metrics.
         arrived_s: monotonic time of arrival.
         deadline_s: monotonic time by which the answer must be there (gRPC), or None.
+        late: it began when the server was on its way down already, and is given no model.
         record: what is counted and logged of it at its end.
         ends: called once when the call is over, however it ended; what a call holds is let go of here.
     """
@@ -248,6 +249,7 @@ class Call:
     route: str
     arrived_s: float
     deadline_s: float | None = None
+    late: bool = False
     record: RequestRecord
     ends: list[Callable[[], None]] = field(default_factory=list)
 

@@ -378,18 +378,27 @@ class Service:
         Args:
             limit_s: how long they may go on; None = the configured limit.
         """
-        for model in self.models.values():
-            model.engine.drain()
-        if self.hosting is not None:
-            self.hosting.drain()
+        self.refuse_new()
         if self.drain_hook is not None:
             self.drain_hook(limit_s)
         return self.in_flight
 
+    def refuse_new(self) -> None:
+        """Give no model to calls that begin from now on; the calls that have begun go on to their ends."""
+        self._calls.draining = True
+        for model in self.models.values():
+            model.engine.drain()
+        if self.hosting is not None:
+            self.hosting.drain()
+
+    async def wait_idle(self) -> None:
+        """Return once the calls that `refuse_new` lets go on have ended."""
+        await self._calls.wait_idle()
+
     @property
     def draining(self) -> bool:
         """Whether new work is refused because the server is on its way down."""
-        return any(model.engine.state == "draining" for model in self.models.values())
+        return self._calls.draining
 
     def readiness(self) -> tuple[bool, str]:
         """Whether every engine answers, and if not, why: loading, draining, lost or failed."""

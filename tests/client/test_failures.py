@@ -168,6 +168,15 @@ def test_a_stream_without_its_end_is_an_error(cut: bool) -> None:
     assert len(server.asked) == 1
 
 
+def test_a_connection_that_breaks_after_the_end_takes_nothing_away() -> None:
+    """What was told to be finished is: a server that goes down may close before it has closed the stream in order."""
+    reply = Reply(events=[("started", STARTED), ("delta", CHOICE), ("finished", {})], cut=True)
+    with http_server(reply) as server, Client(server.url) as client:
+        texts = [delta.text for delta in client.generate("Once", stream=True)]
+
+    assert texts == [CHOICE["text"]]
+
+
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
 def test_nothing_answers(scheme: str, free_port: Any) -> None:
     """A refused connection is `ConnectionFailed`, after the retries."""

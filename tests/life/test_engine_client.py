@@ -212,11 +212,15 @@ async def test_R1_the_supervisors_word_is_enough(tmp_path: Path) -> None:
         assert caught.value.retry_after_s is None
 
 
-async def test_R5_draining_refuses_new_work_and_finishes_the_rest(tmp_path: Path) -> None:
-    """After `drain` a submit is refused as `draining`, requests in flight go on, and `wait_idle` ends with the last."""
+async def test_R5_shut_refuses_everything_and_ends_the_rest(tmp_path: Path) -> None:
+    """
+    After `drain` a call that goes on may still submit, and `wait_idle` ends with the last request; after `shut` nothing
+    is taken, and the engine is asked to end what it has.
+    """
     async with engine(tmp_path) as (client, leader):
-        stream = client.submit(request())
         client.drain()
+        stream = client.submit(request())
+        client.shut()
         with pytest.raises(Unavailable) as caught:
             client.submit(request())
         idle = asyncio.ensure_future(client.wait_idle())
@@ -227,7 +231,9 @@ async def test_R5_draining_refuses_new_work_and_finishes_the_rest(tmp_path: Path
 
         assert await collect(stream) == [1, 2]
         await asyncio.wait_for(idle, 1.0)
-        assert caught.value.code == "draining"
+        assert caught.value.code == "server_shutting_down"
+        kinds = [await leader.received.get() for _ in range(2)]
+        assert [message.WhichOneof("kind") for message in kinds] == ["submit", "abort"]
 
 
 async def test_an_abort_is_sent_once(tmp_path: Path) -> None:

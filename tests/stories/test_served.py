@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from served import START_S, Server, serving
+from under_load import readiness, wait_until
 
 from trilithon.api.v1 import common_pb2, story_pb2, story_pb2_grpc
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
@@ -291,6 +293,45 @@ def test_R6_an_abort_ends_a_story(server: Server) -> None:
     kept = httpx.get(f"{server.url}/v1/stories/{started['story_id']}").json()
     assert kept["sentences"][0]["text"] == FIRST
     assert len(kept["sentences"]) < 33
+
+
+def test_R5_a_story_goes_on_to_its_end_while_the_server_drains(decoder: Path, flags: list[str]) -> None:
+    """
+    A story asks its models again and again. SIGTERM in its middle: it is told to its end, facts of the encoder
+    included, on both protocols, while a new one is refused; then the server ends with 0.
+
+    Inverse seen: with drained engines that refuse every request a story ends as `draining` at its next sentence.
+    """
+    asked = {**ASKED, "sentences": 32, "max_tokens": 100, "controls": [{"index": 30, "keywords": ["boat", "dog"]}]}
+    request = story_pb2.StoryRequest(
+        meta=common_pb2.RequestMeta(model="writer"),
+        first_sentence=FIRST,
+        sentences=32,
+        controls=[story_pb2.SentenceControl(index=30, keywords=["boat", "dog"])],
+        sampling=common_pb2.Sampling(seed=11),
+        stopping=common_pb2.Stopping(max_tokens=100),
+    )
+    with (
+        serving(decoder, *flags) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+        httpx.stream("POST", f"{server.url}/v1/stories", json={**asked, "stream": True}, timeout=120) as response,
+    ):
+        events = story_pb2_grpc.StoryServiceStub(channel).Generate(request)
+        next(events)
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: readiness(server) == 503, seconds=5)
+        refused = httpx.post(f"{server.url}/v1/stories", json=ASKED, timeout=60)
+        whole = json.loads([*lines][-1])
+        told = [event.sentence for event in events if event.WhichOneof("event") == "sentence"]
+        code = server.process.wait(20)
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert len(whole["sentences"]) == 33
+    assert whole["sentences"][29]["facts"]
+    assert [one.text for one in told] == texts(whole)
+    assert code == 0
 
 
 def test_S8_stories_are_a_tenants_own_and_knowledge_must_be_there(decoder: Path, tmp_path: Path) -> None:

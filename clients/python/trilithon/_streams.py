@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -96,8 +97,10 @@ class Stream(_Progress):
                 if delta is not None:
                     return delta
             if self.finished is not None and not self._closed:
-                # The server ends the stream now: hearing it leaves the connection whole for the next request.
-                next(self._iterator, None)
+                # The server ends the stream now: hearing it leaves the connection whole for the next request. Where it
+                # is cut instead, the answer is whole all the same.
+                with contextlib.suppress(AttemptFailed):
+                    next(self._iterator, None)
         except AttemptFailed as failed:
             self.close()
             raise self._named(failed.error) from None
@@ -162,8 +165,9 @@ class AsyncStream(_Progress):
                 if delta is not None:
                     return delta
             if self.finished is not None and not self._closed:
-                # The server ends the stream now: hearing it leaves the connection whole for the next request.
-                await anext(self._iterator, None)
+                # As of a `Stream`.
+                with contextlib.suppress(AttemptFailed):
+                    await anext(self._iterator, None)
         except AttemptFailed as failed:
             await self.aclose()
             raise self._named(failed.error) from None

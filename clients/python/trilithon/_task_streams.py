@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -74,7 +75,8 @@ class TaskStream(_Events[T, R]):
                 if item is not None:
                     return item
             if not self._closed:
-                next(self._iterator, None)  # the server ends the stream now: the connection stays whole
+                with contextlib.suppress(AttemptFailed):  # the result is whole, however the stream ends
+                    next(self._iterator, None)  # the server ends it now: the connection stays whole
         except AttemptFailed as failed:
             self.close()
             raise failed.error from None
@@ -129,7 +131,8 @@ class AsyncTaskStream(_Events[T, R]):
                 if item is not None:
                     return item
             if not self._closed:
-                await anext(self._iterator, None)
+                with contextlib.suppress(AttemptFailed):  # as of a `TaskStream`
+                    await anext(self._iterator, None)
         except AttemptFailed as failed:
             await self.aclose()
             raise failed.error from None
