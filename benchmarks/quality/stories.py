@@ -48,7 +48,7 @@ from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.knowledge.concepts import Concepts, read_concepts
 from trilithon_server.knowledge.fact_vectors import by_cosine
 from trilithon_server.knowledge.keywords import keywords
-from trilithon_server.knowledge.tfidf import TermCounts
+from trilithon_server.knowledge.tfidf import TermCounts, unit
 from trilithon_server.llm import LLM
 from trilithon_server.sampling import SamplingParams
 from trilithon_server.story_telling import first_end, seed_of
@@ -115,11 +115,12 @@ def ranker(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, An
     """Recall of the facts that fit, among the best ten by each way to rank."""
     config = {"task": "story_ranker", "seed": seed, "training": {"epochs": epochs}}
     result = job(found, folder, "ranker", ENCODER, config)
-    with open_encoder(model_dir(ENCODER)) as plain, open_encoder(result.export) as tuned:
+    with open_encoder(model_dir(ENCODER)) as base, open_encoder(result.export) as export:
+        plain, tuned = Ranker(base), Ranker(export)
         cases = [case for row in found.dev for case in candidates(found.concepts, row, plain)]
         ways = {
-            "finetuned": [by_vectors(tuned, step, texts) for step, texts, _ in cases],
-            "minilm": [by_vectors(plain, step, texts) for step, texts, _ in cases],
+            "finetuned": [tuned.order(step, texts) for step, texts, _ in cases],
+            "minilm": [plain.order(step, texts) for step, texts, _ in cases],
             "tfidf": [by_terms(step, texts) for step, texts, _ in cases],
         }
     fitting = [fits for _, _, fits in cases]
@@ -128,31 +129,45 @@ def ranker(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, An
     return {**facts_of(result), "recall_at_10": {**numbers, "chance": chance}, "sentences": len(cases)}
 
 
-def candidates(concepts: Concepts, row: Row, encoder: TextEncoder) -> list[tuple[Step, list[str], set[str]]]:
+class Ranker:
+    """An encoder's cosines of stories and facts; what is asked for again is encoded once."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder, self._format = encoder, RankerFormat()
+        self._known: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}
+
+    def story(self, sentences: Sequence[str]) -> np.ndarray[Any, Any]:
+        """The vector [H] of a story."""
+        return self._vectors([self._format.story(sentences, self._encoder.tokenizer).tokens])[0]
+
+    def facts(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """The vectors [H] of facts."""
+        return self._vectors([self._format.fact(text, self._encoder.tokenizer).tokens for text in texts])
+
+    def _vectors(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray[Any, Any]]:
+        keys = [tuple(one) for one in sequences]
+        new = list(dict.fromkeys(key for key in keys if key not in self._known))
+        self._known |= zip(new, self._encoder.vectors(new), strict=True)
+        return [self._known[key] for key in keys]
+
+    def order(self, step: Step, texts: Sequence[str]) -> list[str]:
+        """Candidates by the story so far, best first."""
+        scores = unit(np.stack(self.facts(texts)).astype(np.float64)) @ self.story(step.told).astype(np.float64)
+        return [texts[i] for i in np.argsort(-scores, kind="stable")]
+
+
+def candidates(concepts: Concepts, row: Row, ranker: Ranker) -> list[tuple[Step, list[str], set[str]]]:
     """Steps with more candidates than ten, the candidates, and which of them fit by brute force."""
     cases = []
     for step in steps_of(row):
         facts = concepts.graph.facts(step.keywords).facts
         if len(facts) > RECALL_AT:
-            format_, tokenizer = RankerFormat(), encoder.tokenizer
-            asked = [format_.story([*step.told, step.sentence], tokenizer)]
-            vectors = encoder.vectors(
-                [one.tokens for one in (*asked, *(format_.fact(fact.text, tokenizer) for fact in facts))]
-            )
-            best = by_cosine(facts, list(vectors[1:]), vectors[0])[:RECALL_AT]
+            texts = [fact.text for fact in facts]
+            best = by_cosine(facts, ranker.facts(texts), ranker.story([*step.told, step.sentence]))[:RECALL_AT]
             fits = {one.fact.text for one in best}
             assert list(step.facts) == [one.fact.text for one in best], "a label is not what brute force finds"
-            cases.append((step, [fact.text for fact in facts], fits))
+            cases.append((step, texts, fits))
     return cases
-
-
-def by_vectors(encoder: TextEncoder, step: Step, texts: Sequence[str]) -> list[str]:
-    """Candidates by the story so far, best first."""
-    format_ = RankerFormat()
-    asked = [format_.story(step.told, encoder.tokenizer), *(format_.fact(text, encoder.tokenizer) for text in texts)]
-    rows = encoder.vectors([one.tokens for one in asked]).astype(np.float64)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return [texts[i] for i in np.argsort(-(rows[1:] @ rows[0]), kind="stable")]
 
 
 def by_terms(step: Step, texts: Sequence[str]) -> list[str]:
@@ -239,7 +254,7 @@ class Teller:
     """Stories by the exports of the folder, as a server tells them: keywords, facts by MiniLM, a sentence."""
 
     llm: LLM
-    encoder: TextEncoder
+    ranker: Ranker
     concepts: Concepts
     seed: int
 
@@ -271,7 +286,7 @@ class Teller:
         prompts = []
         for story, words in zip(told, said, strict=True):
             facts = [fact.text for fact in self.concepts.graph.facts(words).facts]
-            known = by_vectors(self.encoder, Step(index, story, "", ()), facts)[:FACTS] if facts else []
+            known = self.ranker.order(Step(index, story, "", ()), facts)[:FACTS] if facts else []
             prompts.append(list(format_.pack(story, self.llm.tokenizer, keywords=words, knowledge=known).tokens))
         seed = seed_of(self.seed, index)
         params = SamplingParams(temperature=0.7, top_k=40, max_tokens=64, stop=format_.stops, seed=seed)
@@ -290,7 +305,7 @@ def control(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, A
         LLM(model_dir(DECODER), adapters=adapters, dtype="float32") as llm,
         open_encoder(model_dir(ENCODER)) as encoder,
     ):
-        teller = Teller(llm, encoder, found.concepts, seed)
+        teller = Teller(llm, Ranker(encoder), found.concepts, seed)
         free, free_texts = teller.tell(firsts, [None] * len(firsts))
         given, given_texts = teller.tell(firsts, foreign)
         before = [row["keywords"][CONTROLLED - 2] for row in free]
