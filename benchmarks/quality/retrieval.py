@@ -8,9 +8,10 @@ What retrieval finds on real questions.
 
 zero_shot  all-MiniLM-L6-v2 as it is, BM25, and both together: XQuAD in passages of 100 words, QED in whole paragraphs;
            and the same encoder by its first token alone, which it was not trained for.
-ict        a small encoder from new weights, by inverse cloze on XQuAD's training paragraphs and encyclopedia articles.
+ict        two small encoders from new weights, by inverse cloze on XQuAD's training paragraphs and articles of an
+           encyclopedia.
 dpr        all-MiniLM-L6-v2 on QED's training questions with BM25's negatives, judged on its held-out ones; and the same
-           from new weights.
+           from new weights, as two encoders.
 sentences  sentences of knowledge for the dialogue system, by each of its scorers; see `sentences.py`.
 
 A passage counts as right where it holds an answer, word by word. Numbers are written to `results/`.
@@ -144,7 +145,7 @@ def zero_shot(limit: int | None) -> dict[str, Any]:
 
 
 def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
-    """From new weights, without a question."""
+    """From new weights, two encoders, without a question."""
     whole = xquad()
     trained = {question.passage for question in whole.questions if not question.held_out}
     rows = [{"title": whole.passages[i].title, "text": whole.passages[i].text} for i in sorted(trained)]

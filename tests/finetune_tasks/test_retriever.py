@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from finetune_tasks.encoder_fixtures import CLS, SEP, context_for, samples_of
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Output, Sample
 from trilithon_finetune.recipes.blocks import MAX_SENTENCE_TOKENS, blocks_of
-from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, ranks_of, taken
+from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, DprOptions, ranks_of, taken
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.sentences import split_sentences
 from trilithon_server.tasks.retrieval import RetrievalFormat
@@ -50,6 +51,26 @@ def test_a_row_is_a_question_its_passage_and_negatives(tokenizer: Tokenizer, wan
     assert [words(sample, tokenizer) for sample in samples[2:4]] == ["[CLS] cox [SEP]", "[CLS] and [SEP]"][:wanted]
     assert [sample.num_supervised for sample in samples] == [1] + [0] * (len(samples) - 1)
     assert {sample.row for sample in samples} == {3}
+
+
+@pytest.mark.parametrize(
+    ("base", "shared", "encoders"),
+    [
+        ({}, None, 2),
+        ({}, True, 1),
+        ({"normalize": True, "pooling": "mean"}, None, 1),
+        ({"normalize": True, "pooling": "mean"}, False, 2),
+        ({"normalize": True, "pooling": "mean", "has_twin": True}, None, 2),
+    ],
+)
+def test_a_trained_encoder_stays_one_and_others_become_two(
+    tokenizer: Tokenizer, base: dict[str, Any], shared: bool | None, encoders: int
+) -> None:
+    """Questions and passages have an encoder each (2101.00408, 2.1), but for a base that compares texts already."""
+    start = replace(context_for(DPR, tokenizer).model, **base)
+    model = DPR.trained(start, DprOptions(shared=shared), None)
+
+    assert model.has_twin == (encoders == 2)
 
 
 def test_one_text_has_one_key(tokenizer: Tokenizer) -> None:

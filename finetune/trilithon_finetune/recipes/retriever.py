@@ -48,7 +48,10 @@ class RetrieverOptions(Section):
     score_scale: Annotated[float, Field(gt=0)] | None = None
     """Of inner products before the softmax. None: 20 where vectors have length 1, else 1 / sqrt(hidden size)."""
     shared: bool | None = None
-    """Whether one encoder reads questions and passages. None: true, or false where the base is two encoders."""
+    """
+    Whether one encoder reads questions and passages. None: where the base is one whose vectors have length 1, as of an
+    encoder that was trained to compare texts; else each gets its own, as in the paper (section 2.1).
+    """
 
 
 class DprOptions(RetrieverOptions):
@@ -89,7 +92,8 @@ class _Retriever(Recipe):
                 param="options.shared",
                 hint="Name a base of one encoder, or train both.",
             )
-        return base if options.shared is None else replace(base, has_twin=not options.shared)
+        shared = base.normalize and not base.has_twin if options.shared is None else options.shared
+        return replace(base, has_twin=not shared)
 
     def score_scale(self, context: Context) -> float:
         """Of inner products."""
