@@ -6,8 +6,8 @@ What stories gain from finetuning, knowledge and control, on five-sentence stori
     python benchmarks/quality/stories.py sentences --folder runs/stories
     python benchmarks/quality/stories.py control --folder runs/stories
 
-ranker     facts ranked by MiniLM finetuned on stories: recall among 10 of the facts that fit the next sentence, beside
-           MiniLM as it is, TF-IDF, and chance.
+ranker     facts ranked by MiniLM finetuned on stories, with an encoder of facts that stays as it is and as one encoder:
+           recall among 10 of the facts that fit the next sentence, beside MiniLM as it is, TF-IDF, and chance.
 keywords   keywords of the next sentence from SmolLM2 with LoRA: the share of sentences with one of their own among the
            first three, beside SmolLM2 as it is and the three most frequent ones.
 sentences  the next sentence from SmolLM2 with LoRA, with facts and without: word perplexity of the held-out sentences,
@@ -25,7 +25,8 @@ import argparse
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from trilithon_finetune.recipes.base import Sample
 from trilithon_finetune.recipes.story_rows import Step, steps_of
 from trilithon_finetune.recipes.texts import next_token_targets
 from trilithon_finetune.train.text_encoder import open_encoder
-from trilithon_parallel.config import load_config
+from trilithon_parallel.config import QUERY_DIR, load_config
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.knowledge.concepts import Concepts, read_concepts
 from trilithon_server.knowledge.fact_vectors import by_cosine
@@ -114,46 +115,59 @@ def job(found: Stories, folder: Path, name: str, model: str, config: Mapping[str
 def ranker(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Recall of the facts that fit, among the best ten by each way to rank."""
     config = {"task": "story_ranker", "seed": seed, "training": {"epochs": epochs}}
-    result = job(found, folder, "ranker", ENCODER, config)
-    with open_encoder(model_dir(ENCODER)) as base, open_encoder(result.export) as export:
-        plain, tuned = Ranker(base), Ranker(export)
+    results = {
+        "two encoders": job(found, folder, "ranker", ENCODER, config),
+        "one encoder": job(found, folder, "ranker-shared", ENCODER, {**config, "options": {"shared": True}}),
+    }
+    with open_ranker(model_dir(ENCODER)) as plain:
         cases = [case for row in found.dev for case in candidates(found.concepts, row, plain)]
-        ways = {
-            "finetuned": [tuned.order(step, texts) for step, texts, _ in cases],
-            "minilm": [plain.order(step, texts) for step, texts, _ in cases],
-            "tfidf": [by_terms(step, texts) for step, texts, _ in cases],
-        }
+        ways = {"minilm": [plain.order(step, texts) for step, texts, _ in cases]}
+    for name, result in results.items():
+        with open_ranker(result.export) as tuned:
+            ways[name] = [tuned.order(step, texts) for step, texts, _ in cases]
+    ways["tfidf"] = [by_terms(step, texts) for step, texts, _ in cases]
     fitting = [fits for _, _, fits in cases]
     numbers = {name: recall(order, fitting) for name, order in ways.items()}
     chance = float(np.mean([RECALL_AT / len(texts) for _, texts, _ in cases]))
-    return {**facts_of(result), "recall_at_10": {**numbers, "chance": chance}, "sentences": len(cases)}
+    trained = {name: facts_of(result) for name, result in results.items()}
+    return {"trained": trained, "recall_at_10": {**numbers, "chance": chance}, "sentences": len(cases)}
+
+
+Vector = np.ndarray[Any, Any]
 
 
 class Ranker:
-    """An encoder's cosines of stories and facts; what is asked for again is encoded once."""
+    """Cosines of stories and facts by an encoder of each, which may be one; a fact is encoded once."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self._encoder, self._format = encoder, RankerFormat()
-        self._known: dict[tuple[int, ...], np.ndarray[Any, Any]] = {}
+    def __init__(self, reader: TextEncoder, knower: TextEncoder) -> None:
+        self._reader, self._knower, self._format = reader, knower, RankerFormat()
+        self._known: dict[str, Vector] = {}
 
-    def story(self, sentences: Sequence[str]) -> np.ndarray[Any, Any]:
+    def story(self, sentences: Sequence[str]) -> Vector:
         """The vector [H] of a story."""
-        return self._vectors([self._format.story(sentences, self._encoder.tokenizer).tokens])[0]
+        rows: Vector = self._reader.vectors([self._format.story(sentences, self._reader.tokenizer).tokens])
+        return rows[0]
 
-    def facts(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    def facts(self, texts: Sequence[str]) -> list[Vector]:
         """The vectors [H] of facts."""
-        return self._vectors([self._format.fact(text, self._encoder.tokenizer).tokens for text in texts])
-
-    def _vectors(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray[Any, Any]]:
-        keys = [tuple(one) for one in sequences]
-        new = list(dict.fromkeys(key for key in keys if key not in self._known))
-        self._known |= zip(new, self._encoder.vectors(new), strict=True)
-        return [self._known[key] for key in keys]
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        tokens = [self._format.fact(text, self._knower.tokenizer).tokens for text in new]
+        self._known |= zip(new, self._knower.vectors(tokens), strict=True)
+        return [self._known[text] for text in texts]
 
     def order(self, step: Step, texts: Sequence[str]) -> list[str]:
         """Candidates by the story so far, best first."""
         scores = unit(np.stack(self.facts(texts)).astype(np.float64)) @ self.story(step.told).astype(np.float64)
         return [texts[i] for i in np.argsort(-scores, kind="stable")]
+
+
+@contextmanager
+def open_ranker(directory: Path) -> Iterator[Ranker]:
+    """The encoder of a directory, or its two."""
+    with ExitStack() as held:
+        knower = held.enter_context(open_encoder(directory))
+        beside = directory / QUERY_DIR
+        yield Ranker(held.enter_context(open_encoder(beside)) if beside.is_dir() else knower, knower)
 
 
 def candidates(concepts: Concepts, row: Row, ranker: Ranker) -> list[tuple[Step, list[str], set[str]]]:
@@ -303,9 +317,9 @@ def control(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, A
     adapters = {name: folder / f"{name}-export" for name in ("keywords", "sentences")}
     with (
         LLM(model_dir(DECODER), adapters=adapters, dtype="float32") as llm,
-        open_encoder(model_dir(ENCODER)) as encoder,
+        open_ranker(model_dir(ENCODER)) as encoder,
     ):
-        teller = Teller(llm, Ranker(encoder), found.concepts, seed)
+        teller = Teller(llm, encoder, found.concepts, seed)
         free, free_texts = teller.tell(firsts, [None] * len(firsts))
         given, given_texts = teller.tell(firsts, foreign)
         before = [row["keywords"][CONTROLLED - 2] for row in free]

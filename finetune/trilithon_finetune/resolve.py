@@ -169,13 +169,6 @@ def check_fit(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
     Raises:
         FinetuneError: `lora_not_servable`, `invalid_config`.
     """
-    try:
-        layout_of(config).check(model, tokens_per_micro_batch=config.data.max_tokens or MIN_LORA_TOKENS)
-        if (spec := lora_spec(config)) is not None:
-            spec.check(model)
-    except ModelError as error:
-        param = "tuning" if error.code == "lora_invalid" else "parallel"
-        raise refuse("invalid_config", error.message, param=param, hint=error.hint) from None
     if config.tuning.kind == "lora" and recipe.head not in ("vocabulary", "preference"):
         raise refuse(
             "lora_not_servable",
@@ -183,6 +176,13 @@ def check_fit(config: JobConfig, recipe: Recipe, model: ModelConfig) -> None:
             param="tuning.kind",
             hint="Use full: the whole encoder is trained and served.",
         )
+    try:
+        layout_of(config).check(model, tokens_per_micro_batch=config.data.max_tokens or MIN_LORA_TOKENS)
+        if (spec := lora_spec(config)) is not None:
+            spec.check(model)
+    except ModelError as error:
+        param = "tuning" if error.code == "lora_invalid" else "parallel"
+        raise refuse("invalid_config", error.message, param=param, hint=error.hint) from None
     types = recipe.needs(task_options(recipe, config)).token_types
     if config.tuning.kind == "lora" and types > model.token_types:
         raise refuse(

@@ -30,7 +30,8 @@ class VectorBatch(PackedBatch):
     Texts, each of which becomes a vector.
 
     `is_query_B`: which are read as queries, by an encoder of their own where there are two; on the CPU. `roles_B`,
-    `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `score_scale`, `margin`: as in `contrast`. `pulls_BH`, with
+    `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `score_scale`, `margin`: as in `contrast`. `trains_passages`:
+    False: of two encoders that of passages is run as it is served, and is given no gradient. `pulls_BH`, with
     `losses_B`: the gradient of what the global batch loses to these vectors, and what these queries lose; None until
     the vectors of all ranks are known. Outputs: the vectors [B, H].
     """
@@ -41,6 +42,7 @@ class VectorBatch(PackedBatch):
     keys_B: Tensor
     score_scale: float
     margin: float | None = None
+    trains_passages: bool = True
     pulls_BH: Tensor | None = None
     losses_B: Tensor | None = None
 
@@ -60,9 +62,13 @@ class VectorBatch(PackedBatch):
             if not chosen:
                 continue
             part, tokens = self._only(chosen)
-            drops = None if dropout is None else replace(dropout, sample_ids=part.sample_ids, lengths=part.lengths)
+            learns = is_query or self.trains_passages
+            drops = None
+            if dropout is not None and learns:
+                drops = replace(dropout, sample_ids=part.sample_ids, lengths=part.lengths)
             x = None if received is None else received[tokens]
-            part_RH = PackedBatch.run(part, one, x, dropout=drops)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                part_RH = PackedBatch.run(part, one, x, dropout=drops)
             if hidden_TH is None:
                 hidden_TH = part_RH.new_zeros(len(self.tokens_T), part_RH.shape[1])
             hidden_TH = hidden_TH.index_copy(0, tokens, part_RH)

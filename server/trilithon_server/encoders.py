@@ -14,7 +14,8 @@ from trilithon_parallel.config import QUERY_DIR
 from trilithon_server.knowledge.manifest import Encoder, Manifest
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
-from trilithon_server.tasks.retrieval import RetrievalFormat
+from trilithon_server.tasks.retrieval import Reads, RetrievalFormat
+from trilithon_server.tasks.story_format import RankerFormat
 from trilithon_server.validation import shown
 
 QUESTIONS_SUFFIX = "-questions"
@@ -49,23 +50,28 @@ async def encoder_of(service: Service, call: Call, manifest: Manifest, name: str
     return found
 
 
-async def asker_of(service: Service, call: Call, model: ServedModel) -> ServedModel:
+async def both_of(service: Service, call: Call, model: ServedModel) -> tuple[ServedModel, ServedModel]:
     """
-    The served encoder of the questions that an encoder's passages answer: itself, or the other one of two.
+    The served encoders of questions and of passages of an encoder's space: itself twice, or it and the other one.
 
     Raises:
-        FailedPrecondition: `unsupported_model`, it is not served.
+        FailedPrecondition: `unsupported_model`, the other one is not served.
     """
-    if format_of(model).reads == "both":
-        return model
-    found = await _partner(service, call, space_of(model), model.name, "questions")
+    known = _sides(model).reads
+    if known == "both":
+        return model, model
+    other: Side = "passages" if known == "questions" else "questions"
+    builder = model.name.removesuffix(QUESTIONS_SUFFIX)
+    found = await _partner(service, call, space_of(model), builder, other)
     if found is None:
+        where = f"in its folder {QUERY_DIR}/" if other == "questions" else f"in the folder above its {QUERY_DIR}/"
+        read, missing = _called(model, known), _called(model, other)
         raise FailedPrecondition(
-            f"the encoder `{model.name}` reads passages alone, and the one of its questions is not served.",
+            f"the encoder `{model.name}` is one of two: it reads {read} alone, and the one of {missing} is not served.",
             code="unsupported_model",
-            hint=f"Serve the model in its folder {QUERY_DIR}/, too.",
+            hint=f"Serve the model {where}, too.",
         )
-    return found
+    return (model, found) if known == "questions" else (found, model)
 
 
 async def _partner(service: Service, call: Call, digest: str, builder: str, side: Side) -> ServedModel | None:
@@ -88,13 +94,24 @@ async def _partner(service: Service, call: Call, digest: str, builder: str, side
     return None
 
 
+def _sides(model: ServedModel) -> RetrievalFormat | RankerFormat:
+    """What says whether an encoder is one of two."""
+    return model.story if isinstance(model.story, RankerFormat) else format_of(model)
+
+
+def _called(model: ServedModel, side: Reads) -> str:
+    """A side, in a user's words."""
+    stories = {"both": "both", "questions": "stories", "passages": "facts"}
+    return stories[side] if isinstance(model.story, RankerFormat) else side
+
+
 def _fits(model: ServedModel, digest: str, side: Side) -> bool:
-    return format_of(model).reads in ("both", side) and space_of(model) == digest
+    return _sides(model).reads in ("both", side) and space_of(model) == digest
 
 
 def space_of(model: ServedModel) -> str:
     """What vectors can be compared with: the digest of the encoder of passages."""
-    return format_of(model).passages_by or model.ready().model_digest
+    return _sides(model).passages_by or model.ready().model_digest
 
 
 def check_side(model: ServedModel, side: Side) -> None:
@@ -102,10 +119,10 @@ def check_side(model: ServedModel, side: Side) -> None:
     Raises:
         FailedPrecondition: `unsupported_model`, the encoder is one of two and reads the other side.
     """
-    reads = format_of(model).reads
+    reads = _sides(model).reads
     if reads not in ("both", side):
         raise FailedPrecondition(
-            f"the encoder `{model.name}` is one of two, and reads {reads} alone. Asked for: {side}.",
+            f"the encoder `{model.name}` is one of two, and reads {_called(model, reads)} alone. Asked for: {side}.",
             code="unsupported_model",
             hint="Name the other one.",
         )
@@ -139,7 +156,9 @@ def default_encoder(service: Service) -> str:
 
 
 def _is_special(model: ServedModel) -> bool:
-    return model.task is not None or (model.retrieval is not None and model.retrieval.reads == "questions")
+    if model.task is not None or model.story is not None:
+        return True
+    return model.retrieval is not None and model.retrieval.reads == "questions"
 
 
 def format_of(model: ServedModel) -> RetrievalFormat:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
 from trilithon_server.dialogue_requests import check_documents
-from trilithon_server.encoders import asker_of, check_side, default_encoder, format_of
+from trilithon_server.encoders import both_of, check_side, default_encoder, format_of
 from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.version import Hit, Queries, search_passages
@@ -212,7 +212,7 @@ async def _passages(
         model.require("embed")
         if mode != "bm25":
             check_side(model, "passages")
-            asker = await asker_of(service, call, model)
+            asker, _ = await both_of(service, call, model)
             known = await encode_passages(service, call, model, passages, values)
             question = await encode_queries(service, call, asker, [asked.question], values)
             queries = dataclasses.replace(queries, vectors_NH=question.vectors_NH)

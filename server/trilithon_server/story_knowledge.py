@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,26 @@ from trilithon_server.service import Service
 from trilithon_server.tasks.story_format import RankerFormat
 
 
+@dataclass(frozen=True)
+class Ranker:
+    """
+    Chooses facts by vectors.
+
+    Attributes:
+        reader: the encoder of stories.
+        knower: that of facts, which may be the same.
+        format: how they read them.
+    """
+
+    reader: ServedModel
+    knower: ServedModel
+    format: RankerFormat
+
+
 async def ranked(
     service: Service,
     call: Call,
-    ranker: ServedModel,
-    format: RankerFormat,
+    ranker: Ranker,
     story: Sequence[str],
     facts: Facts,
     values: Mapping[str, Any],
@@ -32,20 +49,28 @@ async def ranked(
     Raises:
         TrilithonError: the engine refused, or could not finish.
     """
-    hello, adapter = ranker.ready(), ranker.adapter
+    format = ranker.format
+    hello, adapter = ranker.knower.ready(), ranker.knower.adapter
     made_by = (hello.model_digest, hello.dtype, "" if adapter is None else adapter.digest, str(format.max_fact))
     keys = [(*made_by, fact.text) for fact in facts.facts]
     found = [service.fact_vectors.get(key) for key in keys]
     missing = [i for i, vector in enumerate(found) if vector is None]
-    tokenizer = ranker.tokenizer
-    texts = [format.story(story, tokenizer), *(format.fact(facts.facts[i].text, tokenizer) for i in missing)]
-    inputs = [list(text.tokens) for text in texts]
-    vectors: list[Vector] = []
-    most = service.limits.max_embedding_inputs
-    for first in range(0, len(inputs), most):
-        _, rows, _ = await embed(service, call, ranker.name, inputs[first : first + most], values)
-        vectors += [np.asarray(row.values, np.float32) for row in rows]
-    for i, vector in zip(missing, vectors[1:], strict=True):
+    asked = [list(format.story(story, ranker.reader.tokenizer).tokens)]
+    new = [list(format.fact(facts.facts[i].text, ranker.knower.tokenizer).tokens) for i in missing]
+
+    async def vectors(model: ServedModel, inputs: list[list[int]]) -> list[Vector]:
+        rows: list[Vector] = []
+        most = service.limits.max_embedding_inputs
+        for first in range(0, len(inputs), most):
+            _, some, _ = await embed(service, call, model.name, inputs[first : first + most], values)
+            rows += [np.asarray(row.values, np.float32) for row in some]
+        return rows
+
+    if ranker.reader is ranker.knower:
+        told, *made = await vectors(ranker.reader, [*asked, *new])
+    else:
+        ((told,), made) = await asyncio.gather(vectors(ranker.reader, asked), vectors(ranker.knower, new))
+    for i, vector in zip(missing, made, strict=True):
         found[i] = vector
         service.fact_vectors.put(keys[i], vector)
-    return by_cosine(facts.facts, [vector for vector in found if vector is not None], vectors[0])
+    return by_cosine(facts.facts, [vector for vector in found if vector is not None], told)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trilithon.errors import FailedPrecondition
+from trilithon_server.encoders import both_of
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
+from trilithon_server.story_knowledge import Ranker
 from trilithon_server.task_model import adapter_task
 from trilithon_server.tasks import TaskFormat
 from trilithon_server.tasks.story_format import GUIDE, KeywordFormat, RankerFormat, SentenceFormat
@@ -18,15 +20,14 @@ class Cast:
     Attributes:
         writer, writing: writes sentences.
         predictor, predicting: writes keywords.
-        ranker, ranking: chooses facts; None where no encoder is served.
+        ranker: chooses facts; None where no encoder is served.
     """
 
     writer: ServedModel
     writing: SentenceFormat
     predictor: ServedModel
     predicting: KeywordFormat
-    ranker: ServedModel | None
-    ranking: RankerFormat
+    ranker: Ranker | None
 
 
 async def cast(service: Service, call: Call, writer_name: str, *, predictor_name: str, ranker_name: str) -> Cast:
@@ -44,14 +45,14 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
     predictor.require("generate")
     ranker = None
     if name := ranker_name or _trained(service, RankerFormat) or _encoder(service):
-        ranker = await service.resolve(name, call)
-        ranker.require("embed")
-    for model in (writer, predictor, ranker):
-        if model is not None:
-            model.ready()
-            model.engine.check_admission(1)  # a full queue is told before a stream begins
+        encoder = await service.resolve(name, call)
+        encoder.require("embed")
+        encoder.ready()
+        ranker = Ranker(*await both_of(service, call, encoder), _ranking_of(encoder))
+    for model in (writer, predictor, *(() if ranker is None else (ranker.reader, ranker.knower))):
+        model.ready()
+        model.engine.check_admission(1)  # a full queue is told before a stream begins
     known_writing, known_predicting = _format(writer), _format(predictor)
-    ranking = None if ranker is None else _format(ranker)
     writing = known_writing if isinstance(known_writing, SentenceFormat) else _sentences_in_words(writer)
     predicting = known_predicting if isinstance(known_predicting, KeywordFormat) else _keywords_in_words(predictor)
     _check(writer, writing)
@@ -62,7 +63,6 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
         predictor=predictor,
         predicting=predicting,
         ranker=ranker,
-        ranking=ranking if isinstance(ranking, RankerFormat) else _ranking_of(ranker),
     )
 
 
@@ -73,7 +73,12 @@ def _trained(service: Service, kind: type[KeywordFormat | RankerFormat]) -> str:
 
 def _encoder(service: Service) -> str:
     """The first configured encoder whose vectors are what it is for; empty for none."""
-    return next((name for name, model in service.models.items() if model.encoder and model.task is None), "")
+    fit = (name for name, model in service.models.items() if model.encoder and model.task is None and _reads_all(model))
+    return next(fit, "")
+
+
+def _reads_all(model: ServedModel) -> bool:
+    return model.retrieval is None or model.retrieval.reads == "both"
 
 
 def _sentences_in_words(model: ServedModel) -> SentenceFormat:
@@ -87,8 +92,11 @@ def _keywords_in_words(model: ServedModel) -> KeywordFormat:
     return KeywordFormat(guide=GUIDE, max_story=model.max_context // 2)
 
 
-def _ranking_of(model: ServedModel | None) -> RankerFormat:
-    window = RankerFormat().max_story if model is None else model.max_context
+def _ranking_of(model: ServedModel) -> RankerFormat:
+    """As it was trained, else as fits."""
+    known, window = _format(model), model.max_context
+    if isinstance(known, RankerFormat):
+        return known
     return RankerFormat(max_story=min(128, window), max_fact=min(64, window))
 
 

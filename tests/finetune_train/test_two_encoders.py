@@ -195,7 +195,7 @@ def test_R11_what_two_encoders_cannot_be_is_told(pair: JobDir, base: Path, tmp_p
         options={"top_k": 3},
     ).try_phase("validate")["error"]
 
-    assert "must be one encoder" in adapted["message"]
+    assert adapted["code"] == "lora_not_servable"
     assert (joined["param"], reader["param"]) == ("options.shared", "options.retriever")
     assert "two encoders" in joined["message"]
     assert "reads questions alone" in reader["message"]

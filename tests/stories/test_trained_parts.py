@@ -11,13 +11,16 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from finetune_jobs import JobDir
+from safetensors.torch import load_file
 from served import Server, serving
 from stories.story_jobs import HELD_OUT, a_job, with_many_facts
 
 from trilithon import Client
 from trilithon_finetune.metrics.texts import num_words
 from trilithon_finetune.recipes.base import IGNORE, Output, Sample
+from trilithon_finetune.recipes.retriever import QUERY
 from trilithon_finetune.setup import read_job
 from trilithon_finetune.train.evaluation import contrast_loss
 from trilithon_finetune.train.work import Work, open_work
@@ -40,7 +43,7 @@ def facts(concepts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranker(encoder: Path, facts: Path, tmp_path_factory: pytest.TempPathFactory) -> JobDir:
-    """A ranker that learned by a margin."""
+    """A ranker that learned by a margin: an encoder of stories, and that of facts as it was."""
     folder = tmp_path_factory.mktemp("ranker") / "job"
     return a_job(folder, encoder, facts, encoder, "story_ranker", lr=1e-2, loss="max_margin", positives=2).walk()
 
@@ -53,18 +56,23 @@ def teller(decoder: Path, encoder: Path, facts: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def trained(ranker: JobDir, teller: JobDir, decoder: Path, flags: list[str], facts: Path) -> Iterator[Server]:
-    """The decoder with the adapter, a plain encoder, the ranker, and the concepts."""
-    pairs = {
-        "engines.2.name": "ranker",
-        "engines.2.served_name": "ranker",
-        "engines.2.model": ranker.root / "export",
-        "engines.2.num_threads": 1,
-    }
-    pairs |= {"engines.2.memory_fraction": 0.1, "engines.2.dtype": "float32", "server.concepts": facts}
-    told = [argument for name, value in pairs.items() for argument in ("--set", f"{name}={value}")]
+    """The decoder with the adapter, a plain encoder, the two of the ranker, and the concepts."""
+    export = ranker.root / "export"
+    told = [*engine(2, "knower", export), *engine(3, "ranker", export / "query"), "--set", f"server.concepts={facts}"]
     adapter = ["--adapter", f"teller={teller.root / 'export'}"]
     with serving(decoder, *flags, "--set", "engines.1.dtype=float32", *told, *adapter) as server:
         yield server
+
+
+def engine(index: int, name: str, model: Path) -> list[str]:
+    """What a server is told of one engine more."""
+    pairs = {"name": name, "served_name": name, "model": model, "num_threads": 1, "dtype": "float32"}
+    pairs |= {"memory_fraction": 0.1}
+    return [part for key, value in pairs.items() for part in ("--set", f"engines.{index}.{key}={value}")]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
 
 
 def vectors(server: Server, model: str, sequences: Sequence[Sequence[int]]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -93,8 +101,14 @@ def test_E4_a_served_ranker_is_the_one_that_was_judged(trained: Server, ranker: 
     """
     work, samples = valid_of(ranker)
     numbers = judged(ranker)
-    found = vectors(trained, "ranker", [sample.tokens for sample in samples])
-    outputs = [Output(sample, values) for sample, values in zip(samples, found, strict=True)]
+    asked = [sample for sample in samples if sample.columns["role"] == QUERY]
+    others = [sample for sample in samples if sample.columns["role"] != QUERY]
+    told = {
+        id(sample): values
+        for model, some in (("ranker", asked), ("knower", others))
+        for sample, values in zip(some, vectors(trained, model, [one.tokens for one in some]), strict=True)
+    }
+    outputs = [Output(sample, told[id(sample)]) for sample in samples]
     size = work.prepared.valid.unit * 4
     loss = contrast_loss(outputs, scale=work.score_scale, margin=work.margin, batch_samples=size)
 
@@ -108,29 +122,64 @@ def test_E4_a_served_ranker_is_the_one_that_was_judged(trained: Server, ranker: 
 
 def test_stories_take_the_trained_ranker(trained: Server, ranker: JobDir, facts: Path) -> None:
     """
-    Before a plain encoder, unasked, in the format of its task file: facts come in the order of its cosines, which is
-    not that of the encoder that it began from.
+    Before a plain encoder, unasked, in the format of its task file, by either name of the two: facts come in the order
+    of its cosines, which is not that of the encoder that it began from.
     """
     body = {"model": "writer", "first_sentence": FIRST, "seed": 3, "sentences": 1, "max_tokens": 8, "knowledge_k": 6,
             "controls": [{"index": 2, "keywords": ["boat", "dog"]}]}  # fmt: skip
-    told, plain = (
+    told, named, plain = (
         httpx.post(f"{trained.url}/v1/stories", json={**body, **more}, timeout=60).json()["sentences"][1]["facts"]
-        for more in ({}, {"ranker": "encoder"})
+        for more in ({}, {"ranker": "ranker"}, {"ranker": "encoder"})
     )
     format_ = read_task(ranker.root / "export")
     assert isinstance(format_, RankerFormat)
     tokenizer = load_tokenizer(ranker.root / "export")
     known = [fact.text for fact in read_concepts(facts).graph.facts(["boat", "dog"]).facts]
-    rows = vectors(
-        trained, "ranker",
-        [format_.story([FIRST], tokenizer).tokens, *(format_.fact(text, tokenizer).tokens for text in known)],
-    )  # fmt: skip
-    cosines = dict(zip(known, (rows[1:] @ rows[0]).tolist(), strict=True))
+    story = vectors(trained, "ranker", [format_.story([FIRST], tokenizer).tokens])[0]
+    rows = vectors(trained, "knower", [format_.fact(text, tokenizer).tokens for text in known])
+    cosines = dict(zip(known, (rows @ story).tolist(), strict=True))
 
+    assert told == named
     assert format_.max_story == 96
     assert [fact["score"] for fact in told] == pytest.approx([cosines[fact["text"]] for fact in told], abs=1e-4)
     assert [fact["score"] for fact in told] == pytest.approx(sorted(cosines.values(), reverse=True)[:6], abs=1e-4)
     assert [fact["text"] for fact in told] != [fact["text"] for fact in plain]
+
+
+def test_the_encoder_of_facts_stays_unless_it_is_to_learn(
+    ranker: JobDir, encoder: Path, facts: Path, tmp_path: Path
+) -> None:
+    """
+    To the bit the base, so that vectors of facts are made once for all rankers. With `train_facts` both learn, and with
+    `shared` there is one encoder.
+    """
+    both, one = (
+        a_job(tmp_path / name, encoder, facts, encoder, "story_ranker", lr=1e-2, **{name: True}).walk()
+        for name in ("train_facts", "shared")
+    )
+    began = tensors(encoder)
+    word = "embeddings.word_embeddings.weight"
+    export = ranker.root / "export"
+
+    assert all(torch.equal(tensor, began[name]) for name, tensor in tensors(export).items())
+    assert not torch.equal(tensors(export / "query")[word], began[word])
+    assert not torch.equal(tensors(both.root / "export")[word], began[word])
+    assert not (one.root / "export" / "query").exists()
+    assert not torch.equal(tensors(one.root / "export")[word], began[word])
+
+
+def test_R11_one_of_two_alone_ranks_nothing(ranker: JobDir, decoder: Path, flags: list[str]) -> None:
+    """The encoder of stories without that of facts is refused with what to serve."""
+    told = engine(2, "ranker", ranker.root / "export" / "query")
+    body = {"model": "writer", "first_sentence": FIRST, "ranker": "ranker", "sentences": 1, "max_tokens": 4}
+    with serving(decoder, *flags, *told) as server:
+        refused = httpx.post(f"{server.url}/v1/stories", json=body, timeout=60)
+        plain = httpx.post(f"{server.url}/v1/stories", json={**body, "ranker": "encoder"}, timeout=60)
+
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (400, "unsupported_model")
+    assert "reads stories alone, and the one of facts is not served" in error["message"]
+    assert plain.status_code == 200
 
 
 def test_E4_a_served_adapter_loses_what_the_job_was_told(trained: Server, teller: JobDir) -> None:

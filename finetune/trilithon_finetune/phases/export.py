@@ -33,6 +33,7 @@ from trilithon_parallel.shapes import STRENGTH
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.tasks import TASK_FILE, read_task
 from trilithon_server.tasks.retrieval import RetrievalFormat
+from trilithon_server.tasks.story_format import RankerFormat
 from trilithon_server.text.template import TEMPLATE_FILE
 
 
@@ -122,7 +123,7 @@ def write_export(work: Work, checkpoint: Path, out: Path, *, step: int) -> Path:
 def _tell_apart(directory: Path) -> None:
     """Of two encoders, the task file of that of questions: it names the passages that it asks for."""
     passages = read_task(directory)
-    assert isinstance(passages, RetrievalFormat)
+    assert isinstance(passages, RetrievalFormat | RankerFormat)
     questions = replace(passages, reads="questions", passages_by=model_digest(directory))
     write_json(directory / QUERY_DIR / TASK_FILE, questions.task_file())
 

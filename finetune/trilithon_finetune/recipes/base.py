@@ -247,6 +247,10 @@ class Recipe(Protocol):
         """Of inner products, where vectors are told apart."""
         return 1.0
 
+    def trains_passages(self, context: Context) -> bool:
+        """Of two encoders, whether that of passages learns; that of questions always does."""
+        return True
+
     def margin(self, context: Context) -> float | None:
         """That vectors are told apart by; None for cross-entropy."""
         return None

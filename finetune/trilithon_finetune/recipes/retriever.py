@@ -85,13 +85,8 @@ class _Retriever(Recipe):
     def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
         """One encoder or two."""
         assert isinstance(options, RetrieverOptions)
-        if options.shared and base.has_twin:
-            raise refuse(
-                "invalid_config",
-                "options.shared must be false or left out: the base is two encoders. Given: true.",
-                param="options.shared",
-                hint="Name a base of one encoder, or train both.",
-            )
+        if options.shared:
+            check_joins(base)
         shared = base.normalize and not base.has_twin if options.shared is None else options.shared
         return replace(base, has_twin=not shared)
 
@@ -200,6 +195,22 @@ class InverseCloze(_Retriever):
             samples.append(_sample(query, QUERY, line, first, "", pair=part))
             samples.append(_sample(passage, ANSWER, line, first + 1, f"{title}\0{rest}", pair=part))
         return samples
+
+
+def check_joins(base: ModelConfig) -> None:
+    """
+    One encoder is to be trained.
+
+    Raises:
+        FinetuneError: `invalid_config`, the base is two.
+    """
+    if base.has_twin:
+        raise refuse(
+            "invalid_config",
+            "options.shared must be false or left out: the base is two encoders. Given: true.",
+            param="options.shared",
+            hint="Name a base of one encoder, or train both.",
+        )
 
 
 def ranks_of(outputs: Sequence[Output]) -> list[int]:

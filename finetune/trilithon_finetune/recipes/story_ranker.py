@@ -3,7 +3,10 @@ Task `story_ranker`: an encoder whose vectors bring a story and the facts that i
 are stories with labels, or the job makes them, see `story.py`.
 
 A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
-the global batch, by cross-entropy or by a margin. The story's side never sees the sentence. One encoder reads both.
+the global batch, by cross-entropy or by a margin. The story's side never sees the sentence.
+
+Stories have an encoder of their own, which begins as that of facts. That one stays as it is unless the job says
+otherwise: what a server has made of a fact serves every ranker of the same base.
 
 Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margin.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -21,7 +25,7 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
-from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, ranks_of
+from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, check_joins, ranks_of
 from trilithon_finetune.recipes.story_rows import (
     LABEL_FIRST,
     SENTENCES,
@@ -31,6 +35,7 @@ from trilithon_finetune.recipes.story_rows import (
     labelled,
     steps_of,
 )
+from trilithon_parallel.config import ModelConfig
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat
@@ -54,6 +59,10 @@ class RankerOptions(LabelSources):
     """`cross_entropy`: of the fact among all others. `max_margin`: how far each other is within a margin, summed."""
     margin: Annotated[float, Field(gt=0)] | None = None
     """Of `max_margin`, in scaled inner products. None: 0.5."""
+    shared: bool = False
+    """Whether one encoder reads stories and facts. Else each has its own."""
+    train_facts: bool = False
+    """Of two encoders, whether that of facts learns, too. Else it stays the base."""
     score_scale: Annotated[float, Field(gt=0)] | None = None
     """
     Of inner products. None: 1 / sqrt(hidden size), or, where vectors have length 1, 20 before a softmax and 1 with a
@@ -64,6 +73,12 @@ class RankerOptions(LabelSources):
     def _margin(self) -> Self:
         if self.margin is not None and self.loss != "max_margin":
             raise ValueError(f"margin {self.margin:g} must come with loss max_margin: {self.loss} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.train_facts and self.shared:
+            raise ValueError("train_facts true must come with shared false: one encoder learns as a whole")
         return self
 
 
@@ -96,6 +111,18 @@ class StoryRanker(Recipe):
         """A story, a fact, and the candidates that it is told from."""
         assert isinstance(options, RankerOptions)
         return 2 + options.negatives
+
+    def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
+        """One encoder or two."""
+        assert isinstance(options, RankerOptions)
+        if options.shared:
+            check_joins(base)
+        return replace(base, has_twin=not options.shared)
+
+    def trains_passages(self, context: Context) -> bool:
+        """Facts are what passages are to a question."""
+        options = _options(context)
+        return options.shared or options.train_facts
 
     def score_scale(self, context: Context) -> float:
         """Of inner products."""
@@ -171,7 +198,9 @@ def _options(context: Context) -> RankerOptions:
 def _format(context: Context) -> RankerFormat:
     options = _options(context)
     return RankerFormat(
-        max_story=min(options.story_tokens, context.max_tokens), max_fact=min(options.fact_tokens, context.max_tokens)
+        max_story=min(options.story_tokens, context.max_tokens),
+        max_fact=min(options.fact_tokens, context.max_tokens),
+        reads="passages" if context.model.has_twin else "both",
     )
 
 

@@ -52,6 +52,12 @@ def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
     factor = optimizer.head_lr / optimizer.lr
     new = STRENGTH if work.recipe.head == "reading" else NEW_PARTS  # a reader's own head is its base's
     spec = lora_spec(config)
+
+    def rate_of(name: str) -> float:
+        if not work.trains_passages and not name.startswith(f"{QUERY_DIR}."):
+            return 0.0
+        return factor if name.startswith(new) else 1.0
+
     return TrainingModel(
         work.model,
         grid,
@@ -62,7 +68,7 @@ def build_model(work: Work, grid: Grid, dtype: torch.dtype) -> TrainingModel:
         dropout=_dropout(work),
         seed=config.seed,
         lora=spec,
-        rate_of=lambda name: factor if name.startswith(new) else 1.0,
+        rate_of=rate_of,
     )
 
 

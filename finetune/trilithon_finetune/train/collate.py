@@ -45,6 +45,7 @@ def collate(
     beta: float = 0.1,
     score_scale: float = 1.0,
     margin: float | None = None,
+    trains_passages: bool = True,
 ) -> PackedBatch:
     """
     Pack samples one after another.
@@ -54,7 +55,7 @@ def collate(
         ids: of the samples, for their dropout masks.
         counts: False: the batch is there for company and nothing of it counts.
         references: of a preference, each sample's log-probability by the model that training began from.
-        beta: of a preference. score_scale, margin: of inner products of vectors.
+        beta: of a preference. score_scale, margin, trains_passages: as of a `VectorBatch`.
     """
     lengths = [len(sample.tokens) for sample in samples]
     bounds = [0, *accumulate(lengths)]
@@ -84,7 +85,8 @@ def collate(
             "pairs_B": ints(pairs),
             "keys_B": ints([sample.columns["key"] for sample in samples]),
         }
-        return VectorBatch(**packed, **facts, score_scale=score_scale, margin=margin)  # type: ignore[arg-type]  # by name
+        how = {"score_scale": score_scale, "margin": margin, "trains_passages": trains_passages}
+        return VectorBatch(**packed, **facts, **how)  # type: ignore[arg-type]  # by name
     if head in ("span", "joint_span") and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)
         for start, sample in zip(bounds, samples, strict=False):

@@ -44,6 +44,11 @@ class Work:
         return self.recipe.score_scale(self.context)
 
     @property
+    def trains_passages(self) -> bool:
+        """Of two encoders, whether that of passages learns."""
+        return self.recipe.trains_passages(self.context)
+
+    @property
     def margin(self) -> float | None:
         """That vectors are told apart by; None for cross-entropy."""
         return self.recipe.margin(self.context)

@@ -22,6 +22,9 @@ from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.task_file import Size, TaskFile
 from trilithon_server.tasks.writing import literal
 
+Reads = Literal["both", "questions", "passages"]
+"""What an encoder reads: both, or one of the two, where it is one of two."""
+
 
 @dataclass(frozen=True)
 class RetrievalFormat(TaskFile):
@@ -33,7 +36,7 @@ class RetrievalFormat(TaskFile):
         title: `separator`: [CLS] title [SEP] text [SEP]; `sentence`: [CLS] title. text [SEP].
         score_scale: what an inner product is multiplied by before a softmax over passages: 1 / sqrt(H) for vectors of
             any length (arXiv 2101.00408), 20 for those of length 1, whose products are cosines.
-        reads: what this encoder reads: `both`, or `questions` or `passages` alone.
+        reads: what this encoder reads.
         passages_by: `model_digest` of the encoder of the passages that it asks for, where it reads `questions`; else
             empty.
     """
@@ -45,7 +48,7 @@ class RetrievalFormat(TaskFile):
     max_passage_tokens: Size = 256
     title: Literal["separator", "sentence"] = "sentence"
     score_scale: float = 20.0
-    reads: Literal["both", "questions", "passages"] = "both"
+    reads: Reads = "both"
     passages_by: str = ""
 
     @classmethod

@@ -32,6 +32,7 @@ from pydantic import Field
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.names import TAGS, cut_at_names, names_of, with_names
 from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.retrieval import Reads
 from trilithon_server.tasks.task_file import Room, Size, TaskFile
 from trilithon_server.tasks.writing import lead, literal, one_line, special
 
@@ -238,17 +239,21 @@ class RankerFormat(TaskFile):
     """
     How the ranker, an encoder of vectors, reads a story and a fact; part of a model's task file.
 
-    A fact goes with a story where the cosine of their vectors is high.
+    A fact goes with a story where the cosine of their vectors is high: a story asks, and facts are its passages.
 
     Attributes:
         max_story: tokens of the story so far, special tokens included: its last ones.
         max_fact: tokens of a fact, special tokens included: its first ones.
+        reads, passages_by: as of a `RetrievalFormat`.
     """
 
     task: ClassVar[str] = "story_ranker"
+    added: ClassVar[tuple[str, ...]] = ("reads", "passages_by")
 
     max_story: Annotated[int, Field(ge=3)] = 128
     max_fact: Annotated[int, Field(ge=3)] = 64
+    reads: Reads = "both"
+    passages_by: str = ""
 
     def story(self, story: Sequence[str], tokenizer: Tokenizer) -> Encoded:
         """The story so far."""
