@@ -9,6 +9,7 @@ No torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from trilithon_finetune.recipes.base import Context, Recipe, Retriever
 from trilithon_parallel.config import QUERY_DIR, ModelConfig, ModelError, load_config
 from trilithon_parallel.task_head import for_vectors
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
+from trilithon_server.engine.identity import model_digest
 from trilithon_server.tasks import read_task
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import TemplateError, load_template
@@ -162,6 +164,14 @@ def open_base(job: JobFile, *, max_tokens: int | None = None) -> Base:
 def load_pair(model_dir: Path) -> ModelConfig:
     """What a directory holds: `has_twin` where there is an encoder of questions beside that of passages."""
     return replace(load_config(model_dir), has_twin=(model_dir / QUERY_DIR / "config.json").is_file())
+
+
+def base_digest(model_dir: Path) -> str:
+    """The identity of what training begins from: of one model its own, of two encoders that of both."""
+    digest = model_digest(model_dir)
+    if not load_pair(model_dir).has_twin:
+        return digest
+    return hashlib.sha256(f"{digest} {model_digest(model_dir / QUERY_DIR)}".encode()).hexdigest()
 
 
 def _open_retriever(model_dir: Path, config: JobConfig) -> Retriever:

@@ -21,6 +21,9 @@ from trilithon_server.validation import shown
 QUESTIONS_SUFFIX = "-questions"
 """Of the name that a job gives the encoder of questions, where it trained two: the other one has the job's."""
 
+RETRIEVER_SUFFIX = "-retriever"
+"""Of the name that a job gives the encoder of passages that it trained beside a reader."""
+
 Side = Literal["questions", "passages"]
 
 

@@ -15,6 +15,7 @@ from finetune_jobs import JobDir, make_job, twin, write_rows
 from safetensors.torch import load_file
 
 from trilithon.errors import InvalidArgument
+from trilithon_finetune.setup import base_digest
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.local_index import LocalEncoder
@@ -146,11 +147,15 @@ def test_E9_two_encoders_go_on_bit_for_bit(pair: JobDir, tmp_path: Path) -> None
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_two_encoders_go_on_as_two(pair: JobDir, tmp_path: Path) -> None:
+def test_two_encoders_go_on_as_two(pair: JobDir, base: Path, tmp_path: Path) -> None:
     """A base of two is trained as two without being told so; each begins as itself."""
     again = pair_job(tmp_path, pair.root / "export", options={"shared": None}).walk()
     first, second = (made.root / "export" for made in (pair, again))
 
+    digests = [made.outcome("validate")["data"]["base_digest"] for made in (pair, again)]
+
+    assert digests == [model_digest(base), base_digest(first)]
+    assert digests[1] != model_digest(first), "the encoder of questions is part of what it begins from"
     assert again.losses()[0] < pair.losses()[0]
     assert read_task(second / "query").passages_by == model_digest(second)  # type: ignore[union-attr]
     assert not torch.equal(*(weights(path)["embeddings.word_embeddings.weight"] for path in (second, second / "query")))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import reader_facts as facts
 from task_rows import rows
 from tiny import tiny_bert, tiny_llama
 
@@ -118,8 +120,43 @@ def test_two_encoders_of_a_job_have_two_names(make_store: Callable[..., Store], 
 
     done = store.get(job)
     assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
+    assert served(store, done.name, done.name + QUESTIONS_SUFFIX) == ["export", "query"]
+
+
+def test_the_encoders_of_a_reader_have_names(make_store: Callable[..., Store], tmp_path: Path) -> None:
+    """Of two beside a reader each is served under the job's name with an ending: that is what builds its index."""
+    store = make_store(None)
+    two = facts.write_model(tmp_path / "two", facts.RETRIEVER, seed=2, sigma=0.2)
+    shutil.copytree(two, two / "query")
+    models = {"tiny": facts.new_reader(tmp_path / "reader"), "encoder": two}
+    lines = {"questions": facts.questions()[:8], "passages": facts.passages()}
+    files = {
+        name: store.jobs.put_file(
+            io.BytesIO("".join(f"{json.dumps(row)}\n" for row in some).encode()),
+            tenant=TENANT, filename=f"{name}.jsonl", purpose="fine-tune" if name == "questions" else "evidence",
+        ).id
+        for name, some in lines.items()
+    }  # fmt: skip
+    job = store.create(
+        model="tiny",
+        task="reader_joint",
+        training_file=files["questions"],
+        options={"retriever": "encoder", "passages": files["passages"], "top_k": 2, **facts.OPTIONS},
+        data={"max_tokens": 32},
+        training={"epochs": 1, "batch_size": 4},
+    )
+    store.work(models=models, **REAL)
+
+    done = store.get(job)
+    assert done.state is JobState.SUCCEEDED, (done.error, [event.message for event in store.events(job)][-3:])
+    names = (done.name, f"{done.name}-retriever", f"{done.name}-retriever-questions")
+    assert served(store, *names) == ["export", "retriever", "query"]
+
+
+def served(store: Store, *names: str) -> list[str]:
+    """The folders of what the catalogue knows by these names, each told with its own digest."""
     catalog = Catalog(store.jobs.paths.models)
-    found = [catalog.get(name, tenant=TENANT) for name in (done.name, done.name + QUESTIONS_SUFFIX)]
+    found = [catalog.get(name, tenant=TENANT) for name in names]
     paths = [entry.path for entry in found if entry is not None]
-    assert [path.name for path in paths] == ["export", "query"]
     assert [entry.digest for entry in found if entry is not None] == [model_digest(path) for path in paths]
+    return [path.name for path in paths]

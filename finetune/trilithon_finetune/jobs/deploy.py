@@ -16,12 +16,19 @@ from trilithon_finetune.config import Deploy
 from trilithon_finetune.jobs.moves import NewEvent
 from trilithon_finetune.jobs.records import Job
 from trilithon_finetune.jobs.rows import checkpoint_name
-from trilithon_parallel.config import QUERY_DIR
+from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR
 from trilithon_server.catalog import Catalog, CatalogConflict, CatalogEntry
-from trilithon_server.encoders import QUESTIONS_SUFFIX
+from trilithon_server.encoders import QUESTIONS_SUFFIX, RETRIEVER_SUFFIX
 from trilithon_server.engine.identity import model_digest
 
 _TRIES = 10
+
+_BESIDE = {
+    QUERY_DIR: QUESTIONS_SUFFIX,
+    RETRIEVER_DIR: RETRIEVER_SUFFIX,
+    f"{RETRIEVER_DIR}/{QUERY_DIR}": RETRIEVER_SUFFIX + QUESTIONS_SUFFIX,
+}
+"""Folders of an export, and how their models are called behind the job's name."""
 
 
 def deploy(
@@ -36,8 +43,8 @@ def deploy(
     check: Callable[[], object],
 ) -> NewEvent:
     """
-    Register a directory under the job's name, or that of its checkpoint, and move the alias where one is asked for. An
-    encoder of questions that lies in it gets a name of its own.
+    Register a directory under the job's name, or that of its checkpoint, and move the alias where one is asked for.
+    What lies in it beside the model, as an encoder of questions, gets a name of its own.
 
     Args:
         check: raises when the job is somebody else's.
@@ -64,9 +71,9 @@ def deploy(
         template_digest=job.template_digest,
         created=job.created_at,
     )
-    if (questions := entry.path / QUERY_DIR).is_dir():
-        asker = replace(entry, name=name + QUESTIONS_SUFFIX, path=questions, digest=model_digest(questions))
-        catalog.register(asker)
+    for folder, suffix in _BESIDE.items():
+        if (inner := entry.path / folder).is_dir():
+            catalog.register(replace(entry, name=name + suffix, path=inner, digest=model_digest(inner)))
     catalog.register(entry)
     data: dict[str, Any] = {"model": name, "step": step, "digest": digest}
     if settings.alias is None or settings.on == "never":

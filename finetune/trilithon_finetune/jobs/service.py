@@ -308,8 +308,9 @@ class Jobs:
             except NotFound:
                 message = f"{field} must be the id of a file of yours. Given: {file_id[:64]!r}."
                 raise _invalid(field, "file_not_found", message) from None
-            if file.purpose != "fine-tune":
-                message = f"{field} must be a file of purpose fine-tune. Given: {file.purpose}."
+            fit = ("fine-tune",) if field in named else ("fine-tune", "evidence")
+            if file.purpose not in fit:
+                message = f"{field} must be a file of purpose {' or '.join(fit)}. Given: {file.purpose}."
                 raise _invalid(field, "invalid_purpose", message)
 
     def _check_live(self, connection: Connection, tenant: str) -> None:

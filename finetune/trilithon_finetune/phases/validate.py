@@ -26,10 +26,9 @@ from trilithon_finetune.labelling import label_source
 from trilithon_finetune.machine import this_machine
 from trilithon_finetune.phases.outcome import Events
 from trilithon_finetune.resolve import resolve_choices, resolve_intervals, task_model
-from trilithon_finetune.setup import Base, JobFile, open_base
+from trilithon_finetune.setup import Base, JobFile, base_digest, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_finetune.train.tracking import check_trackers
-from trilithon_server.engine.identity import model_digest
 
 MAX_FINDINGS = 100
 """Findings that an outcome carries; all are counted."""
@@ -102,7 +101,7 @@ def run(
     checked = replace(
         job,
         config=config,
-        base_digest=model_digest(job.model_dir),
+        base_digest=base_digest(job.model_dir),
         data_digest=report.data_digest,
         template_digest=report.template_digest,
     )
