@@ -41,17 +41,10 @@ BUILD_S = 60.0
 THRESHOLD = -5.5  # so that the spans model finds an answer in some of these passages and none in others
 
 
-@dataclass
-class Open:
-    """The server, and one tenant's ways to ask it."""
+class Asked:
+    """A server by HTTP."""
 
-    server: Server
     http: httpx.Client
-    retrieval: retrieval_pb2_grpc.RetrieverServiceStub
-    openqa: openqa_pb2_grpc.OpenQAServiceStub
-    metadata: tuple[tuple[str, str], ...]
-    folder: Path
-    """Where each model's directory is, by its name."""
 
     def post(self, path: str, **body: Any) -> Any:
         """The answer's JSON; anything but 200 is an error."""
@@ -75,6 +68,19 @@ class Open:
                 return told
             assert time.monotonic() < deadline, told
             time.sleep(0.02)
+
+
+@dataclass
+class Open(Asked):
+    """The server, and one tenant's ways to ask it."""
+
+    server: Server
+    http: httpx.Client
+    retrieval: retrieval_pb2_grpc.RetrieverServiceStub
+    openqa: openqa_pb2_grpc.OpenQAServiceStub
+    metadata: tuple[tuple[str, str], ...]
+    folder: Path
+    """Where each model's directory is, by its name."""
 
     def create(self, name: str, **body: Any) -> dict[str, Any]:
         """A new index, built; of `DOCUMENTS` by the encoder unless the body says otherwise."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from open_questions import BUILD_S, DOCUMENTS, INDEXES, QUESTION
+from open_questions import DOCUMENTS, INDEXES, QUESTION, Asked
 from served import serving
 from tiny import tiny_bert, tiny_llama
 
@@ -30,39 +29,16 @@ SEARCH, ENCODE = "/v1/retrieval/search", "/v1/retrieval/encode"
 
 
 @dataclass
-class Two:
+class Two(Asked):
     """The server, and where the encoders lie."""
 
     http: httpx.Client
     directory: Path
 
-    def post(self, path: str, **body: Any) -> Any:
-        """The answer's JSON; anything but 200 is an error."""
-        response = self.http.post(path, json=body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def built(self, name: str, model: str) -> dict[str, Any]:
+    def create(self, name: str, model: str) -> dict[str, Any]:
         """A new index, when it is there."""
         self.post(INDEXES, name=name, documents=DOCUMENTS, model=model)
-        return self.version(name, 1)
-
-    def version(self, name: str, number: int) -> dict[str, Any]:
-        """What is told of an index when it has come to a version."""
-        deadline = time.monotonic() + BUILD_S
-        while True:
-            told: dict[str, Any] = self.http.get(f"{INDEXES}/{name}").json()
-            if told["state"] == "failed" or (told["state"] == "ready" and told["version"] >= number):
-                return told
-            assert time.monotonic() < deadline, told
-            time.sleep(0.02)
-
-    def refused(self, path: str, **body: Any) -> dict[str, Any]:
-        """The error of a request that must fail."""
-        response = self.http.post(path, json=body)
-        assert response.status_code >= 400, response.text
-        error: dict[str, Any] = response.json()["error"]
-        return error
+        return self.built(name)
 
 
 def written(path: Path, format_: RetrievalFormat, *, seed: int) -> Path:
@@ -107,7 +83,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
 @pytest.fixture(scope="module")
 def index(two: Two) -> str:
     """Built by the encoder of passages."""
-    assert two.built("walks", PASSAGES)["model"] == PASSAGES
+    assert two.create("walks", PASSAGES)["model"] == PASSAGES
     return "walks"
 
 
@@ -165,14 +141,14 @@ def test_an_index_is_refreshed_by_the_one_of_passages(two: Two, index: str) -> N
     """Whichever stands first among the served."""
     response = two.http.post(f"{INDEXES}/{index}/refresh", json={})
     assert response.status_code == 200, response.text
-    told = two.version(index, 2)
+    told = two.built(index)
 
-    assert (told["model"], told["error"]) == (PASSAGES, "")
+    assert (told["version"], told["model"], told["error"]) == (2, PASSAGES, "")
 
 
 def test_two_that_a_job_made_are_started_when_they_are_needed(two: Two) -> None:
     """The one of questions by the other's name: no search names it, and it never was asked for before."""
-    built = two.built("made", MADE)
+    built = two.create("made", MADE)
     found = two.post(SEARCH, index="made", queries=[QUESTION])["results"][0]["passages"]
     (vector,) = two.post(ENCODE, texts=[QUESTION], role="query", model=MADE + QUESTIONS_SUFFIX)["vectors"]
     (mill,) = two.post(ENCODE, texts=[DOCUMENTS[2]["text"]], titles=["Mills!"], role="passage", model=MADE)["vectors"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from trilithon_finetune.recipes.base import Sample
 from trilithon_finetune.recipes.openqa import Reader
@@ -65,7 +66,7 @@ def loaded_reader(work: Work, export: Path) -> ReaderStage:
     load_stage(plain, export, config=config, grid=grid)
     stage = build_seq2seq(recipe.trained(config, options, retriever), grid=grid, backend=backend, dtype=dtype)
     assert isinstance(stage, ReaderStage)
-    stage.load_state_dict(plain.state_dict(), strict=False)
+    _take(stage, plain, beside=("retriever.", "passage_strength"))
     if stage.retriever is not None:
         _fill(stage.retriever, export / RETRIEVER_DIR)
         if isinstance(stage.retriever, TwinStage):
@@ -82,7 +83,14 @@ def _fill(encoder: EncoderStage, directory: Path) -> None:
     config = load_config(directory)
     plain = build_stage(config, grid=encoder.grid, backend=encoder.backend, dtype=encoder.dtype)
     load_stage(plain, directory, config=config, grid=encoder.grid)
-    encoder.load_state_dict(plain.state_dict(), strict=False)
+    _take(encoder, plain, beside=("query.",))
+
+
+def _take(whole: nn.Module, part: nn.Module, *, beside: tuple[str, ...]) -> None:
+    """All weights of a part; what is beside it in the whole, by how its names begin, stays."""
+    found = whole.load_state_dict(part.state_dict(), strict=False)
+    strange = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.startswith(beside))]
+    assert not strange, f"the trained model and the exported one have other tensors: {strange[:3]}"
 
 
 def _place(sample: Sample) -> tuple[int, int]:
