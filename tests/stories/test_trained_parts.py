@@ -25,6 +25,7 @@ from trilithon_finetune.setup import read_job
 from trilithon_finetune.train.evaluation import contrast_loss
 from trilithon_finetune.train.work import Work, open_work
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.concepts import read_concepts
 from trilithon_server.story_telling import first_end, seed_of
 from trilithon_server.tasks import read_task
@@ -150,18 +151,21 @@ def test_the_encoder_of_facts_stays_unless_it_is_to_learn(
     ranker: JobDir, encoder: Path, facts: Path, tmp_path: Path
 ) -> None:
     """
-    To the bit the base, so that vectors of facts are made once for all rankers. With `train_facts` both learn, and with
-    `shared` there is one encoder.
+    To the bit the base, and of one digest with that of another ranker, so that vectors of facts are made once for all.
+    With `train_facts` both learn, and with `shared` there is one encoder.
     """
     both, one = (
         a_job(tmp_path / name, encoder, facts, encoder, "story_ranker", lr=1e-2, **{name: True}).walk()
         for name in ("train_facts", "shared")
     )
+    other = a_job(tmp_path / "other", encoder, facts, encoder, "story_ranker", lr=1e-3).walk().root / "export"
     began = tensors(encoder)
     word = "embeddings.word_embeddings.weight"
     export = ranker.root / "export"
 
     assert all(torch.equal(tensor, began[name]) for name, tensor in tensors(export).items())
+    assert model_digest(other) == model_digest(export)
+    assert model_digest(other / "query") != model_digest(export / "query")
     assert not torch.equal(tensors(export / "query")[word], began[word])
     assert not torch.equal(tensors(both.root / "export")[word], began[word])
     assert not (one.root / "export" / "query").exists()
