@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, TaskHead
-from trilithon_parallel.contrast import QUERY
+from trilithon_parallel.contrast import QUERY, Contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout
@@ -123,8 +123,8 @@ def batch_of(kind: str, rows: list[dict[str, Any]], first: int) -> PackedBatch:
         facts: dict[str, Any] = {name: torch.tensor(values[chosen]) for name, values in FACTS.items()}
         facts["is_query_B"] = [role == QUERY for role in ROLES[chosen]]
         if kind == "margin":
-            return VectorBatch(**common, **facts, score_scale=1.0, margin=MARGIN)
-        return VectorBatch(**common, **facts, score_scale=5.0)
+            return VectorBatch(**common, **facts, contrast=Contrast(1.0, MARGIN))
+        return VectorBatch(**common, **facts, contrast=Contrast(5.0))
     if kind == "preference":
         reference = torch.cat([row["reference"] for row in rows]).view(-1, 2)
         return PreferenceBatch(**common, **targets, reference_P2=reference, beta=BETA)

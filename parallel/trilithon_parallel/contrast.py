@@ -25,8 +25,8 @@ class Pool:
     """
     The vectors of a global batch, on every rank, in the order of their samples.
 
-    `vectors_NH`: fp64. `roles_N`, `pairs_N`, `keys_N`: int64; a query and its answer have one pair number, passages
-    with one key are one text. What is nothing is not among them.
+    `vectors_NH`: fp64. `roles_N`, `pairs_N`, `keys_N`: int64; a query, its answer and the others that were given with
+    it have one pair number, passages with one key are one text. What is nothing is not among them.
     """
 
     vectors_NH: Tensor
@@ -35,16 +35,33 @@ class Pool:
     keys_N: Tensor
 
 
-def contrast(pool: Pool, *, scale: float, margin: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Contrast:
     """
-    What each query loses, by scaled inner products s: the cross-entropy of its answer among all passages, or, with a
-    margin M, the sum of max(0, M - s(answer) + s(other)) over all others (arXiv 2010.00840, contextual ranker).
+    How a query's answer is told from other passages.
+
+    Attributes:
+        scale: of inner products, for example 1 / sqrt(H), or 20 where vectors have length 1.
+        margin: above 0, in the measure of the scaled products; None for cross-entropy.
+        within: from those alone that were given with it, not from all of the global batch.
+    """
+
+    scale: float = 1.0
+    margin: float | None = None
+    within: bool = False
+
+
+PLAIN = Contrast()
+
+
+def contrast(pool: Pool, how: Contrast) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    What each query loses, by scaled inner products s: the cross-entropy of its answer among the passages that count,
+    or, with a margin M, the sum of max(0, M - s(answer) + s(other)) over the others (arXiv 2010.00840, contextual
+    ranker).
 
     Passages with the text of a query's answer are no negatives of it.
 
-    Args:
-        scale: of the products, for example 1 / sqrt(H), or 20 where vectors have length 1.
-        margin: above 0, in the measure of the scaled products; None for cross-entropy.
     Returns:
         `losses_N`: fp64, 0 where a vector is no query. `gradient_NH`: of their sum. `ranks_N`: int64, the place of each
         query's answer among the passages that count, from 1; 0 where a vector is no query.
@@ -56,15 +73,17 @@ def contrast(pool: Pool, *, scale: float, margin: float | None = None) -> tuple[
     is_answer_QC = pool.pairs_N[queries].unsqueeze(1) == answers_C
     targets_Q = is_answer_QC.double().argmax(1)
     keys_C = pool.keys_N[passages]
-    is_same_QC = keys_C[targets_Q].unsqueeze(1) == keys_C
+    is_other_QC = keys_C[targets_Q].unsqueeze(1) != keys_C
+    if how.within:
+        is_other_QC &= pool.pairs_N[queries].unsqueeze(1) == pool.pairs_N[passages]
     with torch.enable_grad():
-        scores_QC = scale * vectors_NH[queries] @ vectors_NH[passages].T
-        counted_QC = scores_QC.masked_fill(is_same_QC & ~is_answer_QC, -torch.inf)
-        if margin is None:
+        scores_QC = how.scale * vectors_NH[queries] @ vectors_NH[passages].T
+        counted_QC = scores_QC.masked_fill(~(is_other_QC | is_answer_QC), -torch.inf)
+        if how.margin is None:
             losses_Q = -torch.log_softmax(counted_QC, 1).gather(1, targets_Q.unsqueeze(1)).squeeze(1)
         else:
-            short_QC = margin - scores_QC.gather(1, targets_Q.unsqueeze(1)) + scores_QC
-            losses_Q = short_QC.masked_fill(is_same_QC, 0.0).relu().sum(1)
+            short_QC = how.margin - scores_QC.gather(1, targets_Q.unsqueeze(1)) + scores_QC
+            losses_Q = short_QC.masked_fill(~is_other_QC, 0.0).relu().sum(1)
         (gradient_NH,) = torch.autograd.grad(losses_Q.sum(), vectors_NH)
     reached_Q = counted_QC.detach().gather(1, targets_Q.unsqueeze(1))
     losses_N = torch.zeros(len(vectors_NH), dtype=torch.float64).index_put((queries,), losses_Q.detach())

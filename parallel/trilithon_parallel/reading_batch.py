@@ -106,7 +106,7 @@ class ReadingBatch(PackedBatch):
         vectors_NH = stage.retriever.pool(hidden_TH, self.vectors.cu_seqlens)
         num = self.num_sequences
         passages_BKH = vectors_NH[num:].view(num, -1, vectors_NH.shape[1])
-        return passage_logprobs(vectors_NH[:num], passages_BKH, scale=self.vectors.score_scale)
+        return passage_logprobs(vectors_NH[:num], passages_BKH, scale=self.vectors.contrast.scale)
 
     def _losses(self, stage: ReaderStage, memory_EH: Tensor, logprobs_BK: Tensor) -> Tensor:
         if self.kind == "individual":

@@ -240,7 +240,7 @@ class TrainingModel:
             return batches
         made = torch.cat(self._outputs(held, per_token=False, dropout=dropout, dtype=torch.float64))
         pool, places = pooled(held, made, self.grid)
-        losses_N, gradient_NH, _ = contrast(pool, scale=held[0].score_scale, margin=held[0].margin)
+        losses_N, gradient_NH, _ = contrast(pool, held[0].contrast)
         sizes, is_part = [batch.num_sequences for batch in held], (places >= 0).double()
         losses = torch.split((losses_N[places] * is_part).to(self.grid.device), sizes)
         pulls = torch.split((gradient_NH[places] * is_part.unsqueeze(1)).to(self.grid.device), sizes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trilithon_parallel.collectives import all_gather
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import NOTHING, QUERY, Pool
+from trilithon_parallel.contrast import NOTHING, QUERY, Contrast, Pool
 from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import Lost
@@ -30,7 +30,7 @@ class VectorBatch(PackedBatch):
     Texts, each of which becomes a vector.
 
     `is_query_B`: which are read as queries, by an encoder of their own where there are two; on the CPU. `roles_B`,
-    `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `score_scale`, `margin`: as in `contrast`. `trains_passages`:
+    `pairs_B`, `keys_B`: int64, as in `contrast.Pool`. `contrast`: how answers are told from others. `trains_passages`:
     False: of two encoders that of passages is run as it is served, and is given no gradient. `pulls_BH`, with
     `losses_B`: the gradient of what the global batch loses to these vectors, and what these queries lose; None until
     the vectors of all ranks are known. Outputs: the vectors [B, H].
@@ -40,8 +40,7 @@ class VectorBatch(PackedBatch):
     roles_B: Tensor
     pairs_B: Tensor
     keys_B: Tensor
-    score_scale: float
-    margin: float | None = None
+    contrast: Contrast
     trains_passages: bool = True
     pulls_BH: Tensor | None = None
     losses_B: Tensor | None = None

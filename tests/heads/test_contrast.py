@@ -10,7 +10,7 @@ import torch
 from task_models import CONFIGS, FACTS, MODELS, batches_of, make_model
 
 from trilithon_parallel.attention import PackedView
-from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Pool, contrast
+from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Contrast, Pool, contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.models import TwinStage
@@ -28,7 +28,7 @@ def pool_of(vectors: list[list[float]], roles: list[int], pairs: list[int], keys
 def test_a_query_loses_what_cross_entropy_says() -> None:
     """Two queries, their answers and another passage: the softmax over all three passages, written out."""
     pool = pool_of([[1, 0], [0, 1], [2, 0], [0, 3], [1, 1]], [QUERY, QUERY, ANSWER, ANSWER, OTHER], [0, 1, 0, 1, 1])
-    losses, gradient, ranks = contrast(pool, scale=0.5)
+    losses, gradient, ranks = contrast(pool, Contrast(0.5))
     first = [0.5 * value for value in (2, 0, 1)]
 
     assert float(losses[0]) == pytest.approx(math.log(sum(map(math.exp, first))) - first[0])
@@ -47,7 +47,7 @@ def test_a_query_loses_what_a_margin_says() -> None:
     vectors = [[1.0, 0.2], [0.3, 1.0], [0.9, 0.1], [0.1, 0.8], [0.8, 0.0], [-1.0, 0.0], [9.0, 9.0]]
     roles, pairs = [QUERY, QUERY, ANSWER, ANSWER, OTHER, OTHER, OTHER], [0, 1, 0, 1, 0, 0, 0]
     pool = pool_of(vectors, roles, pairs, [0, 0, 2, 3, 4, 5, 2])
-    losses, gradient, ranks = contrast(pool, scale=2.0, margin=0.5)
+    losses, gradient, ranks = contrast(pool, Contrast(2.0, 0.5))
 
     def short(query: int, answer: int, other: int) -> float:
         products = [2 * sum(a * b for a, b in zip(vectors[query], vectors[i], strict=True)) for i in (answer, other)]
@@ -66,18 +66,31 @@ def test_a_query_loses_what_a_margin_says() -> None:
             for sign in (1, -1):
                 other = [list(vector) for vector in vectors]
                 other[i][j] += sign * step
-                found, _, _ = contrast(pool_of(other, roles, pairs, [0, 0, 2, 3, 4, 5, 2]), scale=2.0, margin=0.5)
+                found, _, _ = contrast(pool_of(other, roles, pairs, [0, 0, 2, 3, 4, 5, 2]), Contrast(2.0, 0.5))
                 moved.append(float(found.sum()))
             assert float(gradient[i, j]) == pytest.approx((moved[0] - moved[1]) / (2 * step), abs=1e-7)
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_within_its_own_passages_a_query_is_alone(margin: float | None) -> None:
+    """Told from what was given with it, each query loses, and pulls, as in a batch of its own."""
+    vectors = [[1.0, 0.2], [0.9, 0.1], [0.8, 0.0], [0.3, 1.0], [0.1, 0.8], [1.5, 0.9]]
+    roles, pairs, how = [QUERY, ANSWER, OTHER] * 2, [0, 0, 0, 1, 1, 1], Contrast(2.0, margin, within=True)
+    together = contrast(pool_of(vectors, roles, pairs), how)
+    alone = [contrast(pool_of(vectors[i : i + 3], roles[:3], [0] * 3), Contrast(2.0, margin)) for i in (0, 3)]
+
+    for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.cat(parts), rtol=1e-12, atol=1e-12)
+    assert float(contrast(pool_of(vectors, roles, pairs), Contrast(2.0, margin))[0][0]) > float(together[0][0])
 
 
 def test_the_text_of_an_answer_is_no_negative() -> None:
     """A second passage with the same key changes nothing for its query, and stays a negative of the others."""
     vectors = [[1.0, 0.2], [0.3, 1.0], [1.0, 0.1], [0.0, 1.0]]
     roles, pairs = [QUERY, QUERY, ANSWER, ANSWER], [0, 1, 0, 1]
-    alone, _, _ = contrast(pool_of(vectors, roles, pairs, [1, 2, 3, 4]), scale=1.0)
+    alone, _, _ = contrast(pool_of(vectors, roles, pairs, [1, 2, 3, 4]), Contrast(1.0))
     twice = pool_of([*vectors, [9.0, 0.0]], [*roles, OTHER], [*pairs, 1], [1, 2, 3, 4, 3])
-    losses, _, ranks = contrast(twice, scale=1.0)
+    losses, _, ranks = contrast(twice, Contrast(1.0))
 
     assert float(losses[0]) == float(alone[0])
     assert float(losses[1]) > float(alone[1])
@@ -107,7 +120,7 @@ def test_ranks_count_the_passages_before() -> None:
     """The answer's place by score; ties count for it."""
     pool = pool_of([[1.0], [1.0], [2.0], [1.0], [0.5]], [QUERY, ANSWER, OTHER, OTHER, OTHER], [0, 0, 0, 0, 0])
 
-    assert contrast(pool, scale=1.0)[2].tolist() == [2, 0, 0, 0, 0]
+    assert contrast(pool, Contrast(1.0))[2].tolist() == [2, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["vectors", "twins"])

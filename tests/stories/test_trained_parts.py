@@ -24,6 +24,7 @@ from trilithon_finetune.recipes.retriever import QUERY
 from trilithon_finetune.setup import read_job
 from trilithon_finetune.train.evaluation import contrast_loss
 from trilithon_finetune.train.work import Work, open_work
+from trilithon_parallel.contrast import Contrast
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.concepts import read_concepts
@@ -111,9 +112,9 @@ def test_E4_a_served_ranker_is_the_one_that_was_judged(trained: Server, ranker: 
     }
     outputs = [Output(sample, told[id(sample)]) for sample in samples]
     size = work.prepared.valid.unit * 4
-    loss = contrast_loss(outputs, scale=work.score_scale, margin=work.margin, batch_samples=size)
+    loss = contrast_loss(outputs, work.contrast, batch_samples=size)
 
-    assert (work.score_scale, work.margin) == (1.0, 0.5)
+    assert work.contrast == Contrast(1.0, 0.5, within=True)
     assert loss == pytest.approx(numbers["valid_loss"], abs=TOLERANCE)
     measured = work.recipe.metrics(outputs, {}, work.context)
     assert set(measured) == {"top_1", "top_5", "top_20", "mean_rank"}

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding as Finding
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.contrast import Contrast
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import ChatTemplate
@@ -243,17 +244,13 @@ class Recipe(Protocol):
         """
         return base.alone()
 
-    def score_scale(self, context: Context) -> float:
-        """Of inner products, where vectors are told apart."""
-        return 1.0
-
     def trains_passages(self, context: Context) -> bool:
         """Of two encoders, whether that of passages learns; that of questions always does."""
         return True
 
-    def margin(self, context: Context) -> float | None:
-        """That vectors are told apart by; None for cross-entropy."""
-        return None
+    def contrast(self, context: Context) -> Contrast:
+        """How vectors are told apart."""
+        return Contrast()
 
     def dress(self, sample: Sample, *, seed: int, epoch: int) -> Sample:
         """The sample as an epoch sees it: another mask each time, for example. Pure; most tasks change nothing."""

@@ -31,6 +31,7 @@ from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import IGNORE, Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_parallel.config import ModelConfig, Reads
+from trilithon_parallel.contrast import Contrast
 from trilithon_parallel.shapes import STRENGTH
 from trilithon_server.tasks.reader_format import ReaderFormat, ReaderKind, frame, passage_tokens
 
@@ -145,9 +146,9 @@ class Reader(Recipe):
             return base.alone()
         return replace(base, reads=Reads(retriever, has_strength=self.kind == "joint"))
 
-    def score_scale(self, context: Context) -> float:
+    def contrast(self, context: Context) -> Contrast:
         """Of inner products of the retriever's vectors."""
-        return 1.0 if context.retriever is None else context.retriever.format.score_scale
+        return Contrast() if context.retriever is None else Contrast(context.retriever.format.score_scale)
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """The questions of a row, each with the passages that it brings."""

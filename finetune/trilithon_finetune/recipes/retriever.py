@@ -28,6 +28,7 @@ from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Rec
 from trilithon_finetune.recipes.blocks import Block, blocks_of
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.contrast import Contrast
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 
@@ -90,9 +91,9 @@ class _Retriever(Recipe):
         shared = base.normalize and not base.has_twin if options.shared is None else options.shared
         return replace(base, has_twin=not shared)
 
-    def score_scale(self, context: Context) -> float:
-        """Of inner products."""
-        return _format(context).score_scale
+    def contrast(self, context: Context) -> Contrast:
+        """From all passages of the global batch."""
+        return Contrast(_format(context).score_scale)
 
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context

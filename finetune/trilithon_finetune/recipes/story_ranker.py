@@ -2,8 +2,8 @@
 Task `story_ranker`: an encoder whose vectors bring a story and the facts that its next sentence needs together. Rows
 are stories with labels, or the job makes them, see `story.py`.
 
-A fact that goes with the sentence is told from candidates of the same sentence that do not, and from all other facts of
-the global batch, by cross-entropy or by a margin. The story's side never sees the sentence.
+A fact that goes with the sentence is told from candidates of the same sentence that do not, as it will have to be, by
+cross-entropy or by a margin. The story's side never sees the sentence.
 
 Stories have an encoder of their own, which begins as that of facts. That one stays as it is unless the job says
 otherwise: what a server has made of a fact serves every ranker of the same base.
@@ -36,6 +36,7 @@ from trilithon_finetune.recipes.story_rows import (
     steps_of,
 )
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.contrast import Contrast
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat
@@ -53,8 +54,10 @@ class RankerOptions(LabelSources):
     """Of a fact, at most: its first ones."""
     positives: Annotated[int, Field(ge=1, le=10)] = 1
     """Facts of a sentence that are learned, at most, the best ones."""
-    negatives: Annotated[int, Field(ge=0, le=7)] = 3
-    """Candidates of the sentence that each is told from, beside the facts of the other stories."""
+    negatives: Annotated[int, Field(ge=1, le=15)] = 7
+    """Candidates of the sentence that each is told from."""
+    in_batch: bool = False
+    """Whether each is told from the facts of all other sentences of the global batch, too."""
     loss: Literal["cross_entropy", "max_margin"] = "cross_entropy"
     """`cross_entropy`: of the fact among all others. `max_margin`: how far each other is within a margin, summed."""
     margin: Annotated[float, Field(gt=0)] | None = None
@@ -124,20 +127,18 @@ class StoryRanker(Recipe):
         options = _options(context)
         return options.shared or options.train_facts
 
-    def score_scale(self, context: Context) -> float:
-        """Of inner products."""
+    def contrast(self, context: Context) -> Contrast:
+        """As the options say."""
         options, model = _options(context), context.model
-        if options.loss == "max_margin" and model.normalize:
-            return options.score_scale or 1.0
         known = RetrievalFormat.for_encoder(
             normalize=model.normalize, hidden_size=model.hidden_size, max_context=context.max_tokens
         )
-        return options.score_scale or known.score_scale
-
-    def margin(self, context: Context) -> float | None:
-        """As the options say."""
-        options = _options(context)
-        return (options.margin or MARGIN) if options.loss == "max_margin" else None
+        by_margin = options.loss == "max_margin"
+        return Contrast(
+            options.score_scale or (1.0 if by_margin and model.normalize else known.score_scale),
+            (options.margin or MARGIN) if by_margin else None,
+            within=not options.in_batch,
+        )
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""

@@ -209,8 +209,7 @@ def evaluator_of(work: Work, stream: JobStream) -> JobEvaluator | ReadingEvaluat
         micro_batch_tokens=config.training.micro_batch_tokens,
         seed=config.seed,
         beta=work.beta,
-        score_scale=work.score_scale,
-        margin=work.margin,
+        contrast=work.contrast,
         batch_size=config.training.batch_size,
     )
 

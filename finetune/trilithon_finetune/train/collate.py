@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trilithon_finetune.recipes.base import IGNORE, Head, Sample
-from trilithon_parallel.contrast import NOTHING, QUERY
+from trilithon_parallel.contrast import NOTHING, PLAIN, QUERY, Contrast
 from trilithon_parallel.objective import (
     Batch,
     ClassBatch,
@@ -43,8 +43,7 @@ def collate(
     counts: bool = True,
     references: Sequence[float] | None = None,
     beta: float = 0.1,
-    score_scale: float = 1.0,
-    margin: float | None = None,
+    contrast: Contrast = PLAIN,
     trains_passages: bool = True,
 ) -> PackedBatch:
     """
@@ -55,7 +54,7 @@ def collate(
         ids: of the samples, for their dropout masks.
         counts: False: the batch is there for company and nothing of it counts.
         references: of a preference, each sample's log-probability by the model that training began from.
-        beta: of a preference. score_scale, margin, trains_passages: as of a `VectorBatch`.
+        beta: of a preference. contrast, trains_passages: as of a `VectorBatch`.
     """
     lengths = [len(sample.tokens) for sample in samples]
     bounds = [0, *accumulate(lengths)]
@@ -85,7 +84,7 @@ def collate(
             "pairs_B": ints(pairs),
             "keys_B": ints([sample.columns["key"] for sample in samples]),
         }
-        how = {"score_scale": score_scale, "margin": margin, "trains_passages": trains_passages}
+        how = {"contrast": contrast, "trains_passages": trains_passages}
         return VectorBatch(**packed, **facts, **how)  # type: ignore[arg-type]  # by name
     if head in ("span", "joint_span") and counts:
         context_T = torch.zeros(bounds[-1], dtype=torch.bool, device=device)

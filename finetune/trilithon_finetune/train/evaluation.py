@@ -23,7 +23,7 @@ from trilithon_finetune.series import VALID_ACCURACY
 from trilithon_finetune.train.collate import pair_of
 from trilithon_finetune.train.stream import held_batches, plan_outputs
 from trilithon_parallel.collectives import all_gather
-from trilithon_parallel.contrast import NOTHING, QUERY, Pool, contrast
+from trilithon_parallel.contrast import NOTHING, QUERY, Contrast, Pool, contrast
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.trainer import Evaluation
 
@@ -181,9 +181,9 @@ def preference_numbers(
     }
 
 
-def contrast_loss(outputs: Sequence[Output], *, scale: float, margin: float | None, batch_samples: int) -> float:
+def contrast_loss(outputs: Sequence[Output], how: Contrast, *, batch_samples: int) -> float:
     """
-    The mean loss of questions, each told from the passages of as many rows as a training batch has.
+    The mean loss of questions, where all count each told from the passages of as many rows as a training batch has.
 
     Args:
         outputs: in the order of their samples; the last rows may make a smaller batch.
@@ -198,7 +198,7 @@ def contrast_loss(outputs: Sequence[Output], *, scale: float, margin: float | No
             torch.from_numpy(np.stack([part[i].values for i in kept])).double(),
             *(torch.tensor(n) for n in ([columns[i]["role"] for i in kept], pairs, [columns[i]["key"] for i in kept])),
         )
-        total += float(contrast(pool, scale=scale, margin=margin)[0].sum())
+        total += float(contrast(pool, how)[0].sum())
         count += sum(columns[i]["role"] == QUERY for i in kept)
     return total / max(1, count)
 
@@ -233,13 +233,12 @@ class JobEvaluator:
         micro_batch_tokens: int,
         seed: int,
         beta: float,
-        score_scale: float,
-        margin: float | None,
+        contrast: Contrast,
         batch_size: int,
     ) -> None:
         self._recipe, self._context, self._valid, self._probes, self._rows = recipe, context, valid, probes, rows
         self._capacity, self._seed, self._beta = micro_batch_tokens, seed, beta
-        self._score_scale, self._margin, self._batch_size = score_scale, margin, batch_size
+        self._contrast, self._batch_size = contrast, batch_size
         self.references: Sequence[float] = ()
         self.probe: dict[int, tuple[Sample, Values]] = {}
 
@@ -256,7 +255,7 @@ class JobEvaluator:
             return Evaluation(loss, numbers)
         if self._recipe.head == "vectors":
             samples = self._batch_size * self._valid.unit
-            loss = contrast_loss(outputs, scale=self._score_scale, margin=self._margin, batch_samples=samples)
+            loss = contrast_loss(outputs, self._contrast, batch_samples=samples)
             return Evaluation(loss, self._recipe.metrics(outputs, self._rows, self._context))
         loss, accuracy = total_loss([sample_loss(self._recipe.head, o.sample, o.values) for o in outputs])
         return Evaluation(loss, {**accuracy, **self._recipe.metrics(outputs, self._rows, self._context)})

@@ -69,7 +69,7 @@ class Readings:
         assert isinstance(recipe, Reader)
         assert isinstance(options, ReaderOptions)
         self.options, self.evidence = options, evidence
-        self._tokenizer, self._score_scale = work.context.tokenizer, work.score_scale
+        self._tokenizer, self._score_scale = work.context.tokenizer, work.contrast.scale
         self._kind, self._format = recipe.kind, format_of(work.context, recipe.kind)
         self._marginal = options.marginal if isinstance(options, IndividualOptions) else "sequence"
         self._is_strength_learned = not (isinstance(options, JointOptions) and options.freeze_strength)

@@ -47,7 +47,7 @@ class JobStream:
         assert capacity is not None
         self._train, self._recipe, self._schedule, self._grid = work.prepared.train, work.recipe, work.schedule, grid
         self._capacity, self._beta, self._seed = capacity, work.beta, work.schedule.order.seed
-        self._score_scale, self._margin, self._trains_passages = work.score_scale, work.margin, work.trains_passages
+        self._contrast, self._trains_passages = work.contrast, work.trains_passages
         self._lengths = self._train.unit_lengths
         self.references: Sequence[float] | None = None
 
@@ -75,8 +75,7 @@ class JobStream:
             counts=micro.counts,
             references=references,
             beta=self._beta,
-            score_scale=self._score_scale,
-            margin=self._margin,
+            contrast=self._contrast,
             trains_passages=self._trains_passages,
         )
 

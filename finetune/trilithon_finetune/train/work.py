@@ -12,6 +12,7 @@ from trilithon_finetune.resolve import lora_spec, task_model
 from trilithon_finetune.setup import JobFile, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_parallel.config import ModelConfig
+from trilithon_parallel.contrast import Contrast
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_server.engine.identity import model_digest
 
@@ -39,19 +40,14 @@ class Work:
         return float(getattr(self.context.options, "beta", 0.1))
 
     @property
-    def score_scale(self) -> float:
-        """Of inner products of vectors."""
-        return self.recipe.score_scale(self.context)
-
-    @property
     def trains_passages(self) -> bool:
         """Of two encoders, whether that of passages learns."""
         return self.recipe.trains_passages(self.context)
 
     @property
-    def margin(self) -> float | None:
-        """That vectors are told apart by; None for cross-entropy."""
-        return self.recipe.margin(self.context)
+    def contrast(self) -> Contrast:
+        """How vectors are told apart."""
+        return self.recipe.contrast(self.context)
 
 
 def open_work(job: JobFile) -> Work:
