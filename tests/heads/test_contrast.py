@@ -72,6 +72,28 @@ def test_a_query_loses_what_a_margin_says() -> None:
 
 
 @pytest.mark.parametrize("margin", [None, 0.5])
+def test_several_answers_are_each_told_from_the_others(margin: float | None) -> None:
+    """
+    A query with two answers loses the mean of what it loses with each alone, and its rank is that of the better one.
+    Beside it one with a single answer and no others loses nothing, and its gradient is 0.
+    """
+    query, first, second, other = [1.0, 0.2], [0.3, 0.9], [0.9, 0.1], [0.5, 0.4]
+    how = Contrast(2.0, margin, within=True)
+    both = contrast(pool_of([query, first, second, other], [QUERY, ANSWER, ANSWER, OTHER], [0] * 4), how)
+    alone = [
+        contrast(pool_of([query, answer, other], [QUERY, ANSWER, OTHER], [0] * 3), how) for answer in (first, second)
+    ]
+    roles = [QUERY, ANSWER, ANSWER, OTHER, QUERY, ANSWER]
+    uneven = contrast(pool_of([query, first, second, other, query, first], roles, [0] * 4 + [1] * 2), how)
+
+    assert float(both[0][0]) == pytest.approx(sum(float(found[0][0]) for found in alone) / 2, rel=1e-12)
+    torch.testing.assert_close(both[1][0], (alone[0][1][0] + alone[1][1][0]) / 2, rtol=1e-12, atol=1e-12)
+    assert [int(found[2][0]) for found in (*alone, both)] == [2, 1, 1]
+    assert uneven[0].tolist() == [float(both[0][0]), 0, 0, 0, 0, 0]
+    assert uneven[1][4:].tolist() == [[0.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
 def test_within_its_own_passages_a_query_is_alone(margin: float | None) -> None:
     """Told from what was given with it, each query loses, and pulls, as in a batch of its own."""
     vectors = [[1.0, 0.2], [0.9, 0.1], [0.8, 0.0], [0.3, 1.0], [0.1, 0.8], [1.5, 0.9]]

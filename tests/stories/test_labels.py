@@ -225,14 +225,19 @@ def test_word_perplexity_counts_words(words: Tokenizer) -> None:
 
 
 def test_facts_that_fit_are_not_told_from_each_other(encoder: Path) -> None:
-    """A group for each: the story, the fact, candidates, and nothing where there are too few; one key for what fits."""
-    tokenizer = load_tokenizer(encoder)
+    """
+    One group of a sentence: the story, facts that fit, others, and nothing where there are too few of them; of more
+    facts than are asked for some of all ranks.
+    """
+    tokenizer, facts = load_tokenizer(encoder), [f"dog likes {name}" for name in ("boat", "lamp", "bone", "kennel")]
     context = context_for(RANKER, tokenizer, options={"positives": 2, "negatives": 2})
     samples = samples_of(list(RANKER.encode(LABELLED, 7, context, file="f")))
+    more = {**LABELLED, "steps": [{**STEP, "facts": facts}]}
+    many = samples_of(list(RANKER.encode(more, 7, context, file="f")))
 
-    assert [s.columns["role"] for s in samples] == [QUERY, ANSWER, OTHER, NOTHING] * 2
-    assert [s.columns["pair"] for s in samples] == [0] * 4 + [1] * 4
-    assert samples[1].columns["key"] == samples[5].columns["key"] != samples[2].columns["key"]
-    assert samples[0].tokens == samples[4].tokens == RankerFormat().story(LABELLED["sentences"][:1], tokenizer).tokens
-    assert samples[5].tokens == RankerFormat().fact("dog desires bone", tokenizer).tokens
-    assert [s.num_supervised for s in samples] == [1, 0, 0, 0] * 2
+    assert [s.columns["role"] for s in samples] == [QUERY, ANSWER, ANSWER, OTHER, NOTHING]
+    assert {s.columns["pair"] for s in samples} == {0}
+    assert samples[0].tokens == RankerFormat().story(LABELLED["sentences"][:1], tokenizer).tokens
+    assert samples[2].tokens == RankerFormat().fact("dog desires bone", tokenizer).tokens
+    assert [s.num_supervised for s in samples] == [1, 0, 0, 0, 0]
+    assert [s.tokens for s in many[1:3]] == [RankerFormat().fact(facts[i], tokenizer).tokens for i in (0, 2)]

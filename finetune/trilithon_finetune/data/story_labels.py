@@ -22,7 +22,7 @@ import numpy.typing as npt
 from trilithon_finetune.data.findings import Finding, line_form
 from trilithon_finetune.data.reading import Row as Placed
 from trilithon_finetune.data.reading import read_rows
-from trilithon_finetune.recipes.story_rows import check_story
+from trilithon_finetune.recipes.story_rows import check_story, spread
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.concepts import Concepts
 from trilithon_server.knowledge.fact_vectors import by_cosine
@@ -139,10 +139,8 @@ def unranked(row: Mapping[str, Any], graph: ConceptGraph, options: LabelOptions 
 
 def _lists(best: Sequence[str], guessed: Sequence[str], options: LabelOptions) -> dict[str, list[str]]:
     """What a step keeps of its candidates, best first by the sentence, and by the story before it."""
-    rest = best[options.facts :]
-    kept = min(options.others, len(rest))
     return {
         "facts": list(best[: options.facts]),
         "ranked": list(guessed[: options.facts]),
-        "others": [rest[i * len(rest) // kept] for i in range(kept)],
+        "others": spread(best[options.facts :], options.others),
     }

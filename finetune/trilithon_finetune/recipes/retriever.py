@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -215,7 +216,9 @@ def check_joins(base: ModelConfig) -> None:
 
 
 def ranks_of(outputs: Sequence[Output]) -> list[int]:
-    """Of each question the place of its answer among all passages, from 1; passages of the answer's text aside."""
+    """
+    Of each question the place of its best answer among all passages, from 1; passages with an answer's text aside.
+    """
     columns = [output.sample.columns for output in outputs]
     queries = [i for i, c in enumerate(columns) if c["role"] == QUERY]
     passages = [i for i, c in enumerate(columns) if c["role"] in (ANSWER, OTHER)]
@@ -224,13 +227,14 @@ def ranks_of(outputs: Sequence[Output]) -> list[int]:
     values = np.stack([output.values for output in outputs]).astype(np.float64)
     scores = values[queries] @ values[passages].T
     keys = np.array([columns[i]["key"] for i in passages])
-    answers = {
-        (outputs[i].sample.row, columns[i]["pair"]): at for at, i in enumerate(passages) if columns[i]["role"] == ANSWER
-    }
+    answers: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for at, i in enumerate(passages):
+        if columns[i]["role"] == ANSWER:
+            answers[outputs[i].sample.row, columns[i]["pair"]].append(at)
     found = []
     for row, i in zip(scores, queries, strict=True):
-        at = answers[outputs[i].sample.row, columns[i]["pair"]]
-        found.append(1 + int(((row > row[at]) & (keys != keys[at])).sum()))
+        own = answers[outputs[i].sample.row, columns[i]["pair"]]
+        found.append(1 + int(((row > row[own].max()) & ~np.isin(keys, keys[own])).sum()))
     return found
 
 

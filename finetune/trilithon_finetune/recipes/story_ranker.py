@@ -2,7 +2,7 @@
 Task `story_ranker`: an encoder whose vectors bring a story and the facts that its next sentence needs together. Rows
 are stories with labels, or the job makes them, see `story.py`.
 
-A fact that goes with the sentence is told from candidates of the same sentence that do not, as it will have to be, by
+Facts that go with the sentence are told from candidates of the same sentence that do not, as they will have to be, by
 cross-entropy or by a margin. The story's side never sees the sentence.
 
 Stories have an encoder of their own, which begins as that of facts. That one stays as it is unless the job says
@@ -33,6 +33,7 @@ from trilithon_finetune.recipes.story_rows import (
     Step,
     check_story,
     labelled,
+    spread,
     steps_of,
 )
 from trilithon_parallel.config import ModelConfig
@@ -52,8 +53,8 @@ class RankerOptions(LabelSources):
     """Of the story so far, at most: its last ones."""
     fact_tokens: Annotated[int, Field(ge=8)] = 64
     """Of a fact, at most: its first ones."""
-    positives: Annotated[int, Field(ge=1, le=10)] = 1
-    """Facts of a sentence that are learned, at most, the best ones."""
+    positives: Annotated[int, Field(ge=1, le=10)] = 5
+    """Facts of a sentence that are learned, at most: spread over the ranks of those that fit."""
     negatives: Annotated[int, Field(ge=1, le=15)] = 7
     """Candidates of the sentence that each is told from."""
     in_batch: bool = False
@@ -111,9 +112,9 @@ class StoryRanker(Recipe):
         return ()
 
     def unit(self, options: Section) -> int:
-        """A story, a fact, and the candidates that it is told from."""
+        """A story, the facts that fit, and the candidates that they are told from."""
         assert isinstance(options, RankerOptions)
-        return 2 + options.negatives
+        return 1 + options.positives + options.negatives
 
     def trained(self, base: ModelConfig, options: Section, retriever: ModelConfig | None) -> ModelConfig:
         """One encoder or two."""
@@ -141,30 +142,27 @@ class StoryRanker(Recipe):
         )
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
-        """For each fact that is learned the story, the fact, and candidates; empty ones where there are too few."""
+        """For each sentence the story, facts that fit, and candidates; empty ones where there are too few."""
         row = labelled(row, context)
         if "steps" not in row:
             rule = "is missing: nothing says which facts go with a sentence."
             return [finding("E-DATA-008", rule, file=file, line=line, path="steps", hint=LABEL_FIRST)]
         samples: list[Sample] = []
         for step in steps_of(row):
-            for fact in step.facts[: _options(context).positives] if step.others else ():
-                samples += self._group(step, fact, context, line=line, first=len(samples))
+            if step.facts and step.others:
+                samples += self._group(step, context, line=line, first=len(samples))
         if samples:
             return samples
         rule = "teach nothing: no sentence has facts that fit it and others that do not."
         return [finding("E-DATA-022", rule, file=file, line=line, path="steps", hint=_MORE_FACTS)]
 
-    def _group(self, step: Step, fact: str, context: Context, *, line: int, first: int) -> list[Sample]:
+    def _group(self, step: Step, context: Context, *, line: int, first: int) -> list[Sample]:
         options, format_, tokenizer = _options(context), _format(context), context.tokenizer
         size = self.unit(options)
-        # All facts that fit the sentence count as one text: none of them is told from another.
-        fitting = _key("\n".join(step.facts))
-        parts: list[tuple[int, Encoded, int]] = [
-            (QUERY, format_.story(step.told, tokenizer), 0),
-            (ANSWER, format_.fact(fact, tokenizer), fitting),
-            *((OTHER, format_.fact(other, tokenizer), _key(other)) for other in step.others[: options.negatives]),
-        ]
+        facts = [(ANSWER, text) for text in spread(step.facts, options.positives)]
+        facts += [(OTHER, text) for text in spread(step.others, options.negatives)]
+        parts: list[tuple[int, Encoded, int]] = [(QUERY, format_.story(step.told, tokenizer), 0)]
+        parts += [(role, format_.fact(text, tokenizer), _key(text)) for role, text in facts]
         parts += [(NOTHING, format_.fact("", tokenizer), 0)] * (size - len(parts))
         return [
             Sample(

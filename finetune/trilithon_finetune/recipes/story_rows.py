@@ -55,6 +55,12 @@ class Step:
     others: Sequence[str] = ()
 
 
+def spread(texts: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, evenly from the first on."""
+    kept = min(most, len(texts))
+    return [texts[i * len(texts) // kept] for i in range(kept)]
+
+
 def steps_of(row: Mapping[str, Any]) -> Iterator[Step]:
     """Every sentence of a sound row but the first; keywords are found where no label has them."""
     sentences = row["sentences"]
