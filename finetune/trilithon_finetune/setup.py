@@ -239,7 +239,7 @@ def task_options(recipe: Recipe, config: JobConfig) -> Section:
         allowed = ", ".join(recipe.Options.model_fields) or "none"
         raise refuse(
             "invalid_config",
-            f"{where}: {first['msg']}. Given: {first['input']!r}.",
+            f"{where}: {str(first['msg']).removeprefix('Value error, ')}. Given: {first['input']!r}.",
             param=where,
             hint=f"Options of {config.task}: {allowed}.",
         ) from None
