@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig, TaskHead
-from trilithon_parallel.contrast import QUERY, Contrast
+from trilithon_parallel.contrast_terms import QUERY, Contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.init import initialise
 from trilithon_parallel.layout import Layout

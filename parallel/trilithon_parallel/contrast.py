@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUERY, ANSWER, OTHER, NOTHING = 0, 1, 2, 3
-"""Roles of vectors: a query, the passage that it asks for, one that it doesn't; what only fills a micro-batch."""
+from trilithon_parallel.contrast_terms import ANSWER, QUERY, Contrast
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,24 +33,6 @@ class Pool:
     pairs_N: Tensor
     keys_N: Tensor
 
-
-@dataclass(frozen=True)
-class Contrast:
-    """
-    How a query's answer is told from other passages.
-
-    Attributes:
-        scale: of inner products, for example 1 / sqrt(H), or 20 where vectors have length 1.
-        margin: above 0, in the measure of the scaled products; None for cross-entropy.
-        within: from those alone that were given with it, not from all of the global batch.
-    """
-
-    scale: float = 1.0
-    margin: float | None = None
-    within: bool = False
-
-
-PLAIN = Contrast()
 
 _NEVER = -1e300
 """A score that nothing has: finite, so that gradients are numbers where a query has no others."""

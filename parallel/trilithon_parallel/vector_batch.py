@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from trilithon_parallel.collectives import all_gather
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import NOTHING, QUERY, Contrast, Pool
+from trilithon_parallel.contrast import Pool
+from trilithon_parallel.contrast_terms import NOTHING, QUERY, Contrast
 from trilithon_parallel.dropout import Dropout
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.loss import Lost

@@ -16,7 +16,8 @@ from finetune_tasks.encoder_fixtures import CLS, SEP, context_for, samples_of
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Output, Sample
 from trilithon_finetune.recipes.blocks import MAX_SENTENCE_TOKENS, blocks_of
-from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, DprOptions, ranks_of, taken
+from trilithon_finetune.recipes.retriever import DprOptions, ranks_of, taken
+from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.sentences import split_sentences
 from trilithon_server.tasks.retrieval import RetrievalFormat

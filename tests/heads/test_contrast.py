@@ -10,7 +10,8 @@ import torch
 from task_models import CONFIGS, FACTS, MODELS, batches_of, make_model
 
 from trilithon_parallel.attention import PackedView
-from trilithon_parallel.contrast import ANSWER, NOTHING, OTHER, QUERY, Contrast, Pool, contrast
+from trilithon_parallel.contrast import Pool, contrast
+from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY, Contrast
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.models import TwinStage

@@ -17,8 +17,8 @@ from trilithon.cli import main
 from trilithon_finetune.data.story_labels import LabelOptions, StoryLabeller, TextEncoder, read_stories
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import IGNORE, Context, Output, Sample
-from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY
 from trilithon_finetune.train.text_encoder import open_encoder
+from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.knowledge.concepts import Concepts, read_concepts
 from trilithon_server.knowledge.keywords import keywords

@@ -20,11 +20,10 @@ from stories.story_jobs import HELD_OUT, a_job, with_many_facts
 from trilithon import Client
 from trilithon_finetune.metrics.texts import num_words
 from trilithon_finetune.recipes.base import IGNORE, Output, Sample
-from trilithon_finetune.recipes.retriever import QUERY
 from trilithon_finetune.setup import read_job
 from trilithon_finetune.train.evaluation import contrast_loss
 from trilithon_finetune.train.work import Work, open_work
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import QUERY, Contrast
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.concepts import read_concepts

@@ -34,7 +34,7 @@ from trilithon_finetune.train.work import Work, open_work
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import QUERY_DIR, ModelConfig, ModelError, load_config
-from trilithon_parallel.contrast import QUERY
+from trilithon_parallel.contrast_terms import QUERY
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import MAX_RANK, AdapterBank
 from trilithon_parallel.lora.merge import merge_into

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding as Finding
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import Contrast
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.text.template import ChatTemplate

@@ -31,7 +31,7 @@ from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import IGNORE, Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_parallel.config import ModelConfig, Reads
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import Contrast
 from trilithon_parallel.shapes import STRENGTH
 from trilithon_server.tasks.reader_format import ReaderFormat, ReaderKind, frame, passage_tokens
 

@@ -29,12 +29,9 @@ from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Rec
 from trilithon_finetune.recipes.blocks import Block, blocks_of
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY, Contrast
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
-
-QUERY, ANSWER, OTHER, NOTHING = 0, 1, 2, 3
-"""Roles, as the core numbers them."""
 
 CONTEXTS = ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
 PASSAGES = "question/positive_ctxs"

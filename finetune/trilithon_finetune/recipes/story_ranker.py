@@ -25,7 +25,7 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
-from trilithon_finetune.recipes.retriever import ANSWER, NOTHING, OTHER, QUERY, TOP, check_joins, ranks_of
+from trilithon_finetune.recipes.retriever import TOP, check_joins, ranks_of
 from trilithon_finetune.recipes.story_rows import (
     LABEL_FIRST,
     SENTENCES,
@@ -37,7 +37,7 @@ from trilithon_finetune.recipes.story_rows import (
     steps_of,
 )
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY, Contrast
 from trilithon_server.tasks.pieces import Encoded
 from trilithon_server.tasks.retrieval import RetrievalFormat
 from trilithon_server.tasks.story_format import RankerFormat

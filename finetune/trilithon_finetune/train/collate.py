@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trilithon_finetune.recipes.base import IGNORE, Head, Sample
-from trilithon_parallel.contrast import NOTHING, PLAIN, QUERY, Contrast
+from trilithon_parallel.contrast_terms import NOTHING, PLAIN, QUERY, Contrast
 from trilithon_parallel.objective import (
     Batch,
     ClassBatch,

@@ -23,7 +23,8 @@ from trilithon_finetune.series import VALID_ACCURACY
 from trilithon_finetune.train.collate import pair_of
 from trilithon_finetune.train.stream import held_batches, plan_outputs
 from trilithon_parallel.collectives import all_gather
-from trilithon_parallel.contrast import NOTHING, QUERY, Contrast, Pool, contrast
+from trilithon_parallel.contrast import Pool, contrast
+from trilithon_parallel.contrast_terms import NOTHING, QUERY, Contrast
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.trainer import Evaluation
 

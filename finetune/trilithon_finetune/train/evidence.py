@@ -27,7 +27,7 @@ from trilithon_finetune.setup import JobFile
 from trilithon_finetune.train.work import Work
 from trilithon_parallel.checkpoint.run_dir import steps
 from trilithon_parallel.collectives import all_gather, barrier
-from trilithon_parallel.contrast import QUERY, Contrast
+from trilithon_parallel.contrast_terms import QUERY, Contrast
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.vector_batch import VectorBatch
 from trilithon_server.knowledge.dense import FlatIndex

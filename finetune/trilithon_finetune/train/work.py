@@ -12,7 +12,7 @@ from trilithon_finetune.resolve import lora_spec, task_model
 from trilithon_finetune.setup import JobFile, open_base
 from trilithon_finetune.train.schedule import EpochSchedule, schedule_of
 from trilithon_parallel.config import ModelConfig
-from trilithon_parallel.contrast import Contrast
+from trilithon_parallel.contrast_terms import Contrast
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_server.engine.identity import model_digest
 
