@@ -247,7 +247,7 @@ REFUSED = [
     ({"options": {"marginal": "token"}}, "options.marginal", "Extra inputs"),
     ({"options": {"top_k": 64}}, "options.passages", "at least options.top_k passages, 64"),
     ({"options": {"max_question_tokens": 20}}, "data.max_tokens", "max_passage_tokens must be at least"),
-    ({"tuning": {"kind": "lora"}}, "tuning", "lora model must be a decoder"),
+    ({"tuning": {"kind": "lora"}}, "tuning", "adapters are served on decoders alone"),
 ]
 
 
