@@ -3,8 +3,8 @@ Vectors that are told apart from all others of a global batch: what twin encoder
 
 A query shall be nearer to the passages that answer it than to every other passage of the batch, whichever rank holds
 it, or, where told so, than to those alone that were given with it. The vectors of the whole batch come first, without a
-graph; then every rank knows the loss and its own share of the gradient, and each micro-batch is run again to take it. So
-the negatives are those of the global batch in every layout, and memory doesn't grow with them (arXiv 2101.06983).
+graph; then every rank knows the loss and its own share of the gradient, and each micro-batch is run again to take it.
+So the negatives are those of the global batch in every layout, and memory doesn't grow with them (arXiv 2101.06983).
 
 Shapes: N vectors of a global batch, Q queries, C passages, H their size.
 """
