@@ -57,7 +57,11 @@ class Load:
                 self._threads.append(threading.Thread(target=self._ask, args=(url, outcome), daemon=True))
 
     def __enter__(self) -> Load:
-        for thread in self._threads:
+        first, *others = self._threads
+        first.start()
+        if self._running:  # a queue of one has room for the second only once the first has left it
+            wait_until(lambda: bool(self.outcomes[0].tokens or self.outcomes[0].ended), seconds=60)
+        for thread in others:
             thread.start()
         wait_until(lambda: sum(bool(o.tokens or o.ended) for o in self.outcomes) >= self._running, seconds=60)
         wait_until(lambda: self._admitted() >= len(self.outcomes), seconds=60)

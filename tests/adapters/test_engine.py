@@ -87,15 +87,27 @@ def test_E3_adapter_equals_merged(start: Start, model_dir: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 def test_E1_adapters_answer_alike_at_every_layout(
-    start: Start, adapters: list[Adapter], layout: dict[str, int]
+    start: Start, model_dir: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    """tp = 2 (with padded heads) and pp = 2 answer every adapter as one rank does."""
+    """
+    tp = 2 (with padded heads) and pp = 2 answer every adapter as one rank does.
+
+    The factors are a third of the other tests': with theirs a rounding of the embeddings moves one answer by 5e-5 even
+    in float64, with these by 4e-6 at most (measured), so that 1e-5 is asked of the engine and not of the model.
+    """
+    adapters = [
+        Adapter(
+            digest=f"digest-{i}", directory=str(tiny_adapter(tmp_path / str(i), model_dir, seed=i, scale=0.1, **spec))
+        )
+        for i, spec in enumerate(SPECS)
+    ]
     one = _all(start(max_adapters=5), adapters)
 
     several = _all(start(max_adapters=5, **layout), adapters)
 
     assert [answer.tokens for answer in several] == [answer.tokens for answer in one]
     assert max(_far(a, b) for a, b in zip(several, one, strict=True)) < TOLERANCE
+    assert min(_far(own, one[0]) for own in one[1:]) > 100 * TOLERANCE
 
 
 def test_E3_kernel_serves_what_products_serve(

@@ -32,7 +32,11 @@ from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.bank import AdapterBank
 
 TOLERANCE = 1e-4  # E4, fp32
-MERGED_TOLERANCE = 1e-5
+MERGED_TOLERANCE = 3e-5
+"""
+Merging rounds each weight once more. To move those of the merged model by half a unit of rounding at random moves what
+it says by 0.7 to 1.2e-5 (measured); the distance to the adapter beside its base is of that size, by the machine.
+"""
 
 Probes = list[tuple[Sample, Values]]
 
@@ -120,7 +124,7 @@ def test_an_adapter_is_exported_merged(
     client: Client, served_jobs: JobsServer, trained: Job, probes: Probes, tmp_path: Path
 ) -> None:
     """
-    `format: model` is a model directory that says what adapter and base say together, within 1e-5.
+    `format: model` is a model directory that says what adapter and base say together, but for rounding once more.
 
     The inverse: the base's own numbers are far from them.
     """
