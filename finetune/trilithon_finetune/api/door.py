@@ -32,6 +32,7 @@ from trilithon_parallel.config import load_config
 from trilithon_parallel.placement import global_shapes
 from trilithon_server.catalog import Catalog
 from trilithon_server.config import EngineConfig, ServeConfig
+from trilithon_server.errors import draining
 from trilithon_server.service import Service
 from trilithon_server.validation import invalid, nearest, shown
 
@@ -232,7 +233,7 @@ class Door:
             Unavailable: the server takes no new work.
         """
         if self._draining.is_set() or (self._service is not None and self._service.draining):
-            raise Unavailable("the server is draining and takes no new work.", code="draining", retry_after_s=5.0)
+            raise draining()
 
     def drain(self) -> None:
         """Take no more work, and end streams of events."""

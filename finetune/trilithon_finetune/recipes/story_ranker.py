@@ -14,7 +14,8 @@ Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +26,7 @@ from trilithon_finetune.config import Section
 from trilithon_finetune.data.findings import Finding, finding
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
 from trilithon_finetune.recipes.fields import Best
-from trilithon_finetune.recipes.retriever import TOP, check_joins, ranks_of
+from trilithon_finetune.recipes.retriever import check_joins
 from trilithon_finetune.recipes.story_rows import (
     LABEL_FIRST,
     SENTENCES,
@@ -177,15 +178,28 @@ class StoryRanker(Recipe):
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
     ) -> Mapping[str, float]:
-        """`top_1`, `top_5`, `top_20`: the fact is among so many of all validation facts; `mean_rank`, from 1."""
-        ranks = np.array(ranks_of(outputs), dtype=np.float64)
-        if not len(ranks):
-            return {}
-        return {**{f"top_{k}": float((ranks <= k).mean()) for k in TOP}, "mean_rank": float(ranks.mean())}
+        """`r_precision`: of a sentence's facts, as many as fit it come first; the mean share of them that do fit."""
+        shares = [len(set(first) & fitting) / len(fitting) for first, fitting in _first_facts(outputs)]
+        return {"r_precision": float(np.mean(shares))} if shares else {}
 
     def task_file(self, context: Context, numbers: Mapping[str, float]) -> dict[str, JsonValue]:
         """What `RankerFormat` reads."""
         return _format(context).task_file()
+
+
+def _first_facts(outputs: Sequence[Output]) -> Iterator[tuple[list[int], set[int]]]:
+    """Of each sentence the keys of its own facts, best first and as many as fit it, and the keys of those that fit."""
+    groups: defaultdict[tuple[int, int], list[Output]] = defaultdict(list)
+    for output in outputs:
+        if output.sample.columns["role"] != NOTHING:
+            groups[output.sample.row, output.sample.columns["pair"]].append(output)
+    for group in groups.values():
+        (story,) = (output.values for output in group if output.sample.columns["role"] == QUERY)
+        facts = [output for output in group if output.sample.columns["role"] != QUERY]
+        scores = np.stack([output.values for output in facts]).astype(np.float64) @ story.astype(np.float64)
+        order = np.argsort(-scores, kind="stable")
+        fitting = {fact.sample.columns["key"] for fact in facts if fact.sample.columns["role"] == ANSWER}
+        yield [facts[at].sample.columns["key"] for at in order[: len(fitting)]], fitting
 
 
 def _options(context: Context) -> RankerOptions:
