@@ -152,12 +152,12 @@ def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, An
     articles = list(json_lines((data_dir() / "pretrain/wikipedia_en_articles.jsonl").read_bytes()))[:limit]
     rows += [{"title": row.get("title", ""), "text": row["text"]} for row in articles]
     tokenizer = word_pieces(folder, "ict", (row["text"] for row in rows), 8000)
-    shape = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+    shape = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
     start = random_start(folder, tokenizer=tokenizer, seed=seed, **shape)
     train = write_rows(folder / "ict.jsonl", rows)
     config = {
         "task": "ict", "seed": seed, "data": {"max_tokens": 128},
-        "training": {"epochs": epochs, "batch_size": 64}, "optimizer": {"lr": 5e-4},
+        "training": {"epochs": epochs, "batch_size": 64}, "optimizer": {"lr": 1e-3},
     }  # fmt: skip
     result = run_job(folder, start, train, None, config)
     corpus = whole.cut(100).first(limit)

@@ -59,7 +59,7 @@ FLOORS = {"answer_recall": 0.109, "rouge_l": 0.259, "f1": 0.155}
 ASKER = "asker"
 """Of the folder: the model that `questions` leaves there, its adapter merged."""
 
-READER = {"task": "span_qa", "training": {"epochs": 3}, "data": {"max_tokens": 256}}
+READER = {"task": "span_qa", "training": {"epochs": 3}, "data": {"max_tokens": 256}, "optimizer": {"lr": 2e-4}}
 
 
 def xquad(rows: int | None) -> Split:
