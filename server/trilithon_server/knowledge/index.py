@@ -68,7 +68,7 @@ class IndexStore:
         try:
             content = (self._folder(name) / _CURRENT).read_text()
         except FileNotFoundError:
-            raise NotFound(f"index {shown(name)} does not exist.", code="index_not_found") from None
+            raise not_found(name) from None
         if not re.fullmatch(r"[1-9]\d*\n", content):
             raise corrupt(f"index {shown(name)} {_CURRENT} must hold a version. Given: {shown(content)}.")
         return int(content)
@@ -189,6 +189,12 @@ class IndexStore:
             for aside in self.root.glob(f".{name}.*.tmp"):
                 shutil.rmtree(aside)
             yield
+
+
+def not_found(name: str) -> NotFound:
+    """There is no index of the name."""
+    hint = "Build it, or list those that are here: `trilithon index ls`, GET /v1/retrieval/indexes."
+    return NotFound(f"index {shown(name)} does not exist.", code="index_not_found", hint=hint)
 
 
 def _versions(folder: Path) -> list[int]:

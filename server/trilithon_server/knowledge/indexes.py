@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilithon.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, TrilithonError
-from trilithon_server.knowledge.index import IndexStore
+from trilithon_server.knowledge.index import IndexStore, not_found
 from trilithon_server.knowledge.live import LiveIndex
 from trilithon_server.knowledge.manifest import Encoder, Manifest
 from trilithon_server.knowledge.passages import Passage
@@ -145,7 +145,7 @@ class Indexes:
         """
         store, held = self.store(tenant), self._held.setdefault((tenant, name), _Held())
         if held.deleting:
-            raise _not_found(name)
+            raise not_found(name)
         try:
             async with held.opening:
                 return held.live or held.serve(await asyncio.to_thread(_opened, store, name))
@@ -241,7 +241,7 @@ class Indexes:
         """
         held = self._held.setdefault((tenant, name), _Held())
         if held.deleting:
-            raise _not_found(name)
+            raise not_found(name)
         begun = held.build is not None or bool(held.error)
         held.deleting = True
         try:
@@ -265,10 +265,6 @@ def _facts(name: str, held: _Held | None, manifest: Manifest | None) -> Facts:
     error = held.error if held is not None else ""
     state: State = "failed" if manifest is None else "ready"
     return Facts(name=name, state=state, manifest=manifest, progress=0.0 if manifest is None else 1.0, error=error)
-
-
-def _not_found(name: str) -> NotFound:
-    return NotFound(f"index {shown(name)} does not exist.", code="index_not_found")
 
 
 def _opened(store: IndexStore, name: str) -> IndexVersion:
