@@ -242,9 +242,10 @@ def test_R11_what_cannot_be_answered_is_told(
     assert param is None or error["param"] == param
 
 
-def test_acc_A12_the_layout_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tiny", "smollm2"])
+def test_acc_A12_the_layout_does_not_matter(tmp_path: Path, request: pytest.FixtureRequest, real: bool) -> None:
     """The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2)."""
-    model = tiny_llama(tmp_path / WRITER, context=2048)
+    model = request.getfixturevalue("smollm2_dir") if real else tiny_llama(tmp_path / WRITER, context=2048)
     body = {
         "question": QUESTION, "documents": DOCUMENTS, "mode": "bm25", "top_k": 3, "sampling": SHORT,
         "return_evidence": True,
@@ -252,7 +253,7 @@ def test_acc_A12_the_layout_does_not_matter(tmp_path: Path) -> None:
     told = []
     for tp, pp in ((1, 1), (2, 1), (1, 2)):
         with serving(model, "--dtype", "float32", "--tp", str(tp), "--pp", str(pp)) as server:
-            response = httpx.post(server.url + ASK, json=body, timeout=60)
+            response = httpx.post(server.url + ASK, json=body, timeout=300)
             assert response.status_code == 200, response.text
             told.append(response.json())
     one = told[0]
