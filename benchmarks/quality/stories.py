@@ -376,7 +376,7 @@ def main() -> None:
     args = parser.parse_args()
     found = stories(args.folder, train=args.train, dev=args.dev)
     numbers = CASES[args.case](found, args.folder, args.seed, args.epochs or EPOCHS[args.case])
-    record(f"stories-{args.case}", {"train": len(found.train), "dev": len(found.dev), "seed": args.seed, **numbers})
+    record(f"stories_{args.case}", {"train": len(found.train), "dev": len(found.dev), "seed": args.seed, **numbers})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ What synthetic questions reach on real data, part by part and end to end, beside
     python benchmarks/quality/synthetic_qa.py questions --epochs 1
     python benchmarks/quality/synthetic_qa.py questions --folder runs/synthetic
     python benchmarks/quality/synthetic_qa.py filter --folder runs/synthetic
-    python benchmarks/quality/synthetic_qa.py readers --folder runs/synthetic --seeds 1 2 3
+    python benchmarks/quality/synthetic_qa.py readers --folder runs/synthetic --answers 8 --seeds 1 2 3
 
 answers    all-MiniLM-L6-v2 learns to propose answers on XQuAD's training articles: how many of the held-out answers are
            among five, by the joint model and by independent starts and ends.
@@ -163,7 +163,8 @@ def made(
         if out.exists():
             continue
         command = [sys.executable, "-m", "trilithon.cli", "synth-qa", str(corpus), "-o", str(out), "--filter", mode]
-        subprocess.run([*command, *local, "--seed", str(args.seeds[0]), "--format", "json"], check=True)
+        command += ["--answers", str(args.answers), "--seed", str(args.seeds[0]), "--format", "json"]
+        subprocess.run([*command, *local], check=True)
     return folder / f"{name}.json"
 
 
@@ -222,7 +223,8 @@ def readers(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         same = random.Random(seed).sample(every, min(len(kept), len(every)))
         for name, rows in (("kept", kept), ("unfiltered", same)):
             train, dev = files(folder, f"{name}-{seed}", rows, split.dev)
-            result = run_job(folder, model_dir(ENCODER), train, dev, {**READER, "seed": seed})
+            config = {**READER, "seed": seed, "training": {"epochs": args.epochs or 5}}
+            result = run_job(folder, model_dir(ENCODER), train, dev, config)
             found[name].append({**summed(result), "human": judge(result, split.dev)})
     return found
 
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--tales", type=int, default=400, help="rows of FairytaleQA to learn to ask from")
+    parser.add_argument("--answers", type=int, default=5, help="of a passage, to ask about")
     parser.add_argument("--filter", choices=("pair_any", "single"), default="pair_any")
     parser.add_argument("--folder", type=Path, help="keeps models and questions")
     parser.add_argument("--rows", type=int, help="of each file, at most: for a small run")
