@@ -6,8 +6,9 @@ What stories gain from finetuning, knowledge and control, on five-sentence stori
     python benchmarks/quality/stories.py sentences --folder runs/stories
     python benchmarks/quality/stories.py control --folder runs/stories
 
-ranker     facts ranked by MiniLM finetuned on stories, with an encoder of facts that stays as it is and as one encoder:
-           recall among 10 of the facts that fit the next sentence, beside MiniLM as it is, TF-IDF, and chance.
+ranker     facts ranked by MiniLM finetuned on stories, and as it is, asked with the story so far and its next
+           sentence's keywords, and with the story alone: recall among 10 of the facts that fit that sentence, beside
+           TF-IDF of the story, and chance.
 keywords   keywords of the next sentence from SmolLM2 with LoRA: the share of sentences with one of their own among the
            first three, beside SmolLM2 as it is and the three most frequent ones.
 sentences  the next sentence from SmolLM2 with LoRA, with facts and without: word perplexity of the held-out sentences,
@@ -117,16 +118,16 @@ def job(found: Stories, folder: Path, name: str, model: str, config: Mapping[str
 def ranker(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Recall of the facts that fit, among the best ten by each way to rank."""
     config = {"task": "story_ranker", "seed": seed, "training": {"epochs": epochs}}
-    results = {
-        "two encoders": job(found, folder, "ranker", ENCODER, config),
-        "one encoder": job(found, folder, "ranker-shared", ENCODER, {**config, "options": {"shared": True}}),
-    }
-    with open_ranker(model_dir(ENCODER)) as plain:
+    base, results, ways = model_dir(ENCODER), {}, {}
+    with open_ranker(base, RankerFormat()) as plain:
         cases = [case for row in found.dev for case in candidates(found.concepts, row, plain)]
-        ways = {"minilm": [plain.order(step, texts) for step, texts, _ in cases]}
-    for name, result in results.items():
-        with open_ranker(result.export) as tuned:
-            ways[name] = [tuned.order(step, texts) for step, texts, _ in cases]
+    for name, with_keywords in (("story and keywords", True), ("story alone", False)):
+        options = {"with_keywords": with_keywords}
+        folder_name = f"ranker-{name.replace(' ', '-')}"
+        results[name] = job(found, folder, folder_name, ENCODER, {**config, "options": options})
+        for kind, directory in (("minilm", base), ("finetuned", results[name].export)):
+            with open_ranker(directory, RankerFormat(with_keywords=with_keywords)) as way:
+                ways[f"{kind}, {name}"] = [way.order(step, texts) for step, texts, _ in cases]
     ways["tfidf"] = [by_terms(step, texts) for step, texts, _ in cases]
     fitting = [fits for _, _, fits in cases]
     numbers = {name: recall(order, fitting) for name, order in ways.items()}
@@ -141,13 +142,14 @@ Vector = np.ndarray[Any, Any]
 class Ranker:
     """Cosines of stories and facts by an encoder of each, which may be one; a fact is encoded once."""
 
-    def __init__(self, reader: TextEncoder, knower: TextEncoder) -> None:
-        self._reader, self._knower, self._format = reader, knower, RankerFormat()
+    def __init__(self, reader: TextEncoder, knower: TextEncoder, format: RankerFormat) -> None:
+        self._reader, self._knower, self._format = reader, knower, format
         self._known: dict[str, Vector] = {}
 
-    def story(self, sentences: Sequence[str]) -> Vector:
-        """The vector [H] of a story."""
-        rows: Vector = self._reader.vectors([self._format.story(sentences, self._reader.tokenizer).tokens])
+    def story(self, sentences: Sequence[str], keywords: Sequence[str] = ()) -> Vector:
+        """The vector [H] of a story, and of what its next sentence is about."""
+        told = self._format.story(sentences, self._reader.tokenizer, keywords=keywords)
+        rows: Vector = self._reader.vectors([told.tokens])
         return rows[0]
 
     def facts(self, texts: Sequence[str]) -> list[Vector]:
@@ -159,17 +161,18 @@ class Ranker:
 
     def order(self, step: Step, texts: Sequence[str]) -> list[str]:
         """Candidates by the story so far, best first."""
-        scores = unit(np.stack(self.facts(texts)).astype(np.float64)) @ self.story(step.told).astype(np.float64)
+        story = self.story(step.told, step.keywords).astype(np.float64)
+        scores = unit(np.stack(self.facts(texts)).astype(np.float64)) @ story
         return [texts[i] for i in np.argsort(-scores, kind="stable")]
 
 
 @contextmanager
-def open_ranker(directory: Path) -> Iterator[Ranker]:
+def open_ranker(directory: Path, format: RankerFormat) -> Iterator[Ranker]:
     """The encoder of a directory, or its two."""
     with ExitStack() as held:
         knower = held.enter_context(open_encoder(directory))
         beside = directory / QUERY_DIR
-        yield Ranker(held.enter_context(open_encoder(beside)) if beside.is_dir() else knower, knower)
+        yield Ranker(held.enter_context(open_encoder(beside)) if beside.is_dir() else knower, knower, format)
 
 
 def candidates(concepts: Concepts, row: Row, ranker: Ranker) -> list[tuple[Step, list[str], set[str]]]:
@@ -302,7 +305,7 @@ class Teller:
         prompts = []
         for story, words in zip(told, said, strict=True):
             facts = [fact.text for fact in self.concepts.graph.facts(words).facts]
-            known = self.ranker.order(Step(index, story, "", ()), facts)[:FACTS] if facts else []
+            known = self.ranker.order(Step(index, story, "", words), facts)[:FACTS] if facts else []
             prompts.append(list(format_.pack(story, self.llm.tokenizer, keywords=words, knowledge=known).tokens))
         seed = seed_of(self.seed, index)
         params = SamplingParams(temperature=0.7, top_k=40, max_tokens=64, stop=format_.stops, seed=seed)
@@ -319,7 +322,7 @@ def control(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, A
     adapters = {name: folder / f"{name}-export" for name in ("keywords", "sentences")}
     with (
         LLM(model_dir(DECODER), adapters=adapters, dtype="float32") as llm,
-        open_ranker(model_dir(ENCODER)) as encoder,
+        open_ranker(model_dir(ENCODER), RankerFormat()) as encoder,
     ):
         teller = Teller(llm, encoder, found.concepts, seed)
         free, free_texts = teller.tell(firsts, [None] * len(firsts))

@@ -38,6 +38,7 @@ async def ranked(
     call: Call,
     ranker: Ranker,
     story: Sequence[str],
+    keywords: Sequence[str],
     facts: Facts,
     values: Mapping[str, Any],
 ) -> list[ScoredFact]:
@@ -45,6 +46,7 @@ async def ranked(
     Candidates by the cosine of their vectors and that of the story so far, best first.
 
     Args:
+        keywords: of the next sentence, which the story asks with.
         values: parameters of the request itself, by JSON name.
     Raises:
         TrilithonError: the engine refused, or could not finish.
@@ -55,7 +57,7 @@ async def ranked(
     keys = [(*made_by, fact.text) for fact in facts.facts]
     found = [service.fact_vectors.get(key) for key in keys]
     missing = [i for i, vector in enumerate(found) if vector is None]
-    asked = [list(format.story(story, ranker.reader.tokenizer).tokens)]
+    asked = [list(format.story(story, ranker.reader.tokenizer, keywords=keywords).tokens)]
     new = [list(format.fact(facts.facts[i].text, ranker.knower.tokenizer).tokens) for i in missing]
 
     async def vectors(model: ServedModel, inputs: list[list[int]]) -> list[Vector]:

@@ -197,7 +197,7 @@ class Telling:
         if not found.facts:
             return [], found.unknown
         self._check_aborted()
-        scored = await ranked(self._service, self.call, ranker, told, found, self._values)
+        scored = await ranked(self._service, self.call, ranker, told, keywords, found, self._values)
         return scored[: self.story.knowledge_k], found.unknown
 
     async def _write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,10 @@ def test_keywords_are_read_as_they_were_written(markers: Any, text: str, expecte
 
 
 def test_ranker_sequences(tmp_path: Path) -> None:
-    """A story's last tokens and a fact's first ones, each between the two that an encoder's text has."""
+    """
+    A story's last tokens, with keywords as its last sentence, and a fact's first ones, each between the two that an
+    encoder's text has.
+    """
     write_wordpiece_tokenizer(tmp_path, vocab=256, context=128)
     tokenizer = load_tokenizer(tmp_path)
     format_ = RankerFormat(max_story=8, max_fact=5)
@@ -184,6 +188,10 @@ def test_ranker_sequences(tmp_path: Path) -> None:
     fact = tokenizer.encode(FACTS[0], add_special_tokens=False)
 
     assert format_.story(TOLD, tokenizer).tokens == (first, *story[-6:], last)
+    about = tokenizer.encode(" ".join([*TOLD, "old dog, sea."]), add_special_tokens=False)
+    assert format_.story(TOLD, tokenizer, keywords=["old dog", "sea"]).tokens == (first, *about[-6:], last)
+    alone = replace(format_, with_keywords=False)
+    assert alone.story(TOLD, tokenizer, keywords=["sea"]) == format_.story(TOLD, tokenizer)
     assert format_.fact(FACTS[0], tokenizer).tokens == (first, *fact[:3], last)
 
 

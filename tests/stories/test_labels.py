@@ -55,9 +55,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def cosines(encoder: TextEncoder, story: Sequence[str], texts: Sequence[str]) -> npt.NDArray[np.float32]:
+def cosines(
+    encoder: TextEncoder, story: Sequence[str], words: Sequence[str], texts: Sequence[str]
+) -> npt.NDArray[np.float32]:
     format_ = RankerFormat()
-    asked = [format_.story(story, encoder.tokenizer), *(format_.fact(text, encoder.tokenizer) for text in texts)]
+    asked = [
+        format_.story(story, encoder.tokenizer, keywords=words),
+        *(format_.fact(text, encoder.tokenizer) for text in texts),
+    ]
     rows = encoder.vectors([one.tokens for one in asked])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows[1:] @ rows[0]
@@ -65,8 +70,9 @@ def cosines(encoder: TextEncoder, story: Sequence[str], texts: Sequence[str]) ->
 
 def test_acc_C04_labels_are_the_best_by_brute_force(known: Concepts, vectors: TextEncoder) -> None:
     """
-    `facts` are the top of all candidates by the cosine with the story and its next sentence, `ranked` by that without
-    it, `others` what is left; keywords are those of the sentence. Inverse seen: the sentence left out of the story.
+    `facts` are the top of all candidates by the cosine with the story and its next sentence, `ranked` by that with the
+    sentence's keywords in its place, `others` what is left; keywords are those of the sentence. Inverse seen: the
+    sentence left out of the story.
     """
     labelled = StoryLabeller(known, vectors, LabelOptions(facts=2, others=2)).label(STORY)
     sentences = STORY["sentences"]
@@ -78,8 +84,8 @@ def test_acc_C04_labels_are_the_best_by_brute_force(known: Concepts, vectors: Te
     for i, step in enumerate(labelled["steps"], start=1):
         assert step["keywords"] == keywords(sentences[i])
         texts = [fact.text for fact in known.graph.facts(step["keywords"]).facts]
-        for name, story in (("facts", sentences[: i + 1]), ("ranked", sentences[:i])):
-            scores = dict(zip(texts, cosines(vectors, story, texts), strict=True)) if texts else {}
+        for name, story, words in (("facts", sentences[: i + 1], ()), ("ranked", sentences[:i], step["keywords"])):
+            scores = dict(zip(texts, cosines(vectors, story, words, texts), strict=True)) if texts else {}
             assert step[name] == sorted(texts, key=lambda text: -round(float(scores[text]), 5))[:2]
         assert set(step["others"]) <= set(texts) - set(step["facts"])
         assert len(step["others"]) == min(2, max(0, len(texts) - 2))
@@ -237,7 +243,9 @@ def test_facts_that_fit_are_not_told_from_each_other(encoder: Path) -> None:
 
     assert [s.columns["role"] for s in samples] == [QUERY, ANSWER, ANSWER, OTHER, NOTHING]
     assert {s.columns["pair"] for s in samples} == {0}
-    assert samples[0].tokens == RankerFormat().story(LABELLED["sentences"][:1], tokenizer).tokens
+    story, words = LABELLED["sentences"][:1], STEP["keywords"]
+    assert samples[0].tokens == RankerFormat().story(story, tokenizer, keywords=words).tokens
+    assert samples[0].tokens != RankerFormat().story(story, tokenizer).tokens
     assert samples[2].tokens == RankerFormat().fact("dog desires bone", tokenizer).tokens
     assert [s.num_supervised for s in samples] == [1, 0, 0, 0, 0]
     assert [s.tokens for s in many[1:3]] == [RankerFormat().fact(facts[i], tokenizer).tokens for i in (0, 2)]

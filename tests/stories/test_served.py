@@ -134,7 +134,8 @@ def test_facts_are_ranked_by_the_served_encoder(server: Server, encoder: Path, c
     tokenizer = load_tokenizer(encoder)
     format_ = RankerFormat()
     known = read_concepts(concepts).graph.facts(["boat", "dog"]).facts
-    inputs = [format_.story([FIRST], tokenizer), *(format_.fact(fact.text, tokenizer) for fact in known)]
+    asked = format_.story([FIRST], tokenizer, keywords=["boat", "dog"])
+    inputs = [asked, *(format_.fact(fact.text, tokenizer) for fact in known)]
     body = {"model": "encoder", "input": [list(one.tokens) for one in inputs]}
     data = httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60).json()["data"]
     rows = np.array([item["embedding"] for item in data])

@@ -136,7 +136,7 @@ def test_stories_take_the_trained_ranker(trained: Server, ranker: JobDir, facts:
     assert isinstance(format_, RankerFormat)
     tokenizer = load_tokenizer(ranker.root / "export")
     known = [fact.text for fact in read_concepts(facts).graph.facts(["boat", "dog"]).facts]
-    story = vectors(trained, "ranker", [format_.story([FIRST], tokenizer).tokens])[0]
+    story = vectors(trained, "ranker", [format_.story([FIRST], tokenizer, keywords=["boat", "dog"]).tokens])[0]
     rows = vectors(trained, "knower", [format_.fact(text, tokenizer).tokens for text in known])
     cosines = dict(zip(known, (rows @ story).tolist(), strict=True))
 

@@ -4,7 +4,8 @@ What stories are labelled with before models learn to tell them: keywords of eac
     sentence -> its keywords (RAKE) -> facts of the concept graph -> the best by what is known of the sentence itself
 
 A label has seen the sentence that it is for, so it belongs to training alone; beside it stands what a server would
-choose, which knows the story so far only. It lives here because the server imports nothing of this package.
+choose, which knows the story so far and the keywords only. It lives here because the server imports nothing of this
+package.
 
 Source: arXiv 2010.00840 (Megatron-CNTRL), weak supervision of the contextual ranker.
 """
@@ -101,24 +102,30 @@ class StoryLabeller:
             row: with `sentences`, texts.
         Returns:
             The row with `steps`: `keywords`; `facts`, best first, by the story with the sentence; `ranked`, as many, by
-            the story so far; `others`, that are not among `facts`. And `labelled_by`: digests of what made them.
+            the story so far with the keywords; `others`, that are not among `facts`. And `labelled_by`: digests of what
+            made them.
         """
         sentences: Sequence[str] = row["sentences"]
         found = [keywords(sentence) for sentence in sentences[1:]]
         candidates = [self._graph.facts(words, per_keyword=self._options.per_keyword).facts for words in found]
         tokenizer = self._encoder.tokenizer
-        known = [self._format.story(sentences[:size], tokenizer).tokens for size in range(1, len(sentences) + 1)]
+        before = [
+            self._format.story(sentences[:size], tokenizer, keywords=words).tokens
+            for size, words in enumerate(found, start=1)
+        ]
+        after = [self._format.story(sentences[: size + 1], tokenizer).tokens for size in range(1, len(sentences))]
         new = list({fact.text: None for facts in candidates for fact in facts if fact.text not in self._known})
-        vectors = self._encoder.vectors([*known, *(self._format.fact(text, tokenizer).tokens for text in new)])
-        self._known |= zip(new, vectors[len(known) :], strict=True)
+        told = [self._format.fact(text, tokenizer).tokens for text in new]
+        vectors = self._encoder.vectors([*before, *after, *told])
+        self._known |= zip(new, vectors[2 * len(found) :], strict=True)
         steps = [
-            {"keywords": words, **self._ranked(facts, before, after)}
-            for words, facts, before, after in zip(found, candidates, vectors, vectors[1:], strict=False)
+            {"keywords": words, **self._ranked(facts, *asked)}
+            for words, facts, *asked in zip(found, candidates, vectors, vectors[len(found) :], strict=False)
         ]
         return {**row, "steps": steps, "labelled_by": self._made_by}
 
     def _ranked(self, facts: Sequence[Fact], before: Vector, after: Vector) -> dict[str, list[str]]:
-        """Candidates by the vectors of a story before a sentence and after it."""
+        """Candidates by the vectors of a story before a sentence, with its keywords, and after it."""
         vectors = [self._known[fact.text] for fact in facts]
         best, guessed = ([one.fact.text for one in by_cosine(facts, vectors, story)] for story in (after, before))
         return _lists(best, guessed, self._options)

@@ -3,12 +3,13 @@ Task `story_ranker`: an encoder whose vectors bring a story and the facts that i
 are stories with labels, or the job makes them, see `story.py`.
 
 Facts that go with the sentence are told from candidates of the same sentence that do not, as they will have to be, by
-cross-entropy or by a margin. The story's side never sees the sentence.
+cross-entropy or by a margin. The story's side never sees the sentence, but its keywords: what a server has, too, when
+it asks for facts of them.
 
 Stories have an encoder of their own, which begins as that of facts. That one stays as it is unless the job says
 otherwise: what a server has made of a fact serves every ranker of the same base.
 
-Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margin.
+Source: arXiv 2010.00840 (Megatron-CNTRL), which has two encoders, and the margin. Its stories ask without keywords.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class RankerOptions(LabelSources):
     """Of the story so far, at most: its last ones."""
     fact_tokens: Annotated[int, Field(ge=8)] = 64
     """Of a fact, at most: its first ones."""
+    with_keywords: bool = True
+    """Ask with the next sentence's keywords behind the story. The paper's asks with the story alone."""
     positives: Annotated[int, Field(ge=1, le=10)] = 5
     """Facts of a sentence that are learned, at most: spread over the ranks of those that fit."""
     negatives: Annotated[int, Field(ge=1, le=15)] = 7
@@ -162,7 +165,9 @@ class StoryRanker(Recipe):
         size = self.unit(options)
         facts = [(ANSWER, text) for text in spread(step.facts, options.positives)]
         facts += [(OTHER, text) for text in spread(step.others, options.negatives)]
-        parts: list[tuple[int, Encoded, int]] = [(QUERY, format_.story(step.told, tokenizer), 0)]
+        parts: list[tuple[int, Encoded, int]] = [
+            (QUERY, format_.story(step.told, tokenizer, keywords=step.keywords), 0)
+        ]
         parts += [(role, format_.fact(text, tokenizer), _key(text)) for role, text in facts]
         parts += [(NOTHING, format_.fact("", tokenizer), 0)] * (size - len(parts))
         return [
@@ -213,6 +218,7 @@ def _format(context: Context) -> RankerFormat:
     return RankerFormat(
         max_story=min(options.story_tokens, context.max_tokens),
         max_fact=min(options.fact_tokens, context.max_tokens),
+        with_keywords=options.with_keywords,
         reads="passages" if context.model.has_twin else "both",
     )
 

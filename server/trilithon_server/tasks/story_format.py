@@ -244,6 +244,7 @@ class RankerFormat(TaskFile):
     Attributes:
         max_story: tokens of the story so far, special tokens included: its last ones.
         max_fact: tokens of a fact, special tokens included: its first ones.
+        with_keywords: whether a story asks with the keywords of its next sentence behind it.
         reads, passages_by: as of a `RetrievalFormat`.
     """
 
@@ -252,13 +253,15 @@ class RankerFormat(TaskFile):
 
     max_story: Annotated[int, Field(ge=3)] = 128
     max_fact: Annotated[int, Field(ge=3)] = 64
+    with_keywords: bool = True
     reads: Reads = "both"
     passages_by: str = ""
 
-    def story(self, story: Sequence[str], tokenizer: Tokenizer) -> Encoded:
-        """The story so far."""
+    def story(self, story: Sequence[str], tokenizer: Tokenizer, *, keywords: Sequence[str] = ()) -> Encoded:
+        """The story so far, and what its next sentence is to be about, as a last sentence of its own."""
         first, last = tokenizer.encode("", add_special_tokens=True)
-        ids = literal(" ".join(map(one_line, story)), tokenizer)
+        about = [f"{', '.join(keywords)}."] if keywords and self.with_keywords else []
+        ids = literal(" ".join(map(one_line, [*story, *about])), tokenizer)
         return Encoded((first, *ids[-(self.max_story - 2) :], last))
 
     def fact(self, text: str, tokenizer: Tokenizer) -> Encoded:
