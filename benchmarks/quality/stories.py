@@ -6,9 +6,8 @@ What stories gain from finetuning, knowledge and control, on five-sentence stori
     python benchmarks/quality/stories.py sentences --folder runs/stories
     python benchmarks/quality/stories.py control --folder runs/stories
 
-ranker     facts ranked by MiniLM finetuned on stories, and as it is, asked with the story so far and its next
-           sentence's keywords, and with the story alone: recall among 10 of the facts that fit that sentence, beside
-           TF-IDF of the story, and chance.
+ranker     facts ranked by MiniLM finetuned on stories: recall among 10 of the facts that fit the next sentence, beside
+           MiniLM as it is, with that sentence's keywords and without, TF-IDF of the story, and chance.
 keywords   keywords of the next sentence from SmolLM2 with LoRA: the share of sentences with one of their own among the
            first three, beside SmolLM2 as it is and the three most frequent ones.
 sentences  the next sentence from SmolLM2 with LoRA, with facts and without: word perplexity of the held-out sentences,
@@ -118,22 +117,19 @@ def job(found: Stories, folder: Path, name: str, model: str, config: Mapping[str
 def ranker(found: Stories, folder: Path, seed: int, epochs: int) -> dict[str, Any]:
     """Recall of the facts that fit, among the best ten by each way to rank."""
     config = {"task": "story_ranker", "seed": seed, "training": {"epochs": epochs}}
-    base, results, ways = model_dir(ENCODER), {}, {}
+    base, result, ways = model_dir(ENCODER), job(found, folder, "ranker", ENCODER, config), {}
     with open_ranker(base, RankerFormat()) as plain:
         cases = [case for row in found.dev for case in candidates(found.concepts, row, plain)]
-    for name, with_keywords in (("story and keywords", True), ("story alone", False)):
-        options = {"with_keywords": with_keywords}
-        folder_name = f"ranker-{name.replace(' ', '-')}"
-        results[name] = job(found, folder, folder_name, ENCODER, {**config, "options": options})
-        for kind, directory in (("minilm", base), ("finetuned", results[name].export)):
-            with open_ranker(directory, RankerFormat(with_keywords=with_keywords)) as way:
-                ways[f"{kind}, {name}"] = [way.order(step, texts) for step, texts, _ in cases]
+    asked, alone = RankerFormat(), RankerFormat(with_keywords=False)
+    for name, directory, format_ in (("minilm", base, asked), ("minilm, story alone", base, alone),
+                                     ("finetuned", result.export, asked)):  # fmt: skip
+        with open_ranker(directory, format_) as way:
+            ways[name] = [way.order(step, texts) for step, texts, _ in cases]
     ways["tfidf"] = [by_terms(step, texts) for step, texts, _ in cases]
     fitting = [fits for _, _, fits in cases]
     numbers = {name: recall(order, fitting) for name, order in ways.items()}
     chance = float(np.mean([RECALL_AT / len(texts) for _, texts, _ in cases]))
-    trained = {name: facts_of(result) for name, result in results.items()}
-    return {"trained": trained, "recall_at_10": {**numbers, "chance": chance}, "sentences": len(cases)}
+    return {**facts_of(result), "recall_at_10": {**numbers, "chance": chance}, "sentences": len(cases)}
 
 
 Vector = np.ndarray[Any, Any]
