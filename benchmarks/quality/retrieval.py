@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,9 +155,10 @@ def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, An
     tokenizer = word_pieces(folder, "ict", (row["text"] for row in rows), 8000)
     shape = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
     start = random_start(folder, tokenizer=tokenizer, seed=seed, **shape)
+    pool_as_minilm(start, shape["hidden_size"])
     train = write_rows(folder / "ict.jsonl", rows)
     config = {
-        "task": "ict", "seed": seed, "data": {"max_tokens": 128},
+        "task": "ict", "seed": seed, "data": {"max_tokens": 128}, "options": {"shared": False},
         "training": {"epochs": epochs, "batch_size": 64}, "optimizer": {"lr": 1e-3},
     }  # fmt: skip
     result = run_job(folder, start, train, None, config)
@@ -166,6 +168,15 @@ def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, An
         "before": accuracies(corpus, corpus.questions, start, modes=("dense",)),
         "after": accuracies(corpus, corpus.questions, result.export, modes=("dense",)),
     }
+
+
+def pool_as_minilm(start: Path, size: int) -> None:
+    """Let vectors be the mean of all tokens, at length 1: what new weights know is then which words occur."""
+    minilm = model_dir(MINILM)
+    shutil.copy(minilm / "modules.json", start)
+    described = json.loads((minilm / "1_Pooling/config.json").read_text())
+    (start / "1_Pooling").mkdir()
+    (start / "1_Pooling/config.json").write_text(json.dumps({**described, "word_embedding_dimension": size}))
 
 
 def dpr(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
