@@ -12,8 +12,8 @@ keywords   keywords of the next sentence from SmolLM2 with LoRA: the share of se
            first three, beside SmolLM2 as it is and the three most frequent ones.
 sentences  the next sentence from SmolLM2 with LoRA, with facts and without: word perplexity of the held-out sentences,
            beside SmolLM2 as it is.
-control    stories told with what `keywords` and `sentences` left in the folder: whether a sentence is about a keyword
-           that it is given, or about its opposite; repeated and distinct 4-grams.
+control    stories told with what `keywords` and `sentences` left in the folder, no four tokens twice: whether a
+           sentence is about a keyword that it is given, or about its opposite; repeated and distinct 4-grams.
 
 Every tenth story is held out. `--train` and `--dev` take the first so many stories; the folder keeps labels and
 exports. Numbers, seeds, times and versions are written to `results/`.
@@ -304,7 +304,9 @@ class Teller:
             known = self.ranker.order(Step(index, story, "", words), facts)[:FACTS] if facts else []
             prompts.append(list(format_.pack(story, self.llm.tokenizer, keywords=words, knowledge=known).tokens))
         seed = seed_of(self.seed, index)
-        params = SamplingParams(temperature=0.7, top_k=40, max_tokens=64, stop=format_.stops, seed=seed)
+        params = SamplingParams(
+            temperature=0.7, top_k=40, no_repeat_ngram=4, max_tokens=64, stop=format_.stops, seed=seed
+        )
         texts = [out.choices[0].text for out in self.llm.generate(prompts, params, adapter="sentences")]
         return [" ".join(text[: first_end(text)].split()) for text in texts]
 
