@@ -33,7 +33,7 @@ from trilithon_server.engine.identity import model_digest
 from trilithon_server.knowledge.concepts import Concepts, ConceptsError, concepts_digest, read_concepts
 
 FILE = "labels.jsonl"
-VERSION = 1
+VERSION = 2
 """Raised when the same sources give other labels than before."""
 
 OPTIONS = LabelOptions()
