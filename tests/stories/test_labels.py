@@ -245,7 +245,10 @@ def test_facts_that_fit_are_not_told_from_each_other(encoder: Path) -> None:
     assert {s.columns["pair"] for s in samples} == {0}
     story, words = LABELLED["sentences"][:1], STEP["keywords"]
     assert samples[0].tokens == RankerFormat().story(story, tokenizer, keywords=words).tokens
-    assert samples[0].tokens != RankerFormat().story(story, tokenizer).tokens
+    alone = context_for(RANKER, tokenizer, options={"with_keywords": False})
+    (plain, *_) = samples_of(list(RANKER.encode(LABELLED, 7, alone, file="f")))
+    assert samples[0].tokens != plain.tokens == RankerFormat().story(story, tokenizer).tokens
+    assert RANKER.task_file(alone, {})["with_keywords"] is False
     assert samples[2].tokens == RankerFormat().fact("dog desires bone", tokenizer).tokens
     assert [s.num_supervised for s in samples] == [1, 0, 0, 0, 0]
     assert [s.tokens for s in many[1:3]] == [RankerFormat().fact(facts[i], tokenizer).tokens for i in (0, 2)]
