@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 MODEL := smollm2-135m-instruct
 TEST_PROCESSES := 2
 
-.PHONY: help install run test test-slow test-gpu lint format bench bench-training proto docs clean
+.PHONY: help install run test test-slow test-gpu lint format bench bench-training quality proto docs clean
 
 help:
 	@echo "make install    the environment for serving, in $(VENV)"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint       ruff, mypy, import-linter, generated files up to date"
 	@echo "make bench      the serving benchmark against transformers, in one run"
 	@echo "make bench-training  the training step against plain torch, and the pipeline against its formula"
+	@echo "make quality    every real run of dialogue, stories, retrieval and synthetic questions (hours), and its bars"
 	@echo "make proto      regenerate the protobuf code;  make docs  regenerate the reference tables"
 
 $(VENV)/bin/python:
@@ -69,6 +70,19 @@ bench: $(VENV)/.installed-dev
 bench-training: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/pipeline.py
+
+RUN := $(BIN)/python benchmarks/quality/
+
+# Real data and the two models of the store; results and bars lie in benchmarks/quality.
+quality: $(VENV)/.installed-dev
+	for case in zero_shot sentences "ict --epochs 6" dpr dpr_new; do $(RUN)retrieval.py $$case || exit 1; done
+	for case in readers refresh; do $(RUN)openqa.py $$case || exit 1; done
+	for case in persona grounded; do $(RUN)dialogue.py $$case || exit 1; done
+	for case in ranker "keywords --train 500" "sentences --train 80" "control --dev 40"; do \
+		$(RUN)stories.py $$case --folder runs/stories || exit 1; done
+	for case in answers questions filter "readers --seeds 1 2 3"; do \
+		$(RUN)synthetic_qa.py $$case --folder runs/synthetic || exit 1; done
+	$(RUN)bars.py
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from runs import Result, data_dir, model_dir, record, run_job, settings, write_rows
 
 from trilithon_finetune.converters.questions import json_lines
 from trilithon_finetune.phases.verify import loaded_stage, outputs_of_stage
@@ -158,7 +158,7 @@ def main() -> None:
                 "estimated_seconds": result.estimate["seconds"],
                 "verified_max_abs": result.verified["max_abs"],
             }
-        record("chat", {"seed": args.seed, **numbers, "served": serve(model, exports)})
+        record("chat", {"settings": settings(args), **numbers, "served": serve(model, exports)})
 
 
 if __name__ == "__main__":

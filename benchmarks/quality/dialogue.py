@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from runs import Result, data_dir, model_dir, record, run_job, settings, write_rows
 
 from trilithon_finetune.converters.dialogues import CONTEXT_TURNS, begin_rows, persona_rows, topical_rows
 from trilithon_finetune.converters.questions import json_lines
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=200, help="turns of Topical-Chat to judge by")
     args = parser.parse_args()
     numbers = {"persona": persona, "grounded": grounded}[args.what](args)
-    record(f"dialogue_{args.what}", {"seed": args.seed, "epochs": args.epochs, **numbers})
+    record(f"dialogue_{args.what}", {"settings": settings(args), **numbers})
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         numbers = {"readers": readers, "refresh": refresh}[args.case](Path(name), args.seed, args.limit)
-    tell(f"openqa_{args.case}", {"seed": args.seed, "limit": args.limit, **numbers})
+    tell(f"openqa_{args.case}", args, numbers)
 
 
 if __name__ == "__main__":

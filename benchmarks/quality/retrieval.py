@@ -4,14 +4,15 @@ What retrieval finds on real questions.
     python benchmarks/quality/retrieval.py zero_shot
     python benchmarks/quality/retrieval.py ict --seed 1
     python benchmarks/quality/retrieval.py dpr --seed 1
+    python benchmarks/quality/retrieval.py dpr_new --seed 1
     python benchmarks/quality/retrieval.py sentences
 
 zero_shot  all-MiniLM-L6-v2 as it is, BM25, and both together: XQuAD in passages of 100 words, QED in whole paragraphs;
            and the same encoder by its first token alone, which it was not trained for.
 ict        two small encoders from new weights, by inverse cloze on XQuAD's training paragraphs and articles of an
            encyclopedia.
-dpr        all-MiniLM-L6-v2 on QED's training questions with BM25's negatives, judged on its held-out ones; and the same
-           from new weights, as two encoders.
+dpr        all-MiniLM-L6-v2 on QED's training questions with BM25's negatives, judged on its held-out ones.
+dpr_new    the same from new weights of that shape, as two encoders.
 sentences  sentences of knowledge for the dialogue system, by each of its scorers; see `sentences.py`.
 
 A passage counts as right where it holds an answer, word by word. Numbers are written to `results/`.
@@ -29,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from runs import Result, data_dir, model_dir, record, run_job, settings, write_rows
 from sentences import found as sentences_found
 from vocabulary import random_start, word_pieces
 
@@ -180,25 +181,36 @@ def pool_as_minilm(start: Path, size: int) -> None:
 
 
 def dpr(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
-    """From the trained encoder, and from new weights of its shape."""
+    """From the trained encoder."""
+    return supervised(folder, model_dir(MINILM), epochs, limit, {"seed": seed})
+
+
+def dpr_new(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, Any]:
+    """From new weights of its shape."""
+    start = random_start(folder, tokenizer=model_dir(MINILM), seed=seed)
+    pool_as_minilm(start, 384)
+    config = {"seed": seed, "options": {"shared": False}, "optimizer": {"lr": 3e-4}}
+    return supervised(folder, start, epochs, limit, config)
+
+
+def supervised(folder: Path, start: Path, epochs: int, limit: int | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an encoder finds before and after it has seen questions with their passages."""
     corpus = qed().first(limit)
     train = write_rows(folder / "dpr.jsonl", dpr_rows(corpus, held_out=False))
     dev = write_rows(folder / "dpr-dev.jsonl", dpr_rows(corpus, held_out=True))
     questions = [question for question in corpus.questions if question.held_out]
-    starts = {"minilm": model_dir(MINILM), "random": random_start(folder, tokenizer=model_dir(MINILM), seed=seed)}
-    found: dict[str, Any] = {"train_rows": sum(1 for _ in train.open()), "questions": len(questions)}
-    for name, start in starts.items():
-        config = {"task": "dpr", "seed": seed, "training": {"epochs": epochs, "batch_size": 32}}
-        config |= {"data": {"max_tokens": 192, "on_long": "truncate"}, "eval": {"every_steps": 10}}
-        result = run_job(folder, start, train, dev, config)
-        found[name] = {
-            "seconds": result.seconds,
-            "valid_loss_first": first_loss(result),
-            "valid_loss_best": result.metrics["valid_loss"],
-            "before": accuracies(corpus, questions, start),
-            "after": accuracies(corpus, questions, result.export),
-        }
-    return found
+    config = {"task": "dpr", "training": {"epochs": epochs, "batch_size": 32}, **config}
+    config |= {"data": {"max_tokens": 192, "on_long": "truncate"}, "eval": {"every_steps": 10}}
+    result = run_job(folder, start, train, dev, config)
+    return {
+        "train_rows": sum(1 for _ in train.open()),
+        "questions": len(questions),
+        "seconds": result.seconds,
+        "valid_loss_first": first_loss(result),
+        "valid_loss_best": result.metrics["valid_loss"],
+        "before": accuracies(corpus, questions, start),
+        "after": accuracies(corpus, questions, result.export),
+    }
 
 
 def dpr_rows(corpus: Corpus, *, held_out: bool) -> list[dict[str, Any]]:
@@ -231,7 +243,7 @@ def first_loss(result: Result) -> float:
 def main() -> None:
     """Run one case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("case", choices=("zero_shot", "ict", "dpr", "sentences"))
+    parser.add_argument("case", choices=("zero_shot", "ict", "dpr", "dpr_new", "sentences"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--limit", type=int, help="questions or rows, to try the script [all]")
@@ -242,14 +254,16 @@ def main() -> None:
         elif args.case == "sentences":
             numbers = sentences_found(model_dir(MINILM), ("tfidf", "bm25", "dense", "hybrid"), args.limit)
         else:
-            numbers = {"ict": ict, "dpr": dpr}[args.case](Path(name), args.seed, args.epochs, args.limit)
-    tell(f"retrieval_{args.case}", {"seed": args.seed, "limit": args.limit, **numbers})
+            numbers = {"ict": ict, "dpr": dpr, "dpr_new": dpr_new}[args.case](
+                Path(name), args.seed, args.epochs, args.limit
+            )
+    tell(f"retrieval_{args.case}", args, numbers)
 
 
-def tell(name: str, numbers: Mapping[str, Any]) -> None:
+def tell(name: str, args: argparse.Namespace, numbers: Mapping[str, Any]) -> None:
     """Write numbers of all the data down; print those of a try."""
-    if numbers["limit"] is None:
-        record(name, numbers)
+    if args.limit is None:
+        record(name, {"settings": settings(args), **numbers})
     else:
         print(json.dumps(numbers, indent=1))
 

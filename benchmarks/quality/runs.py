@@ -7,6 +7,7 @@ the interpreter that every process has.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -31,6 +32,8 @@ from trilithon_finetune.train.work import open_work
 from trilithon_parallel.config import load_config
 
 HERE = Path(__file__).parent
+
+_BEGAN = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,16 @@ def _phase(name: str, root: Path) -> dict[str, Any]:
     return data
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """A command line as results tell it: without folders, which change no number."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+
+
 def record(name: str, numbers: Mapping[str, Any]) -> None:
-    """Write numbers with the versions that made them to `results/NAME.json`, and print them."""
+    """Write numbers with the versions that made them, and how long that took, to `results/NAME.json`; print them."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    document = {**numbers, "versions": versions, "machine": platform.machine()}
+    seconds = round(time.monotonic() - _BEGAN)
+    document = {**numbers, "wall_seconds": seconds, "versions": versions, "machine": platform.machine()}
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import Result, data_dir, model_dir, record, run_job, write_rows
+from runs import Result, data_dir, model_dir, record, run_job, settings, write_rows
 
 from trilithon_finetune.converters.questions import json_lines
 from trilithon_finetune.data.story_labels import StoryLabeller, TextEncoder
@@ -377,7 +377,10 @@ def main() -> None:
     args = parser.parse_args()
     found = stories(args.folder, train=args.train, dev=args.dev)
     numbers = CASES[args.case](found, args.folder, args.seed, args.epochs or EPOCHS[args.case])
-    record(f"stories_{args.case}", {"train": len(found.train), "dev": len(found.dev), "seed": args.seed, **numbers})
+    record(
+        f"stories_{args.case}",
+        {"settings": settings(args), "train": len(found.train), "dev": len(found.dev), **numbers},
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import Result, data_dir, judge, model_dir, record, run_job, write_rows
+from runs import Result, data_dir, judge, model_dir, record, run_job, settings, write_rows
 
 from trilithon_finetune.converters import Split, convert
 from trilithon_finetune.converters.squad import read_squad
@@ -247,7 +247,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         numbers = CASES[args.case](args.folder or Path(scratch), args)
     name = f"synthetic_{args.case}"
-    record(name if args.rows is None else f"{name}_small", {"seeds": args.seeds, **numbers})
+    record(name if args.rows is None else f"{name}_small", {"settings": settings(args), **numbers})
 
 
 if __name__ == "__main__":
