@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from served import Server, serving
 from tiny import tiny_llama
@@ -105,6 +106,35 @@ def test_E3_knowledge_scores_are_one_by_both_protocols(server: Server) -> None:
     assert [name for name, _ in zero] == ["coast", "hills"]
     assert own == zero
     assert len(by_words) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_E3_R11_a_document_is_text_or_html(url: str, server: Server, stream: bool) -> None:
+    """
+    One with both is refused alike by both protocols, as the server does it; an empty body beside the other is none.
+
+    Seen to fail over gRPC, where the second body silently took the first one's place.
+    """
+    both: Document = {"id": "both", "text": "The sea is far.", "html": "<p>The sea is near.</p>"}
+    other: Document = {"id": "other", "text": "The sea is far from the old mill.", "html": ""}
+    asked = {"conversation": TALK, "knowledge": {"documents": [other, both]}}
+    by_server = httpx.post(f"{server.url}/v1/dialogue", json=asked).json()["error"]
+    with Client(url) as client:
+        with pytest.raises(InvalidArgument) as caught:
+            client.dialogue.respond(TALK, knowledge={"documents": [other, both]}, stream=stream)  # type: ignore[call-overload]  # either of the two
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.dialogue.put_knowledge("both", [both])
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.openqa.answer("How far?", documents=[both])
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.retrieval.create_index("both", documents=[both])
+        assert client.dialogue.respond(TALK, knowledge={"documents": [other]}, **GREEDY).knowledge != ()
+
+    assert (caught.value.message, caught.value.code, caught.value.param) == (
+        by_server["message"],
+        by_server["code"],
+        by_server["param"],
+    )
 
 
 async def test_what_is_kept(url: str) -> None:
