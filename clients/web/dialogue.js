@@ -80,8 +80,9 @@ function factsOf(answer) {
 
 async function say(text) {
   if (page.busy) return;
-  const before = state.turns.length;
-  state.turns.push({ speaker: "other", text });
+  const { turns } = state; // Clear begins others while this waits
+  const before = turns.length;
+  turns.push({ speaker: "other", text });
   const asked = userTurn(text, { role: "them" });
   const turn = new AnswerTurn("me", { grew: () => (byId("log").scrollTop = byId("log").scrollHeight) });
   byId("turns").append(asked, turn.element);
@@ -91,7 +92,7 @@ async function say(text) {
     if (page.busy) return;
     while (asked.nextElementSibling) asked.nextElementSibling.remove();
     asked.remove();
-    state.turns.length = before;
+    turns.length = before;
     say(text);
   };
   const known = [];
@@ -105,17 +106,21 @@ async function say(text) {
       } else answer = document;
     }
   });
+  if (state.turns !== turns) {
+    announcer.finish("Stopped.");
+    return;
+  }
   if (ended === "failed") {
     asked.remove();
     turn.element.remove();
-    state.turns.length = before;
+    turns.length = before;
     byId("say").value = text;
     byId("say").focus();
     return;
   }
   const said = (answer?.candidates[0].text ?? turn.text).trim();
-  if (said) state.turns.push({ speaker: "target", text: said });
-  else state.turns.length = before;
+  if (said) turns.push({ speaker: "target", text: said });
+  else turns.length = before;
   turn.finish({ facts: answer ? factsOf(answer) : ["stopped"], actions: [["Try again", again]] });
   if (known.length) turn.element.append(grounds(known));
   announcer.finish(ended === "stopped" ? "Stopped." : "Answer complete.");

@@ -80,8 +80,8 @@ function editor(index, keywords) {
 // The story --------------------------------------------------------------------------------------------------
 
 async function tell(path, body, from) {
+  if (page.busy) return;
   const started = performance.now();
-  const before = state.sentences;
   let finished = null;
   byId("notes").textContent = "";
   const ended = await page.run(async (signal) => {
@@ -91,12 +91,11 @@ async function tell(path, body, from) {
       else finished = document;
     }
   });
-  if (ended === "busy") return;
-  if (ended === "failed" && state.sentences !== before && state.sentences.length < before.length) show(before);
   byId("notes").replaceChildren(...factsOf(finished, ended, (performance.now() - started) / 1000).map((fact) => h("span", {}, fact)));
   announcer.finish(ended === "done" ? "Story complete." : ended === "stopped" ? "Stopped." : "");
 }
 
+/** The server has the sentences before `from` and no others from now on, however this ends; so has the page. */
 function begin({ story_id: id }, from) {
   state.id = id;
   show(state.sentences.filter(({ index }) => index < from));
@@ -134,7 +133,6 @@ byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const controls = parseControls(plan.value);
   const body = { model: model.value, first_sentence: first.value, ...(controls.length ? { controls } : {}) };
-  state.sentences = [];
   tell("/v1/stories", { ...body, ...page.values("sentences", "knowledge_k", "temperature", "max_tokens", "seed") }, 1);
 });
 

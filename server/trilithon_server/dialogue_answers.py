@@ -8,6 +8,7 @@ from trilithon_server import answers
 from trilithon_server.dialogue import Reply
 from trilithon_server.dialogue_store import ActorFacts, KnowledgeFacts
 from trilithon_server.knowledge.local import Chosen
+from trilithon_server.validation import float32
 
 
 def responded(reply: Reply, *, with_knowledge: bool) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _of_document(item: Chosen) -> dict[str, Any]:
         "text": sentence.text,
         "document_id": sentence.document_id,
         "sentence": sentence.number,
-        "score": item.score,
+        "score": float32(item.score),
         "generated": False,
     }
 

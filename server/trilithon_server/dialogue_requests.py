@@ -17,6 +17,7 @@ MAX_REFERENCES = 64
 MAX_DOCUMENTS = 64
 MAX_DOCUMENT_BYTES = 1 << 20
 MAX_TOP_K = 50
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,8 @@ def check(asked: Asked, service: Service, found: Violations, *, by_examples: boo
         found.add("knowledge.scorer", f"must be one of {', '.join(SCORERS)}", given=grounds.scorer, todo=hint)
     if not 0 <= grounds.top_k <= MAX_TOP_K:
         found.add("knowledge.top_k", f"must be from 1 to {MAX_TOP_K}", given=grounds.top_k)
-    if grounds.min_score is not None and not np.isfinite(grounds.min_score):
-        found.add("knowledge.min_score", "must be a finite number", given=grounds.min_score)
+    if grounds.min_score is not None and not abs(grounds.min_score) <= _LARGEST:  # NaN neither
+        found.add("knowledge.min_score", "must be a finite number of 32 bits", given=grounds.min_score)
 
 
 def check_conversations(name: str, conversations: Sequence[Conversation], service: Service, found: Violations) -> None:

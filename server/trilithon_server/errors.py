@@ -52,6 +52,7 @@ def error_body(error: TrilithonError) -> dict[str, Any]:
             "type": error.openai_type,
             "param": error.param,
             "code": error.code,
+            "status": error.grpc_status,
             "request_id": error.request_id,
             "details": [
                 {

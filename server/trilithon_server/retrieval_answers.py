@@ -9,6 +9,7 @@ from trilithon_server import answers
 from trilithon_server.knowledge.indexes import Facts
 from trilithon_server.knowledge.version import Hit
 from trilithon_server.retrieval import Encoded, Found
+from trilithon_server.validation import float32
 
 
 def encoded(result: Encoded) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def index(facts: Facts) -> dict[str, Any]:
         "passages": 0 if manifest is None else manifest.count,
         "model_digest": "" if manifest is None else manifest.encoder.model_digest,
         "state": facts.state,
-        "progress": facts.progress,
+        "progress": float32(facts.progress),
         "error": facts.error,
         "model": "" if manifest is None else manifest.encoder.model,
         "backend": "" if manifest is None else manifest.backend,

@@ -8,6 +8,7 @@ from trilithon_server import answers
 from trilithon_server.knowledge.fact_vectors import ScoredFact
 from trilithon_server.story_requests import Sentence, Story
 from trilithon_server.story_telling import Telling
+from trilithon_server.validation import float32
 
 
 def started(telling: Telling) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _fact(scored: ScoredFact) -> dict[str, Any]:
     fact = scored.fact
     return {
         "text": fact.text,
-        "score": scored.score,
+        "score": float32(scored.score),
         "head": fact.head,
         "relation": fact.relation,
         "tail": fact.tail,

@@ -287,10 +287,10 @@ def seed_of(seed: int, index: int) -> int:
 
 
 def with_stops(values: Mapping[str, Any], stops: Sequence[str]) -> dict[str, Any]:
-    """Parameters with what ends a text of the format beside what the caller says."""
+    """Parameters with what ends a text of the format beside what the caller says; no list is for the validator."""
     given = values.get("stop")
-    own = [given] if isinstance(given, str) else list(given) if isinstance(given, list) else []
-    return {**values, "stop": [*own, *stops]} if stops else dict(values)
+    own = [] if given is None else [given] if isinstance(given, str) else given
+    return {**values, "stop": [*own, *stops]} if stops and isinstance(own, list) else dict(values)
 
 
 def _room(model: ServedModel, wanted: int) -> int:

@@ -123,6 +123,33 @@ def test_an_answer_can_be_stopped(server: Server, visit: Visit) -> None:
     expect(page.locator("#go")).to_be_visible()
 
 
+def test_clear_during_an_answer_begins_a_new_conversation(server: Server, visit: Visit) -> None:
+    """
+    The answer that was cut off belongs to the conversation that is gone: the next one begins with its own first turn,
+    whether text had come or not. Seen to fail with the answer put into the conversation that is there when it ends.
+    """
+    watched = visit(server, "/dialogue")
+    page = ready(watched.page)
+    for text_came in (True, False):
+        say(page, "How far is the sea?")
+        page.fill("#ask-max_tokens", "2000")
+        if not text_came:
+            page.route("**/v1/dialogue", lambda route: None, times=1)  # the answer never begins
+        page.fill("#say", "Tell me all.")
+        page.press("#say", "Enter")
+        page.locator("#stop").wait_for()
+        if text_came:
+            expect(page.locator(".turn.assistant").last.locator(".said")).not_to_be_empty()
+        page.click("#clear")
+        expect(page.locator("#go")).to_be_visible()
+        expect(page.locator(".turn")).to_have_count(0)
+        page.fill("#ask-max_tokens", "8")
+        say(page, "Shorter?")
+        assert sent(watched)[-1]["conversation"] == [{"speaker": "other", "text": "Shorter?"}]
+        expect(page.locator(".turn")).to_have_count(2)
+        page.click("#clear")
+
+
 def test_S3_the_page_asks_for_the_key(keyed_server: Server, visit: Visit) -> None:
     """Without one the box appears; with it the models do; it is kept nowhere."""
     page = visit(keyed_server, "/dialogue").page

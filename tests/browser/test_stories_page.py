@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from browser.conftest import free_ports
 from browser.pages import CONTRAST, Server, Watched, serve
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from tiny import tiny_bert
 
 Visit = Callable[..., Watched]
@@ -110,6 +111,110 @@ def test_what_is_refused_leaves_the_story(teller: Server, visit: Visit) -> None:
     ask(page)
 
     assert texts(page) == before
+
+
+def cut_off(page: Page, path: str) -> None:
+    """The next request there runs out of time before anything is written, when it has begun on the server."""
+
+    def run_out(route: Route) -> None:
+        route.continue_(post_data=json.dumps({**(route.request.post_data_json or {}), "time_limit_ms": 1}))
+
+    page.route(path, run_out, times=1)
+
+
+def lose(page: Page, path: str) -> None:
+    """The engine is lost behind the first event of the next request there."""
+    lost = event("error", error={"message": "The engine was lost.", "code": "engine_lost"})
+    events = event("started", story_id="story_1") + lost
+    page.route(path, lambda route: route.fulfill(body=events, content_type="text/event-stream"), times=1)
+
+
+def event(name: str, **document: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(document)}\n\n"
+
+
+def test_a_rewrite_that_fails_leaves_what_the_server_has(teller: Server, visit: Visit) -> None:
+    """
+    What a rewrite took away is gone on the server: the page shows no more of it, and can be written on from what it
+    shows. Seen to fail with the old sentences shown again, where the next rewrite of the last one is refused.
+    """
+    watched = visit(teller, "/stories")
+    page = watched.page
+    ask(page)
+    before = texts(page)
+    cut_off(page, "**/rewrite")
+    page.fill("#keywords-3", "boat")
+    page.press("#keywords-3", "Enter")
+    expect(page.locator(".failure .error-code")).to_have_text("timeout")
+    assert texts(page) == before[:2]
+    page.locator("#story .sentence").last.locator("input").fill("dog")
+    page.locator("#story .sentence").last.locator("input").press("Enter")
+    whole(page, 4)
+
+    expect(page.locator(".failure")).to_have_count(0)
+    expect(page.locator("#keywords-2")).to_have_value("dog")
+
+
+def test_a_story_that_is_refused_takes_nothing_away(teller: Server, visit: Visit) -> None:
+    """
+    The page stands on the story that is there: what comes before a rewrite stays where that fails at once. Seen to fail
+    with the sentences cleared as the form is sent.
+    """
+    page = visit(teller, "/stories").page
+    ask(page)
+    before = texts(page)
+    page.fill("#ask-first_sentence", " ")
+    page.click("#go")
+    expect(page.locator("#ask-first_sentence-wrong")).not_to_be_empty()
+    lose(page, "**/rewrite")
+    page.fill("#keywords-4", "dog")
+    page.press("#keywords-4", "Enter")
+    expect(page.locator(".failure .error-code")).to_have_text("engine_lost")
+
+    assert texts(page) == before[:3]
+
+
+STREAM = """() => {
+  const fetched = window.fetch;
+  const body = new ReadableStream({ start: (controller) => (window.told = controller) });
+  const answer = new Response(body, { headers: { "content-type": "text/event-stream" } });
+  window.fetch = (path, init) => (path === "/v1/stories" ? Promise.resolve(answer) : fetched(path, init));
+}"""
+"""A story that the test tells: its events go to `window.told`."""
+
+
+def sentence(index: int) -> str:
+    return event(
+        "sentence", index=index, text=f"Sentence {index}.", keywords=["boat"], facts=[], logprob=-1.0, reused=False
+    )
+
+
+def test_enter_in_the_form_while_a_story_is_written_does_nothing(teller: Server, visit: Visit) -> None:
+    """
+    The sentences that had come stay those of the story. Seen to fail with them cleared as the form is sent, where a
+    rewrite began with none of them.
+    """
+    page = visit(teller, "/stories").page
+    expect(page.locator("#ready-text")).to_have_text("ready")
+    page.evaluate(STREAM)
+
+    def tell(*events: str) -> None:
+        page.evaluate("(text) => window.told.enqueue(new TextEncoder().encode(text))", "".join(events))
+
+    page.fill("#ask-first_sentence", "Sentence 1.")
+    page.click("#go")
+    page.locator("#stop").wait_for()
+    tell(event("started", story_id="story_1", seed=11, model="m"), sentence(1), sentence(2))
+    expect(page.locator("#story .sentence")).to_have_count(2)
+    page.press("#ask-seed", "Enter")
+    tell(sentence(3), event("finished", seed=11, model="m"))
+    whole(page, 3)
+    lose(page, "**/rewrite")
+    page.fill("#keywords-3", "dog")
+    page.press("#keywords-3", "Enter")
+    expect(page.locator(".failure .error-code")).to_have_text("engine_lost")
+
+    assert texts(page) == ["Sentence 1.", "Sentence 2."]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])

@@ -23,6 +23,31 @@ CODES = {
 }
 
 
+CODES_OF: dict[type[TrilithonError], str] = {
+    errors.InvalidArgument: "adapter_not_found document_not_text index_invalid invalid_json knowledge_invalid "
+    "no_chat_template passages_invalid prompt_too_long search_invalid size_mismatch triples_invalid unsupported_model",
+    errors.BodyTooLarge: "body_too_large headers_too_large metadata_too_large",
+    errors.Unauthenticated: "invalid_api_key",
+    errors.PermissionDenied: "admin_scope_required user_scope_required",
+    errors.NotFound: "adapter_not_found file_not_found index_not_found job_not_found model_not_found story_not_found",
+    errors.AlreadyExists: "name_taken",
+    errors.FailedPrecondition: "adapter_load_failed adapters_unsupported base_mismatch concepts_missing "
+    "constraint_dead_end files_missing format_unavailable index_building index_encoder index_unsupported index_version "
+    "job_cancelling job_finished job_not_succeeded model_load_failed no_catalog not_servable result_gone store_full "
+    "store_missing task_invalid task_tokenizer template_mismatch unsupported_model",
+    errors.Conflict: "file_in_use idempotency_mismatch index_building index_version version_conflict",
+    errors.RateLimited: "rate_limit_exceeded",
+    errors.Overloaded: "hosting_full queue_full quota_exceeded too_many_checks too_many_connections too_many_streams",
+    errors.Unavailable: "disk_full draining engine_lost index_closed loading server_shutting_down store_unavailable",
+    errors.DeadlineExceeded: "body_timeout queue_timeout timeout",
+    errors.Cancelled: "request_cancelled slow_reader",
+    errors.Unimplemented: "method_not_allowed not_implemented",
+    errors.DataLoss: "checkpoint_corrupt index_corrupt stored_corrupt",
+    errors.Internal: "export_failed internal_error numerical_failure",
+}
+"""Class -> codes that servers raise it with; a code may be of several classes."""
+
+
 def _example(kind: type[TrilithonError]) -> TrilithonError:
     details = [
         Violation(field="max_tokens", code="invalid_value", message="`max_tokens` must be from 1 to 8. Given: 9."),
@@ -81,6 +106,63 @@ def test_every_error_survives_a_stream(kind: type[TrilithonError]) -> None:
     assert type(caught.value) is kind
     assert texts == [CHOICE["text"]]
     assert len(server.asked) == 1
+
+
+def test_table_of_codes_has_every_class() -> None:
+    """A class that is new has codes to be held."""
+    assert list(CODES_OF) == list(SERVER_ERRORS)
+
+
+@pytest.mark.parametrize("kind", SERVER_ERRORS, ids=lambda kind: kind.__name__)
+def test_E3_a_refusal_is_one_class_by_every_way(kind: type[TrilithonError]) -> None:
+    """
+    Whatever its code, known to the client or not, a refusal is the same class over HTTP, gRPC and in a stream.
+
+    Seen to fail for each code that the client was not told of, with the status taken out of the body. A code of those
+    who share RESOURCE_EXHAUSTED tells them apart, so theirs must be known.
+    """
+    is_shared = kind.grpc_status == "RESOURCE_EXHAUSTED"
+    wrong = []
+    for code in [*CODES_OF[kind].split(), *([] if is_shared else ["a_code_of_tomorrow"])]:
+        sent = kind("what, where, given.", code=code)
+        with http_server(refusal(sent), Reply(events=[("error", refusal(sent).body)])) as server:
+            by_http = _caught(server.url, stream=False)
+            by_event = _caught(server.url, stream=True)
+        with grpc_server() as rpc:
+            rpc.failures = [sent]
+            by_grpc = _caught(rpc.url, stream=False)
+        wrong += [(got, code) for got in (by_http, by_event, by_grpc) if got != (kind, code)]
+
+    assert wrong == []
+
+
+def _caught(url: str, *, stream: bool) -> tuple[type[TrilithonError], str]:
+    with Client(url, max_retries=0) as client, pytest.raises(TrilithonError) as caught:
+        list(client.generate("Once", stream=True)) if stream else client.generate("Once")
+    return type(caught.value), caught.value.code
+
+
+def test_errors_of_foreign_servers_have_a_class() -> None:
+    """A body that names no status, or none that is known, is told by HTTP's status; in a stream by its type."""
+    found = []
+    for status, error in (
+        (400, {"code": "model_load_failed"}),
+        (404, {"status": "WEATHER"}),
+        (429, {"code": "slow_down", "status": 429}),
+        (500, {"type": "server_error"}),
+    ):
+        with http_server(Reply(status, {"error": {"message": "no", **error}})) as server:
+            found.append(_caught(server.url, stream=False)[0])
+    with http_server(Reply(events=[("error", {"error": {"message": "no", "type": "rate_limit_error"}})])) as server:
+        found.append(_caught(server.url, stream=True)[0])
+
+    assert found == [
+        errors.InvalidArgument,
+        errors.NotFound,
+        errors.RateLimited,
+        errors.Internal,
+        errors.RateLimited,
+    ]
 
 
 def _wait(seconds: float) -> TrilithonError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from served import Server, serving
 from tiny import tiny_llama
@@ -30,6 +32,12 @@ DOCUMENTS: list[Document] = [
     {"id": "town", "html": "<html><body><p>The town has a market on every Friday of the year.</p></body></html>"},
 ]
 KNOWN: Knowledge = {"documents": DOCUMENTS, "scorer": "bm25", "top_k": 2}
+FAR: Document = {
+    "id": "hills",
+    "text": "Far behind the hills, where shepherds once kept wool and salted butter, travellers still tell strange "
+    "stories about lanterns, storms, horses, brides and one forgotten bell.",
+}
+"""It shares one word with the talk: its score is below what tfidf asks for by itself."""
 GREEDY: TaskOptions = {"temperature": 0.0, "max_tokens": 12}
 
 
@@ -71,6 +79,62 @@ async def test_E3_replies_are_one_by_every_way(url: str, server: Server) -> None
     assert whole.knowledge[0].document_id == "coast"
     assert whole.reference_tokens > 0
     assert whole.candidates[0].finish_reason in ("max_tokens", "stop_sequence", "eos_token")
+
+
+def test_E3_knowledge_scores_are_one_by_both_protocols(server: Server) -> None:
+    """
+    A sentence has the same score over HTTP and gRPC, to the last bit, and reaches that score; a `min_score` of 0 is no
+    unset one. Seen to fail with 0 sent as unset, and with HTTP's scores left in 64 bits.
+    """
+    told = {}
+    for address in (server.url, server.grpc_target):
+        with Client(address) as client:
+
+            def chosen(client: Client = client, **options: Any) -> list[tuple[str, float]]:
+                known: Knowledge = {"documents": [*DOCUMENTS, FAR], **options}  # type: ignore[typeddict-item]  # as given
+                reply = client.dialogue.respond(TALK, knowledge=known, **GREEDY)
+                return [(one.document_id, one.score) for one in reply.knowledge]
+
+            unset, zero = chosen(), chosen(min_score=0.0)
+            least = min(score for _, score in zero)
+            told[address] = (unset, zero, chosen(min_score=least), chosen(min_score=0.1), chosen(scorer="bm25"))
+
+    by_http, by_grpc = told.values()
+    assert by_http == by_grpc
+    unset, zero, own, higher, by_words = by_http
+    assert [name for name, _ in unset] == [name for name, _ in higher] == ["coast"]
+    assert [name for name, _ in zero] == ["coast", "hills"]
+    assert own == zero
+    assert len(by_words) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_E3_R11_a_document_is_text_or_html(url: str, server: Server, stream: bool) -> None:
+    """
+    One with both is refused alike by both protocols, as the server does it; an empty body beside the other is none.
+
+    Seen to fail over gRPC, where the second body silently took the first one's place.
+    """
+    both: Document = {"id": "both", "text": "The sea is far.", "html": "<p>The sea is near.</p>"}
+    other: Document = {"id": "other", "text": "The sea is far from the old mill.", "html": ""}
+    asked = {"conversation": TALK, "knowledge": {"documents": [other, both]}}
+    by_server = httpx.post(f"{server.url}/v1/dialogue", json=asked).json()["error"]
+    with Client(url) as client:
+        with pytest.raises(InvalidArgument) as caught:
+            client.dialogue.respond(TALK, knowledge={"documents": [other, both]}, stream=stream)  # type: ignore[call-overload]  # either of the two
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.dialogue.put_knowledge("both", [both])
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.openqa.answer("How far?", documents=[both])
+        with pytest.raises(InvalidArgument, match=r"`documents\[0\]` must have text or html"):
+            client.retrieval.create_index("both", documents=[both])
+        assert client.dialogue.respond(TALK, knowledge={"documents": [other]}, **GREEDY).knowledge != ()
+
+    assert (caught.value.message, caught.value.code, caught.value.param) == (
+        by_server["message"],
+        by_server["code"],
+        by_server["param"],
+    )
 
 
 async def test_what_is_kept(url: str) -> None:

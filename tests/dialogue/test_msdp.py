@@ -206,17 +206,23 @@ def test_E3_msdp_is_one_by_every_way(server: Server) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
         stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
         unary, events = stub.Respond(request), list(stub.RespondStream(request))
-    with Client(server.url) as client:
-        stream = client.dialogue.respond(TALK, topic="Tea mills", stream=True, **GREEDY)  # type: ignore[arg-type,call-overload]  # literals
-        pieces = list(stream)
+    told = []
+    for address in (server.url, server.grpc_target):
+        with Client(address) as client:
+            stream = client.dialogue.respond(TALK, topic="Tea mills", stream=True, **GREEDY)  # type: ignore[call-overload]  # literals
+            pieces = list(stream)
+            one = client.dialogue.respond(TALK, topic="Tea mills", **GREEDY)  # type: ignore[call-overload]  # literals
+            joined = "".join(piece.delta for piece in pieces[1:])
+            told.append((pieces[0], joined, stream.result.candidates, one.candidates, one.knowledge))
 
     text, knowledge = whole["candidates"][0]["text"], whole["knowledge"][0]["text"]
     assert (unary.candidates[0].text, unary.knowledge[0].text, unary.knowledge[0].generated) == (text, knowledge, True)
     assert (events[0].knowledge.text, events[-1].finished) == (knowledge, events[-1].finished)
     assert "".join(event.delta for event in events) == events[-1].finished.candidates[0].text == text
-    assert pieces[0].text == knowledge
-    assert pieces[0].generated
-    assert "".join(piece.delta for piece in pieces[1:]) == stream.result.text == text
+    assert told[0] == told[1]
+    used, joined, streamed, joint, known = told[0]
+    assert (used.text, used.generated, known) == (knowledge, True, (used,))
+    assert joined == streamed[0].text == joint[0].text == text
 
 
 def test_E1_msdp_is_one_at_every_layout(server: Server, model_dir: Path) -> None:

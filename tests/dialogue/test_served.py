@@ -197,6 +197,7 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         ({"conversation": TALK, "knowledge": {"documents": DOCUMENTS * 2}}, None, "must be given once"),
         ({"conversation": TALK, "echo": True}, "echo", "unknown parameter"),
         ({"conversation": TALK, "topic": "Mills"}, "topic", "this model is not prompted by examples"),
+        (by(DOCUMENTS, min_score=1e300), "knowledge.min_score", "must be a finite number of 32 bits"),
         (by([{"id": "big", "text": "a " * 600_000}]), "knowledge.documents", "bytes in all"),
     ],
 )

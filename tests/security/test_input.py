@@ -352,7 +352,7 @@ def test_every_error_has_the_one_body(
     answer = front.http.request(method, path, headers=bearer(ACME) | headers, content=content)
 
     assert answer.status_code == status
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code", "request_id", "details"}
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code", "status", "request_id", "details"}
 
 
 def test_S6_messages_hold_text_alone(front: Front) -> None:

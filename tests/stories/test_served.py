@@ -234,6 +234,7 @@ def test_acc_C08_the_same_story_by_every_layout(
         ({"temperature": -1}, "temperature", "must be 0"),
         ({"echo": True}, "echo", "unknown parameter"),
         ({"stop": [str(i) for i in range(16)]}, "stop", "at most 16"),
+        ({"stop": 0}, "stop", "must be"),
         ({"model": "encoder"}, None, "cannot generate"),
         ({"ranker": "writer"}, None, "cannot embed"),
         ({"keyword_model": "nobody"}, None, "no model"),

@@ -18,6 +18,7 @@ from trilithon._transport import (
     PUT_KNOWLEDGE,
     RESPOND,
 )
+from trilithon.errors import InvalidArgument, Violation
 
 if TYPE_CHECKING:
     from trilithon._async_client import AsyncClient
@@ -157,7 +158,7 @@ class Dialogue:
             documents: 1 to 64, together at most 1 MiB.
             replace: in the place of what is there; else beside it.
         """
-        own = {"kb_id": name, "documents": [dict(document) for document in documents], "replace": replace}
+        own = {"kb_id": name, "documents": documents_of("documents", documents), "replace": replace}
         fields = plain("put_knowledge", own, options)
         return self._client._call(PUT_KNOWLEDGE, fields, options, KnowledgeBase)
 
@@ -259,7 +260,7 @@ class AsyncDialogue:
             documents: 1 to 64, together at most 1 MiB.
             replace: in the place of what is there; else beside it.
         """
-        own = {"kb_id": name, "documents": [dict(document) for document in documents], "replace": replace}
+        own = {"kb_id": name, "documents": documents_of("documents", documents), "replace": replace}
         fields = plain("put_knowledge", own, options)
         return await self._client._call(PUT_KNOWLEDGE, fields, options, KnowledgeBase)
 
@@ -288,11 +289,36 @@ def respond_fields(
         "conversation": [dict(turn) for turn in conversation],
         "references": None if references is None else turns_of(references),
         "actor_id": actor,
-        "knowledge": None if knowledge is None else {"return_knowledge": True, **knowledge},
+        "knowledge": None if knowledge is None else _knowledge(knowledge),
         "topic": topic,
         "n": n,
     }
     return task("respond", fields, options)
+
+
+def _knowledge(given: Knowledge) -> dict[str, Any]:
+    known: dict[str, Any] = {"return_knowledge": True, **given}
+    if known.get("documents") is not None:
+        known["documents"] = documents_of("knowledge.documents", known["documents"])
+    return known
+
+
+def documents_of(name: str, documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """
+    Documents in their JSON shape; what is empty is left out, so that it takes nothing's place in a message.
+
+    Raises:
+        InvalidArgument: one has text and html, as the server says it; a message could hold only one of them.
+    """
+    for i, document in enumerate(documents):
+        if document.get("text") and document.get("html"):
+            field, rule = f"{name}[{i}]", "must have text or html, one of the two"
+            wrong = Violation(field=field, code="missing_parameter", message=f"`{field}` {rule}.", rule=rule)
+            raise InvalidArgument(wrong.message, code=wrong.code, details=[wrong])
+    return [
+        {key: value for key, value in document.items() if key == "id" or value not in ("", None)}
+        for document in documents
+    ]
 
 
 def turns_of(conversations: Sequence[Sequence[DialogueTurn]]) -> list[list[dict[str, Any]]]:

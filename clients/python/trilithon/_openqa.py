@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-from trilithon._dialogue import Document
+from trilithon._dialogue import Document, documents_of
 from trilithon._parameters import CallOptions
 from trilithon._requests import plain
 from trilithon._retrieval import SearchMode
@@ -134,7 +134,7 @@ def answer_fields(
     fields = {
         "question": question,
         "index": index,
-        "documents": None if documents is None else [dict(document) for document in documents],
+        "documents": None if documents is None else documents_of("documents", documents),
         "top_k": top_k,
         "reader": reader,
         "mode": mode,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from trilithon._dialogue import Document
+from trilithon._dialogue import Document, documents_of
 from trilithon._dialogue_types import Nothing
 from trilithon._parameters import CallOptions
 from trilithon._requests import plain
@@ -221,7 +221,7 @@ def create_fields(
     name: str, file: str | None, documents: Sequence[Document] | None, backend: str | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Fields of a new index."""
-    listed = None if documents is None else [dict(document) for document in documents]
+    listed = None if documents is None else documents_of("documents", documents)
     return plain("create_index", {"name": name, "file_id": file, "documents": listed, "backend": backend}, options)
 
 

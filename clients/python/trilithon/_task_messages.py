@@ -42,6 +42,7 @@ def respond_request(fields: Fields) -> dialogue_pb2.RespondRequest:
         references=[_conversation(turns) for turns in fields.get("references") or ()],
         actor_id=fields.get("actor_id") or "",
         knowledge=None if known is None else _knowledge(known),
+        topic=fields.get("topic") or "",
     )
 
 

@@ -13,7 +13,6 @@ from trilithon.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     Internal,
-    NotFound,
     Overloaded,
     ProtocolError,
     RateLimited,
@@ -25,26 +24,6 @@ from trilithon.errors import (
 
 RETRY_STATUSES = frozenset({408, 429, 502, 503, 504})
 
-_SHARED_STATUS: Mapping[tuple[int, str], str] = {
-    # Classes that share an HTTP status are told apart by `type`, then by code.
-    (400, "template_mismatch"): "FAILED_PRECONDITION",
-    (400, "job_not_running"): "FAILED_PRECONDITION",
-    (400, "constraint_dead_end"): "FAILED_PRECONDITION",
-    (400, "failed_precondition"): "FAILED_PRECONDITION",
-    (400, "job_finished"): "FAILED_PRECONDITION",
-    (400, "job_cancelling"): "FAILED_PRECONDITION",
-    (400, "job_not_succeeded"): "FAILED_PRECONDITION",
-    (400, "format_unavailable"): "FAILED_PRECONDITION",
-    (400, "not_servable"): "FAILED_PRECONDITION",
-    (400, "result_gone"): "FAILED_PRECONDITION",
-    (400, "model_load_failed"): "FAILED_PRECONDITION",
-    (400, "adapter_load_failed"): "FAILED_PRECONDITION",
-    (400, "adapters_unsupported"): "FAILED_PRECONDITION",
-    (400, "base_mismatch"): "FAILED_PRECONDITION",
-    (400, "no_catalog"): "FAILED_PRECONDITION",
-    (409, "name_taken"): "ALREADY_EXISTS",
-    (500, "checkpoint_corrupt"): "DATA_LOSS",
-}
 _FIRST_OF_STATUS: Mapping[int, type[TrilithonError]] = {
     **{error.http_status: error for error in reversed(SERVER_ERRORS)},
     405: Unimplemented,
@@ -56,21 +35,19 @@ _FIRST_OF_STATUS: Mapping[int, type[TrilithonError]] = {
 _BY_GRPC: Mapping[str, type[TrilithonError]] = {error.grpc_status: error for error in reversed(SERVER_ERRORS)}
 _EXHAUSTED: Mapping[str, type[TrilithonError]] = {
     **{error.default_code: error for error in (BodyTooLarge, RateLimited, Overloaded)},
-    **dict.fromkeys(("quota_exceeded", "too_many_streams", "too_many_checks"), Overloaded),
+    **dict.fromkeys(("headers_too_large", "metadata_too_large"), BodyTooLarge),
 }
 
 
 def class_for_http(status: int, code: str) -> type[TrilithonError]:
     """
-    The class of an HTTP answer.
+    The class of an HTTP answer whose body does not name its status.
 
     >>> class_for_http(429, "rate_limit_exceeded").__name__, class_for_http(429, "queue_full").__name__
     ('RateLimited', 'Overloaded')
     """
     if status == 429:
         return _EXHAUSTED.get(code, RateLimited)
-    if (status, code) in _SHARED_STATUS:
-        return _BY_GRPC[_SHARED_STATUS[status, code]]
     if status in _FIRST_OF_STATUS:
         return _FIRST_OF_STATUS[status]
     return _FIRST_OF_STATUS[400] if 400 <= status < 500 else Internal
@@ -116,9 +93,9 @@ def from_event(data: Mapping[str, Any]) -> AttemptFailed:
 
 
 def error_from_object(described: Mapping[str, Any], *, status: int | None) -> TrilithonError:
-    """The error of a body's `error` object; without a status its class follows from its code and type."""
+    """The error of a body's `error` object; `status` is HTTP's, where it is an answer and no event."""
     code = _text(described.get("code"))
-    kind = class_for_http(status, code) if status is not None else _class_without_status(code, described)
+    kind = _class_of(described, code, status)
     details = [
         Violation(**{name: _text(detail.get(name)) for name in ("field", "code", "message", "rule", "limit", "given")})
         for detail in _objects(described.get("details"))
@@ -132,24 +109,15 @@ def error_from_object(described: Mapping[str, Any], *, status: int | None) -> Tr
     )
 
 
-def _class_without_status(code: str, described: Mapping[str, Any]) -> type[TrilithonError]:
-    for error in SERVER_ERRORS:
-        if error.default_code == code:
-            return error
-    if code in _UNAVAILABLE_CODES:
-        return Unavailable
-    if code.endswith("_not_found"):
-        return NotFound
-    if code == "queue_timeout":
-        return DeadlineExceeded
-    shared = {known: _BY_GRPC[grpc] for (_, known), grpc in _SHARED_STATUS.items()}
-    if code in shared:
-        return shared[code]
-    openai_type = described.get("type")
-    return next((error for error in SERVER_ERRORS if error.openai_type == openai_type), Internal)
-
-
-_UNAVAILABLE_CODES = frozenset({"loading", "draining", "server_shutting_down", "engine_lost"})
+def _class_of(described: Mapping[str, Any], code: str, status: int | None) -> type[TrilithonError]:
+    """Our servers name gRPC's status; of others HTTP's is known, or in a stream code and type alone."""
+    named = described.get("status")
+    if isinstance(named, str) and named in _BY_GRPC:
+        return class_for_grpc(named, code)
+    if status is not None:
+        return class_for_http(status, code)
+    kind, of_code = described.get("type"), {error.default_code: error for error in reversed(SERVER_ERRORS)}
+    return of_code.get(code) or next((error for error in SERVER_ERRORS if error.openai_type == kind), Internal)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

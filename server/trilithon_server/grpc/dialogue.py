@@ -152,5 +152,5 @@ def _grounds(options: dialogue_pb2.KnowledgeOptions, found: Violations) -> Groun
         kb_id=options.kb_id,
         scorer=_SCORERS.get(options.scorer, ""),
         top_k=options.top_k,
-        min_score=options.min_score or None,
+        min_score=options.min_score if options.HasField("min_score") else None,
     )

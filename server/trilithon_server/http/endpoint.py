@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trilithon.errors import InvalidArgument, NotFound, TrilithonError
+from trilithon.errors import NotFound, TrilithonError, Unimplemented
 from trilithon_server.errors import as_error
 from trilithon_server.http.exchange import Exchange, Scope
 from trilithon_server.served import Call
@@ -73,7 +73,7 @@ class Route:
         return tuple(dict.fromkeys((*always, "415", "503", "504") if has_body else always))
 
 
-class MethodNotAllowed(InvalidArgument):
+class MethodNotAllowed(Unimplemented):
     """The path is there, the method is not."""
 
     http_status = 405

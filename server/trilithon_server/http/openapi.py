@@ -42,12 +42,13 @@ ERROR = {
     "properties": {
         "error": {
             "type": "object",
-            "required": ["message", "type", "param", "code", "request_id", "details"],
+            "required": ["message", "type", "param", "code", "status", "request_id", "details"],
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"], "description": "The first field that broke a rule."},
                 "code": {"type": "string"},
+                "status": {"type": "string", "description": "The status that gRPC has for it."},
                 "request_id": {"type": "string"},
                 "details": {"type": "array", "items": {"$ref": "#/components/schemas/Violation"}},
             },

@@ -161,7 +161,8 @@ class LocalKnowledge:
         asked = self._ask(turns, choice, turn_vectors_MH)
         scores_N = self._scores(asked, choice.scorer)
         least = MIN_SCORES[choice.scorer] if choice.min_score is None else choice.min_score
-        rows = np.flatnonzero((scores_N >= least) & (scores_N > 0))
+        # Compared as they are told, in 32 bits: a sentence reaches its own score, whatever the protocol.
+        rows = np.flatnonzero((scores_N.astype(np.float32) >= np.float32(least)) & (scores_N > 0))
         is_cosine = choice.scorer in ("tfidf", "dense")
         value = choice.relevance * scores_N[rows] / (1.0 if is_cosine else scores_N.max(initial=np.finfo(float).tiny))
         likeness = np.zeros(len(rows))

@@ -164,7 +164,7 @@ class KnowledgeOptions(google.protobuf.message.Message):
     top_k: builtins.int
     """Sentences at most. Unset: 5. Range: 1 to 50. Zero: same as unset."""
     min_score: builtins.float
-    """Below it a sentence is not used. Unset: 0.05 of tfidf, 0.25 of dense, else 0. Zero: same as unset."""
+    """Below it a sentence is not used. Unset: 0.05 of tfidf, 0.25 of dense, else 0. Zero: every sentence above it."""
     return_knowledge: builtins.bool
     """Tell which sentences were used."""
     @property
@@ -178,10 +178,12 @@ class KnowledgeOptions(google.protobuf.message.Message):
         kb_id: builtins.str = ...,
         scorer: Global___KnowledgeOptions.Scorer.ValueType = ...,
         top_k: builtins.int = ...,
-        min_score: builtins.float = ...,
+        min_score: builtins.float | None = ...,
         return_knowledge: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["documents", b"documents", "kb_id", b"kb_id", "min_score", b"min_score", "return_knowledge", b"return_knowledge", "scorer", b"scorer", "top_k", b"top_k"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "min_score", b"min_score"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "documents", b"documents", "kb_id", b"kb_id", "min_score", b"min_score", "return_knowledge", b"return_knowledge", "scorer", b"scorer", "top_k", b"top_k"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_min_score", b"_min_score"]) -> typing.Literal["min_score"] | None: ...
 
 Global___KnowledgeOptions: typing_extensions.TypeAlias = KnowledgeOptions
 
