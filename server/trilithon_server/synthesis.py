@@ -125,7 +125,9 @@ class Synthesis:
                 passage, task = running[0]
                 try:
                     triples = await task
-                except DeadlineExceeded:
+                except DeadlineExceeded as error:
+                    if error.code != "timeout":
+                        raise
                     self.summary.is_complete = False
                     return
                 running.popleft()

@@ -190,3 +190,15 @@ def test_acc_E09_triples_are_those_of_any_share_of_the_engine(pieces: WordPieces
     for windows in (1, 24, 320):
         assert told(_Engine(), pieces, *texts, windows=windows)[0] == whole
 
+
+def test_R7_only_the_time_limit_ends_a_request_early(pieces: WordPieces) -> None:
+    """
+    Where a question waited too long for an engine the request fails, for trying again later helps. Inverse seen red:
+    every deadline read as the time limit.
+    """
+    events, request = told(_Engine(DeadlineExceeded("the time limit passed.", code="timeout")), pieces, "Ada.")
+    with pytest.raises(DeadlineExceeded, match="waited") as error:
+        told(_Engine(DeadlineExceeded("the request waited 5 ms.", code="queue_timeout")), pieces, "Ada.")
+
+    assert (events, request.summary.is_complete) == ([], False)
+    assert error.value.code == "queue_timeout"
