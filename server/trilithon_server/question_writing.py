@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trilithon.errors import DeadlineExceeded, FailedPrecondition
+from trilithon.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from trilithon_server.assembly import FinishReason
 from trilithon_server.prompts import Conversation, Prompt, Sequenced
 from trilithon_server.served import Call, ServedModel
@@ -25,6 +25,8 @@ DRAWS: tuple[Mapping[str, Any], ...] = ({"top_k": 40}, {"top_p": 0.9})
 """How the questions of an answer are drawn in turn, unless the request says: two ways differ more than two draws."""
 
 _SHAPING = ("top_k", "top_p", "min_p", "typical_p")
+_NO_ROOM = ("prompt_too_long", "context_length_exceeded", "kv_capacity_exceeded")
+"""Codes of a refusal that means: the prompt and a question behind it are more than the model can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,13 @@ class Writer:
             return Written("", None, too_long=True)
         values = {**self._draw(number), **self.values, "seed": seed, **self._ends()}
         async with self.gate:
-            generation = await self.service.generate(self.call, self.model.name, [prompt], values, field=field)
+            try:
+                generation = await self.service.generate(self.call, self.model.name, [prompt], values, field=field)
+            except InvalidArgument as error:
+                # A task's format knows its length; whether words fit is only known as tokens.
+                if self.format is not None or error.code not in _NO_ROOM:
+                    raise
+                return Written("", None, too_long=True)
             async with generation:
                 await generation.joined()
         (choice,) = generation.choices

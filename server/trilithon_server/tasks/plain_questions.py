@@ -11,7 +11,7 @@ from trilithon_server.tasks.pieces import Span
 from trilithon_server.tasks.question_format import surroundings
 
 SIDE_CHARS = 1000
-"""Of the text, at most, on either side of an answer: sentences may have no end."""
+"""Of the text, at most, on either side of an answer, and of an answer: sentences may have no end."""
 
 MAX_TOKENS = 64
 """Of a reply; its first question is enough."""
@@ -33,8 +33,12 @@ def question_instruction(text: str, answer: Span, sentences: Sequence[Span] | No
 
     Args:
         sentences: of the text, for callers that ask about many answers of one; None: they are looked for.
+    Raises:
+        ValueError: the answer has more than `SIDE_CHARS` characters.
     """
     first, last = answer
+    if last - first > SIDE_CHARS:
+        raise ValueError(f"the answer has {last - first} characters. It may have {SIDE_CHARS}.")
     start, stop = surroundings(text, answer, sentences)
     near, said = text[max(start, first - SIDE_CHARS) : min(stop, last + SIDE_CHARS)], text[first:last]
     return (
