@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trilithon.errors import DeadlineExceeded, FailedPrecondition
+from trilithon.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
 from trilithon_server.assembly import FinishReason
 from trilithon_server.prompts import Conversation, Prompt, Sequenced
 from trilithon_server.served import Call, ServedModel
@@ -25,6 +25,8 @@ DRAWS: tuple[Mapping[str, Any], ...] = ({"top_k": 40}, {"top_p": 0.9})
 """How the questions of an answer are drawn in turn, unless the request says: two ways differ more than two draws."""
 
 _SHAPING = ("top_k", "top_p", "min_p", "typical_p")
+_NO_ROOM = ("prompt_too_long", "context_length_exceeded", "kv_capacity_exceeded")
+"""Codes of a refusal that means: the prompt and a question behind it are more than the model can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Writer:
     Attributes:
         format: of the model; None: it was not trained to ask, and is asked in words.
         values: parameters of the request.
-        gate: how many may be written at once.
+        gate: how many may be written at once. packing: prompts are made one after another, in a thread.
         prompt_tokens, generated_tokens, cached_tokens: so far.
     """
 
@@ -54,26 +56,45 @@ class Writer:
     format: QuestionFormat | None
     values: Mapping[str, Any]
     gate: asyncio.Semaphore
+    packing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     prompt_tokens: int = field(default=0, init=False)
     generated_tokens: int = field(default=0, init=False)
     cached_tokens: int = field(default=0, init=False)
 
-    async def ask(
-        self, text: str, answer: Span, number: int, *, seed: int, field: str, answerable: bool = True
-    ) -> Written:
+    async def prompt(
+        self, text: str, sentences: Sequence[Span], answer: Span, *, answerable: bool = True
+    ) -> Prompt | None:
         """
-        The question `number` about characters [start, end) of a text; or one that they only seem to answer.
+        What questions about characters [start, end) of a text are asked with, or those that they only seem to answer;
+        None where the answer fills the context.
+
+        Args:
+            sentences: of the text.
+        """
+        async with self.packing:
+            try:
+                return await asyncio.to_thread(self._prompt, text, sentences, answer, answerable=answerable)
+            except ValueError:
+                return None
+
+    async def ask(self, prompt: Prompt | None, number: int, *, seed: int, field: str) -> Written:
+        """
+        The question `number` of a prompt.
 
         Raises:
             TrilithonError: refused, or the engine could not finish.
         """
-        try:
-            prompt = self._prompt(text, answer, answerable=answerable)
-        except ValueError:  # the answer fills the context
+        if prompt is None:
             return Written("", None, too_long=True)
         values = {**self._draw(number), **self.values, "seed": seed, **self._ends()}
         async with self.gate:
-            generation = await self.service.generate(self.call, self.model.name, [prompt], values, field=field)
+            try:
+                generation = await self.service.generate(self.call, self.model.name, [prompt], values, field=field)
+            except InvalidArgument as error:
+                # A task's format knows its length; whether words fit is only known as tokens.
+                if self.format is not None or error.code not in _NO_ROOM:
+                    raise
+                return Written("", None, too_long=True)
             async with generation:
                 await generation.joined()
         (choice,) = generation.choices
@@ -94,13 +115,13 @@ class Writer:
         stop = plain_questions.STOP if self.format is None else CLOSE
         return {"max_tokens": most, "stop": [stop], "include_stop_str_in_output": True}
 
-    def _prompt(self, text: str, answer: Span, *, answerable: bool) -> Prompt:
+    def _prompt(self, text: str, sentences: Sequence[Span], answer: Span, *, answerable: bool) -> Prompt:
         if self.format is not None:
-            packed = self.format.pack(text, answer, self.model.tokenizer, answerable=answerable)
+            packed = self.format.pack(text, answer, self.model.tokenizer, answerable=answerable, sentences=sentences)
             return Sequenced(ids=packed.tokens, types=packed.types, answer_type=packed.answer_type)
         if "chat" not in self.model.capabilities:
-            return plain_questions.question_prompt(text, answer)
-        content = plain_questions.question_instruction(text, answer)
+            return plain_questions.question_prompt(text, answer, sentences)
+        content = plain_questions.question_instruction(text, answer, sentences)
         return Conversation(messages=[{"role": "user", "content": content}])
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from trilithon.errors import DeadlineExceeded, FailedPrecondition
 from trilithon_server.generation import Usage
+from trilithon_server.knowledge.sentences import split_sentences
 from trilithon_server.question_writing import Writer, Written, asked, writer_of
 from trilithon_server.sampling import validate
 from trilithon_server.sampling_rules import TASK_HIDDEN, TASK_RULES
@@ -31,9 +32,9 @@ from trilithon_server.synthesis_records import Passage, PassageDone, Summary, Tr
 from trilithon_server.task_model import TaskCapability, TaskModel
 from trilithon_server.task_run import TaskRun, off_loop
 from trilithon_server.tasks.answer_spans import AnswerFormat, Candidates, Proposal, capitals_and_numbers
-from trilithon_server.tasks.pieces import Encoded
+from trilithon_server.tasks.pieces import Encoded, Pieces, Span, WordPieces
 from trilithon_server.tasks.round_trip import FILTERS, Asked, Filter, judge, judge_unanswerable
-from trilithon_server.tasks.spans import Logits, SpanAnswers, SpanFormat
+from trilithon_server.tasks.spans import Logits, SpanAnswers, SpanFormat, SpanWindow
 from trilithon_server.validation import Violations, nearest
 
 T = TypeVar("T")
@@ -62,13 +63,17 @@ class _Encoder:
     model: ServedModel
     task: TaskModel
 
-    async def logits(self, sequences: Sequence[Encoded], *, field: str) -> list[Logits]:
-        """Of each; as many at once as one request may have."""
+    @property
+    def most(self) -> int:
+        """Sequences of a passage that are read at once: with the others' as many as one request may have."""
         limits = self.run.service.limits
-        most = min(limits.max_extract_windows, limits.max_queue_requests) // AHEAD or 1
+        return min(limits.max_extract_windows, limits.max_queue_requests) // AHEAD or 1
+
+    async def logits(self, sequences: Sequence[Encoded], *, field: str) -> list[Logits]:
+        """Of each."""
         parts = [
-            await self.run.logits(self.model, self.task, sequences[first : first + most], field=field)
-            for first in range(0, len(sequences), most)
+            await self.run.logits(self.model, self.task, sequences[first : first + self.most], field=field)
+            for first in range(0, len(sequences), self.most)
         ]
         return list(chain.from_iterable(parts))
 
@@ -120,7 +125,9 @@ class Synthesis:
                 passage, task = running[0]
                 try:
                     triples = await task
-                except DeadlineExceeded:
+                except DeadlineExceeded as error:
+                    if error.code != "timeout":
+                        raise
                     self.summary.is_complete = False
                     return
                 running.popleft()
@@ -141,18 +148,9 @@ class Synthesis:
         proposals = await self._propose(text, where)
         # Seeds of the second kind stand behind all that the first may have: one kind changes nothing for the other.
         draws = [(n, n) for n in range(count)] + [(n, MAX_QUESTIONS + n) for n in range(more)]
-        written = await _all(
-            self.writer.ask(
-                text,
-                (item.start, item.end),
-                n,
-                seed=seed_of(self.seed, text, item, place),
-                field=where,
-                answerable=place < MAX_QUESTIONS,
-            )
-            for item in proposals
-            for n, place in draws
-        )
+        sentences = await off_loop(len(text), lambda: split_sentences(text))
+        about = await _all(self._write(text, sentences, item, draws, where) for item in proposals)
+        written = list(chain.from_iterable(about))
         asked = await self._read(text, written, where)
         triples: list[Triple] = []
         for item, at in zip(proposals, range(0, len(asked), len(draws)), strict=True):
@@ -178,11 +176,27 @@ class Synthesis:
             ]
         return triples
 
+    async def _write(
+        self, text: str, sentences: Sequence[Span], item: Proposal, draws: Sequence[tuple[int, int]], where: str
+    ) -> list[Written]:
+        """The questions about one answer."""
+        kinds = {place < MAX_QUESTIONS for _, place in draws}
+        prompts = {
+            kind: await self.writer.prompt(text, sentences, (item.start, item.end), answerable=kind) for kind in kinds
+        }
+        seeds = await off_loop(
+            len(text) * len(draws), lambda: [seed_of(self.seed, text, item, place) for _, place in draws]
+        )
+        return await _all(
+            self.writer.ask(prompts[place < MAX_QUESTIONS], n, seed=seed, field=where)
+            for (n, place), seed in zip(draws, seeds, strict=True)
+        )
+
     async def _propose(self, text: str, where: str) -> list[Proposal]:
         """Spans that could be asked for, likely ones more often."""
         candidates = await self._candidates(text, where)
         count = self._wanted.answers or DEFAULT_ANSWERS
-        return candidates.worded(text).sample(count, seed=seed_of(self.seed, text))
+        return await asyncio.to_thread(lambda: candidates.worded(text).sample(count, seed=seed_of(self.seed, text)))
 
     async def _candidates(self, text: str, where: str) -> Candidates:
         if self._proposer is None:
@@ -200,12 +214,31 @@ class Synthesis:
         spans, pieces = self._reader.task.format, self._reader.task.pieces
         assert isinstance(spans, SpanFormat)
         questions = [item.question for item in written if item.question is not None]
-        windows = await off_loop(
-            len(text) * len(questions), lambda: [spans.encode(question, text, pieces) for question in questions]
-        )
-        logits = iter(await self._reader.logits([w.encoded for one in windows for w in one], field=where))
-        found = iter([spans.decode(text, one, [next(logits) for _ in one]) for one in windows])
+        read = await off_loop(len(text), lambda: pieces.text(text))
+        answers: list[SpanAnswers] = []
+        # A long text has hundreds of windows for each question, which would be a gigabyte for all of them.
+        while rest := questions[len(answers) :]:
+            windows = await asyncio.to_thread(_packed, spans, rest, read, pieces, most=self._reader.most)
+            logits = await self._reader.logits([w.encoded for one in windows for w in one], field=where)
+            answers += await asyncio.to_thread(_decoded, spans, text, windows, logits)
+        found = iter(answers)
         return [asked(item) if item.question is None else _replied(item, next(found), spans) for item in written]
+
+
+def _packed(
+    spans: SpanFormat, questions: Sequence[str], read: Pieces, pieces: WordPieces, *, most: int
+) -> list[tuple[SpanWindow, ...]]:
+    """Windows of the first questions, about so many; at least those of one."""
+    first = spans.windows(questions[0], read, pieces)
+    more = questions[1 : most // len(first)]
+    return [first, *(spans.windows(question, read, pieces) for question in more)]
+
+
+def _decoded(
+    spans: SpanFormat, text: str, windows: Sequence[Sequence[SpanWindow]], logits: Sequence[Logits]
+) -> list[SpanAnswers]:
+    rest = iter(logits)
+    return [spans.decode(text, one, [next(rest) for _ in one]) for one in windows]
 
 
 def _replied(item: Written, found: SpanAnswers, spans: SpanFormat) -> Asked:

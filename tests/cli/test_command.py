@@ -191,6 +191,61 @@ def test_server_errors_show_every_violation(server: Scripted, capsys: pytest.Cap
     assert (described["type"], described["request_id"]) == ("InvalidArgument", "req_9")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_json"),
+    [
+        (["--format", "json"], True),  # what the server says
+        (["--format=json", "-o", "out.json"], True),
+        (["--format", "json", "--format", "text"], False),
+        (["-o", "json"], False),
+        (["--output=json", "--format", "text"], False),
+        (["--batch", "0", "--format", "json"], True),  # what the verb finds
+        (["--batch", "0", "-o", "json"], False),
+        (["--batch", "x", "--format", "json"], True),  # what the parser finds
+        (["--batch", "x", "--format=json"], True),
+        (["--batch", "x", "-o", "json"], False),
+        (["--batch", "x", "-ojson"], False),
+        (["--bath", "--format", "json"], True),
+    ],
+)
+def test_errors_are_json_where_the_verb_prints_json(
+    server: Scripted, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], is_json: bool
+) -> None:
+    """
+    Where `-o` is the file that is written, `--format` decides, whoever finds the error. Inverse seen red: `-o json`
+    looked for in the words of the command alone.
+    """
+    (tmp_path / "corpus.jsonl").write_text('{"text": "Ada."}\n')
+    server.answer = lambda asked: refusal(errors.NotFound("no model.", code="model_not_found"))
+    output = [] if any(word.startswith(("-o", "--output")) for word in arguments) else ["-o", "out.json"]
+
+    assert main(["synth-qa", "corpus.jsonl", *output, *arguments]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith('{"error": ') == is_json
+    assert told.startswith("trilithon: ") == (not is_json)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_json"),
+    [
+        (["generate", "a", "-o", "json", "--n", "x"], True),
+        (["generate", "a", "-ojson", "--n", "x"], True),
+        (["generate", "a", "--nn", "x", "--output=json"], True),
+        (["generate", "json", "--n", "x"], False),
+        (["data", "info", "a", "-o", "json", "--bogus"], True),
+        (["data", "inf", "a", "-o", "json"], True),
+        (["data", "convert", "squad", "a.json", "-o", "json", "--bogus"], False),
+        (["gnrate", "a", "-o", "json"], True),
+    ],
+)
+def test_errors_of_a_command_line_are_json_where_it_asks_for_json(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], is_json: bool
+) -> None:
+    """Also where its arguments could not be parsed: then the flags of its verb tell."""
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith('{"error": ') == is_json
+
+
 def test_flags_become_parameters(server: Scripted, tmp_path: Path) -> None:
     """Every flag reaches the request under its API name; --param reaches the rest."""
     schema = tmp_path / "schema.json"

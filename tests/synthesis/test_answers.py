@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_bert
 
 from trilithon_parallel.tokenizer import load_tokenizer
-from trilithon_server.tasks.answer_spans import AnswerFormat, Candidates, capitals_and_numbers
+from trilithon_server.tasks.answer_spans import RUN_WORDS, AnswerFormat, Candidates, capitals_and_numbers
 from trilithon_server.tasks.pieces import WordPieces
 
 TEXT = "The miller counted 12 sacks, then 144, and nobody came."
@@ -120,6 +120,16 @@ def test_the_rule_takes_names_and_numbers() -> None:
     ]  # fmt: skip
     assert np.allclose(np.exp(found.logprobs), 1 / 5)
     assert capitals_and_numbers("nothing here").sample(3, seed=1) == []
+
+
+def test_a_table_is_not_one_answer() -> None:
+    """A run has sixteen words at most, and a longer one is cut: nothing is left out. Inverse seen red: no limit."""
+    table = " ".join(str(n) for n in range(100, 140))
+    found = capitals_and_numbers(f"{table}, seen by Noor")
+
+    assert [len(table[start:end].split()) for start, end in found.spans[:-1]] == [RUN_WORDS, RUN_WORDS, 8]
+    assert " ".join(table[start:end] for start, end in found.spans[:-1]) == table
+    assert np.allclose(np.exp(found.logprobs), 1 / 4)
 
 
 def test_a_task_file_comes_back() -> None:

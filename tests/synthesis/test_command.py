@@ -133,12 +133,15 @@ def test_models_of_this_machine_do_it_too(
         ('{"text": " "}', "corpus.jsonl:2 text: must be a text"),
         ('{"text": "a", "id": "mill"}', "corpus.jsonl:2 id: must be given once. Given: 'mill'"),
         ('{"text": "a", "title": ["b"]}', "corpus.jsonl:2 title: must be a text"),
+        (r'{"text": "half \ud83d"}', "corpus.jsonl:2 text: must be sound Unicode"),
+        (r'{"text": "a", "id": "\udc00"}', "corpus.jsonl:2 id: must be sound Unicode"),
+        (r'{"text": "a", "title": "\ud83d\ud83d"}', "corpus.jsonl:2 title: must be sound Unicode"),
     ],
 )
 def test_R11_a_line_that_is_no_passage_is_told(tmp_path: Path, line: str, says: str) -> None:
     """File, line and field, before anything is asked; the command's exit code is 3."""
     path = tmp_path / "corpus.jsonl"
-    path.write_text(f'{{"text": "x", "id": "mill"}}\n{line}\n', encoding="utf-8")
+    path.write_text(f'{{"text": "x \\ud83d\\ude80", "id": "mill"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(CorpusError, match=r"corpus\.jsonl:2") as error:
         read_corpus(path)
 

@@ -13,7 +13,7 @@ import tokenizers
 from tiny_tokenizers import write_bpe_tokenizer
 
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
-from trilithon_server.tasks.plain_questions import question_instruction, question_prompt, read_reply
+from trilithon_server.tasks.plain_questions import SIDE_CHARS, question_instruction, question_prompt, read_reply
 from trilithon_server.tasks.question_format import QuestionFormat, read_question, written_question
 
 TEXT = "It was late. The mill stood still. The miller counted 12 sacks. Nobody came. The 12 sacks stayed."
@@ -208,6 +208,9 @@ def test_plain_words_ask_and_are_read() -> None:
     assert 'must be "12"' in asked
     assert question_prompt(TEXT, (START, START + 2)) == f"{asked}\n\nQuestion:"
     assert len(question_instruction("a" * 9000, (4000, 4003))) < 2300
+    assert len(question_instruction("a" * 9000, (4000, 4000 + SIDE_CHARS))) < 4300
+    with pytest.raises(ValueError, match="the answer has 1001 characters"):
+        question_prompt("a" * 9000, (4000, 4001 + SIDE_CHARS))
     assert read_reply("Sure!\n1. **How many sacks?**\n2. Who came?") == "How many sacks?"
     assert read_reply("There were twelve sacks.") is None
     assert written_question(" a \n b ") == " a b :question"

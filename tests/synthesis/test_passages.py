@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import CHOICE, GENERATED, Reply, http_server
+from scripted import Asked as Question
 from synthesis.synthesizing import Asked, parts, serving_parts
 
 from trilithon import Client
@@ -173,6 +175,37 @@ def test_R11_a_wrong_command_is_told(
 
     assert run(*arguments, "-o", "out.json", "--url", "http://127.0.0.1:1") == code
     assert says in capsys.readouterr().err
+
+
+def test_R7_a_passage_that_time_cut_off_is_not_kept(
+    titles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """
+    The command ends as where time does not suffice for a question, keeps what was whole, and writes the others when it
+    is run again. Inverse seen red: what there was of it kept for good.
+    """
+    ends = {"Ada\n\n": "time_limit"}
+
+    def reply(asked: Question) -> Reply:
+        choice = {**CHOICE, "text": f"About {asked.body['prompt'].strip()}. And", "finish_reason": None}
+        return Reply(
+            body={**GENERATED, "choices": [{**choice, "finish_reason": ends.get(asked.body["prompt"], "eos")}]}
+        )
+
+    with http_server() as server:
+        server.answer = reply
+        command = ("--generate", 3, "--titles", titles, "-o", tmp_path / "made.json", "--url", server.url, "--batch", 1)
+        first, told = run(*command), capsys.readouterr().err
+        asked = [question.body["prompt"] for question in server.asked]
+        ends.clear()
+        second = run(*command)
+        again = [question.body["prompt"] for question in server.asked[len(asked) :]]
+
+    assert (first, second) == (5, 3)  # all are whole then, and too short to be asked about
+    assert "before passage 2 was written. Run the command again." in told
+    assert "1 of 3 passages are kept" in told
+    assert asked == ["The mill\n\n", "Ada\n\n"]
+    assert again == ["Ada\n\n", "Winter of 1728\n\n"]
 
 
 def test_nothing_to_ask_about_is_told(

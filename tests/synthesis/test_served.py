@@ -20,6 +20,7 @@ from synthesis.synthesizing import (
     tiny_asker,
     triples,
 )
+from tiny import tiny_llama
 
 from trilithon_parallel.tokenizer import load_tokenizer
 from trilithon_server.question_writing import DRAWS
@@ -278,6 +279,25 @@ def test_R11_a_filter_needs_a_reader(folder: Path, models: tuple[Path, Path, Pat
 
         assert "span_qa" in error["message"] or "the filter needs one" in error["message"]
         assert triples(asked.ask(filter="none"))
+
+
+def test_R11_an_answer_that_a_model_has_no_room_for_is_told(folder: Path) -> None:
+    """
+    A table, and a name without an end: their questions are not asked, and the passages beside them have theirs.
+    Inverses seen red: the whole request refused for either.
+    """
+    table, name = " ".join(str(n) for n in range(1000, 2000)), "A" * 5020
+    passages = [{"id": "table", "text": table}, {"id": "endless", "text": name}, PASSAGES[1]]
+    with serving_parts(tiny_llama(folder / "short", vocab=150, context=512)) as asked:
+        found = triples(asked.ask(passages=passages, filter="none"))
+    reasons: dict[str, list[str]] = {passage["id"]: [] for passage in passages}
+    for item in found:
+        reasons[item["passage_id"]].append(item["reason"])
+
+    assert reasons["table"] == ["too_long"] * 10
+    assert reasons["endless"] == ["too_long"] * 2
+    assert len(reasons["name"]) == 2
+    assert "too_long" not in reasons["name"]
 
 
 def test_R7_the_time_limit_leaves_out_whole_passages(served: Asked) -> None:

@@ -29,6 +29,9 @@ from trilithon_server.tasks.task_file import Size, TaskFile
 TOP_P = 0.9
 """Of the nucleus that answers are drawn from."""
 
+RUN_WORDS = 16
+"""Of a run that is an answer by the rule, at most: a table of numbers is not one answer, nor is a line of capitals."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
@@ -149,17 +152,19 @@ def _window(read: Pieces, part: Span, pieces: WordPieces) -> SpanWindow:
 
 def capitals_and_numbers(text: str) -> Candidates:
     """
-    Runs of words that begin with a capital letter or a digit, each as likely as the others.
+    Runs of words that begin with a capital letter or a digit, each as likely as the others; of `RUN_WORDS` at most,
+    and a longer one is cut.
 
     >>> text = "In 1066 the Battle of Hastings was fought."
     >>> [text[start:end] for start, end in capitals_and_numbers(text).spans]
     ['In 1066', 'Battle', 'Hastings']
     """
     runs: list[Span] = []
-    last = -1  # the end of the run that may go on
+    last, words = -1, 0  # the end of the run that may go on, and its words
     for start, end in split_words(text):
         if text[start].isupper() or text[start].isdigit():
-            goes_on = last >= 0 and text[last:start] in ("", " ")
+            goes_on = last >= 0 and words < RUN_WORDS and text[last:start] in ("", " ")
+            words = words + 1 if goes_on else 1
             runs[-1:] = [(runs[-1][0], end)] if goes_on else [*runs[-1:], (start, end)]
             last = end
         elif not (end == start + 1 and text[start] in "-.,'" and last == start and text[end : end + 1].isalnum()):

@@ -25,8 +25,10 @@ re-implementations.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, ClassVar, Literal, Self
 
 from trilithon_parallel.tokenizer import Tokenizer
@@ -98,6 +100,7 @@ class QuestionFormat(TaskFile):
         *,
         question: str | None = None,
         answerable: bool = True,
+        sentences: Sequence[Span] | None = None,
     ) -> PackedQuestion:
         """
         Write one sequence.
@@ -106,6 +109,7 @@ class QuestionFormat(TaskFile):
             text: what is asked about. answer: characters [start, end) of it.
             question: to be learned; None: the sequence ends where the model begins to write.
             answerable: False: the text does not answer it; the format must be one of both kinds.
+            sentences: of the text, for callers that ask about many answers of one; None: they are looked for.
         Raises:
             ValueError: the tokenizer has no end token, or the answer is longer than a context may be.
         """
@@ -113,7 +117,7 @@ class QuestionFormat(TaskFile):
         opening = f"{'answerable' if answerable else 'unanswerable'} {OPEN}" if self.unanswerable else OPEN
         if not tokenizer.eos_ids:
             raise ValueError("the tokenizer names no end token, and a question ends with one.")
-        before, said, behind = _parts(text, answer, near=self.context == "near")
+        before, said, behind = _parts(text, answer, near=self.context == "near", sentences=sentences)
         part = _Sequence(tokenizer)
         if self.roles == "markers":
             marked = (f" {before}" if before else "", " <<", f" {said.strip()}", " >>")
@@ -167,20 +171,24 @@ def read_question(written: str) -> str | None:
     return " ".join(found[1].split()) or None if found else None
 
 
-def surroundings(text: str, answer: Span) -> Span:
+def surroundings(text: str, answer: Span, sentences: Sequence[Span] | None = None) -> Span:
     """
     Characters of the sentences that hold an answer, with one before and one behind; all of them where none does.
+
+    Args:
+        sentences: of the text, as `split_sentences` finds them; None: it is asked.
 
     >>> text = "It was late. The mill stood still. The miller counted 12 sacks. Nobody came. All slept."
     >>> text[slice(*surroundings(text, (55, 57)))]
     'The mill stood still. The miller counted 12 sacks. Nobody came.'
     """
     first, last = answer
-    sentences = split_sentences(text)
-    touched = [i for i, (begin, end) in enumerate(sentences) if begin < last and first < end]
-    if not touched:
+    sentences = split_sentences(text) if sentences is None else sentences
+    # They stand in order, so neither end needs a look at all of them.
+    touched = bisect_right(sentences, first, key=itemgetter(1)), bisect_left(sentences, last, key=itemgetter(0)) - 1
+    if touched[0] > touched[1]:
         return 0, len(text)
-    return sentences[max(0, touched[0] - 1)][0], sentences[min(len(sentences) - 1, touched[-1] + 1)][1]
+    return sentences[max(0, touched[0] - 1)][0], sentences[min(len(sentences) - 1, touched[1] + 1)][1]
 
 
 class _Sequence:
@@ -209,13 +217,13 @@ class _Sequence:
         return start, len(self.tokens)
 
 
-def _parts(text: str, answer: Span, *, near: bool) -> tuple[str, str, str]:
+def _parts(text: str, answer: Span, *, near: bool, sentences: Sequence[Span] | None) -> tuple[str, str, str]:
     """
     What stands before the answer, the answer, and what stands behind it, in one line. A space before the answer goes
     with it, as vocabularies of bytes have it.
     """
     first, last = answer
-    start, stop = surroundings(text, answer) if near else (0, len(text))
+    start, stop = surroundings(text, answer, sentences) if near else (0, len(text))
     before, said, behind = _squeezed(text[start:first]), _squeezed(text[first:last]), _squeezed(text[last:stop])
     before = before.lstrip()
     if before.endswith(" "):

@@ -110,8 +110,11 @@ class SpanFormat:
 
     def encode(self, question: str, context: str, pieces: WordPieces) -> tuple[SpanWindow, ...]:
         """Windows over the context, at least one; together they hold all of it."""
+        return self.windows(question, pieces.text(context), pieces)
+
+    def windows(self, question: str, read: Pieces, pieces: WordPieces) -> tuple[SpanWindow, ...]:
+        """The same over a context that was read before: one that is asked much is read once."""
         asked = pieces.text(question).ids[: min(self.max_question_tokens, self.max_tokens // 2)]
-        read = pieces.text(context)
         room = self.max_tokens - len(asked) - 3
         step = min(self.doc_stride, room)
         starts = range(0, max(1, len(read) - room + step), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -47,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         6 engine lost, 7 check failed, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command = _Command(arguments)
     try:
-        return _run(arguments)
+        return command.run()
     except UsageError as error:
-        return explain(error, EXIT_USAGE, as_json=_wants_json(arguments))
+        return explain(error, EXIT_USAGE, as_json=command.wants_json())
     except TrilithonError as error:
-        return explain(error, as_json=_wants_json(arguments))
+        return explain(error, as_json=command.wants_json())
     except BrokenPipeError:
         # The reader of our output had enough. Point stdout elsewhere, since it is flushed once more at exit.
         sys.stdout = None
@@ -62,21 +64,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _run(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help", "help"):
-        print(_overview(), end="")
-        return 0
-    if verb == "--version":
-        verb = "version"
-    if verb not in VERBS:
-        kind = "flag" if verb.startswith("-") else "verb"
-        raise UsageError(f"unknown {kind} {verb!r}.{nearest(verb, VERBS)} See `trilithon --help`.")
-    module = importlib.import_module(f"trilithon.cli.{verb.replace('-', '_')}")
-    parser = Parser(prog=f"trilithon {verb}", description=_sentence(VERBS[verb]))
-    module.add_arguments(parser)
-    code: int = module.run(parser.parse(arguments[1:]))
-    return code
+class _Command:
+    """One call of the command, and what is known of its arguments so far."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+        self._parser: Parser | None = None
+        self._args: argparse.Namespace | None = None
+
+    def run(self) -> int:
+        """Run its verb."""
+        verb = self._arguments[0] if self._arguments else "--help"
+        if verb in ("-h", "--help", "help"):
+            print(_overview(), end="")
+            return 0
+        if verb == "--version":
+            verb = "version"
+        if verb not in VERBS:
+            kind = "flag" if verb.startswith("-") else "verb"
+            raise UsageError(f"unknown {kind} {verb!r}.{nearest(verb, VERBS)} See `trilithon --help`.")
+        module = importlib.import_module(f"trilithon.cli.{verb.replace('-', '_')}")
+        self._parser = Parser(prog=f"trilithon {verb}", description=_sentence(VERBS[verb]))
+        module.add_arguments(self._parser)
+        self._args = self._parser.parse(self._arguments[1:])
+        code: int = module.run(self._args)
+        return code
+
+    def wants_json(self) -> bool:
+        """
+        Whether errors are to be JSON too: as its arguments were parsed. Where they could not be, the flags decide that
+        take `json`; a verb's `-o` may be a file.
+        """
+        if self._args is not None:
+            known = vars(self._args)
+            return "json" in (known.get("output"), known.get("format")) or known.get("json") is True
+        flags = ("-o", "--output") if self._parser is None else self._parser.flags_of("json", self._arguments[1:])
+        pairs = zip(self._arguments, [*self._arguments[1:], ""], strict=True)
+        return any(
+            (word in flags and following == "json")
+            or any(word == (f"{flag}=json" if flag.startswith("--") else f"{flag}json") for flag in flags)
+            for word, following in pairs
+        )
 
 
 def _overview() -> str:
@@ -89,11 +117,3 @@ def _overview() -> str:
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
-
-
-def _wants_json(arguments: Sequence[str]) -> bool:
-    """Whether errors are to be JSON too; asked before, or instead of, a successful parse."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return any(
-        name in ("-ojson", "--output=json") or (name in ("-o", "--output") and value == "json") for name, value in pairs
-    )

@@ -44,6 +44,16 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"unexpected argument {name!r}. See `{parser.prog} --help`.")
         return args
 
+    def flags_of(self, choice: str, arguments: Sequence[str]) -> set[str]:
+        """Flags that have this choice, of the verb and of the sub-verb that the arguments name, or of any."""
+        found = {name for action in self._actions if choice in _choices(action) for name in action.option_strings}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                named = [action.choices[word] for word in arguments if word in action.choices]
+                for parser in named[:1] or action.choices.values():
+                    found |= parser.flags_of(choice, arguments)
+        return found
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UsageError(f"{message}.{_hint(message)} See `{self.prog} --help`.")
@@ -56,6 +66,11 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(chosen, Parser):
                     return chosen._deepest(args)
         return self
+
+
+def _choices(action: argparse.Action) -> Sequence[str]:
+    """What a flag may be given; where a function reads it, the placeholder tells: `FILE.svg|json`."""
+    return list(action.choices or ()) or str(action.metavar or "").split("|")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

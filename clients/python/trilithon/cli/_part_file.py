@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ class PartFile:
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text("utf-8").split("\n")
-        # What stands behind the last line feed was cut off in the middle of a piece.
-        whole = [json.loads(line) for line in lines[:-1]]
+        raw = self.path.read_bytes()
+        # What stands behind the last line feed was cut off in the middle of a piece, perhaps of a character.
+        end = raw.rfind(b"\n") + 1
+        whole = [json.loads(line) for line in raw[:end].decode("utf-8").split("\n")[:-1]]
         if not whole:
             self.path.unlink()
             return
@@ -47,7 +49,7 @@ class PartFile:
         if {name: head.get(name) for name in self._run} != self._run:
             raise ResumeError(f"{self.path.name} was begun with another corpus or other settings. Add --restart.")
         self.models = head["models"]
-        self.path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        os.truncate(self.path, end)  # in place: a run that is killed here has lost nothing
 
     def begin(self, models: Mapping[str, str]) -> None:
         """

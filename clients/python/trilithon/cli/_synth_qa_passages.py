@@ -23,6 +23,7 @@ from typing import Any
 from trilithon import Client
 from trilithon.cli._part_file import PartFile
 from trilithon.cli._synth_qa_run import CorpusError, Document
+from trilithon.errors import DeadlineExceeded
 
 TOP_P = 0.96
 MAX_REPEATED = 0.05
@@ -101,7 +102,8 @@ def write_passages(
         batch: passages that are written at once.
         told: is called with the number of passages that are done.
     Raises:
-        TrilithonError: the server refused or failed; what was done is kept. ResumeError: another model writes now.
+        TrilithonError: the server refused or failed, or its time passed in the middle of a passage; what was done is
+            kept. ResumeError: another model writes now.
     """
 
     def write(number: int) -> tuple[str, str]:
@@ -114,6 +116,9 @@ def write_passages(
             max_tokens=writing.tokens,
             **options,
         )
+        if answer[0].finish_reason == "time_limit":  # kept, it would not be what the seed draws
+            message = f"the time limit passed before passage {number + 1} was written. Run the command again."
+            raise DeadlineExceeded(message, code="timeout", hint="Raise --timeout where that does not help.")
         return answer.model, passage_of(answer[0].text, is_cut=answer[0].finish_reason in _LENGTH)
 
     told(len(kept.pieces))

@@ -100,9 +100,21 @@ def _document(line: str, number: int, where: str) -> Document:
     for name in ("id", "title"):
         if name in row and not isinstance(row[name], str | int):
             raise CorpusError(f"{where} {name}: must be a text. Given: {row[name]!r}.")
+    for name in ("text", "id", "title"):
+        if not _is_sound(str(row.get(name, ""))):
+            raise CorpusError(f"{where} {name}: must be sound Unicode (it holds half of a surrogate pair).")
     if len(row["text"]) > MAX_CHARS:
         raise CorpusError(f"{where} text: must have at most {MAX_CHARS} characters. Given: {len(row['text'])}.")
     return Document(str(row.get("id", number)), row["text"], str(row.get("title", "")))
+
+
+def _is_sound(text: str) -> bool:
+    """JSON can spell half of a surrogate pair, which no file and no request can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Kept:
