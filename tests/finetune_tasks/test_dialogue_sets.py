@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from finetune_tasks.comment_dumps import comment, dump, earlier
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,29 +21,6 @@ from trilithon_finetune.converters import convert
 from trilithon_finetune.converters.pushshift import MAX_PATHS, MAX_REFERENCES, pushshift_rows
 
 SharedData = Callable[[str], Path]
-
-
-def comment(number: int, parent: int | None, submission: str, author: str, **changes: Any) -> dict[str, Any]:
-    """A line of a dump; `number` is its second, too."""
-    return {
-        "id": f"c{number}",
-        "parent_id": f"t3_{submission}" if parent is None else f"t1_c{parent}",
-        "link_id": f"t3_{submission}",
-        "author": author,
-        "body": f"words of number {number}",
-        "score": 5,
-        "created_utc": number,
-        **changes,
-    }
-
-
-def dump(comments: list[dict[str, Any]]) -> bytes:
-    return "\n".join(map(json.dumps, comments)).encode()
-
-
-def earlier() -> list[dict[str, Any]]:
-    """A first submission in which ann and bob have met."""
-    return [comment(0, None, "s0", "bob"), comment(1, 0, "s0", "ann"), comment(2, 1, "s0", "bob")]
 
 
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {

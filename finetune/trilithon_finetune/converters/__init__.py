@@ -20,7 +20,7 @@ from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
 from trilithon_finetune.converters.pushshift import pushshift_rows
 from trilithon_finetune.converters.questions import fairytale_rows, json_lines, pubmedqa_row, span_row
 from trilithon_finetune.converters.squad import read_squad
-from trilithon_finetune.data.findings import Finding
+from trilithon_finetune.data.findings import Finding, Findings
 from trilithon_finetune.data.placed import PlacedRow
 
 Row = Mapping[str, Any]
@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 HELD_OUT = 5
 """One unit of so many is held out: the first, the sixth ..."""
+MAX_FINDINGS = 20
+"""Of lines that could not be read: the first ones are told, and all are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,13 @@ class Split:
     """
     Rows to train on and rows to validate with; the second are none where a set has its own validation file.
 
-    `dropped`: how much of the file was left out, by reason.
+    `dropped`: how much of the file was left out, by reason. `findings`: the first lines of it that could not be read.
     """
 
     train: tuple[Row, ...]
     dev: tuple[Row, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +149,9 @@ def _dialogues(rows: Callable[[bytes, Counter[str]], Iterable[tuple[str, Row]]])
 
 def _pushshift(document: bytes) -> Split:
     dropped: Counter[str] = Counter()
-    train, dev = pushshift_rows(document, dropped)
-    return Split(tuple(train), tuple(dev), _counted(dropped))
+    findings = Findings(MAX_FINDINGS)
+    train, dev = pushshift_rows(document, dropped, findings)
+    return Split(tuple(train), tuple(dev), _counted(dropped), findings.first)
 
 
 def _counted(dropped: Counter[str]) -> dict[str, int]:

@@ -4,20 +4,26 @@ Comment trees as conversations of actors: dumps of the Pushshift schema, one com
     comments -> those that may be turns -> paths from a submission to its last comment -> an actor of each path, with
     earlier paths of that actor from other submissions as references -> rows of the task `dialogue`
 
-Everything that is left out is counted under its reason. The last fifth of the submissions, by time, is held out; so no
-submission stands on both sides, and references are always older than what they are given for.
+Everything that is left out is counted under its reason. References are always older than what they are given for. The
+last fifth of the submissions, by time, is held out: rows to train on have nothing of it, as references neither. What is
+held out is judged with older submissions as references, whichever side they are of.
+
+A turn is learned in one row, and only where it passes the filters; the actor's other turns have the weight 0.
 
 Source: arXiv 2005.06114, section 3; the rules on comments are those that DialoGPT (1911.00536) published.
 """
 
 from __future__ import annotations
 
-import json
+import codecs
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from trilithon_finetune.data.findings import Finding, Findings, finding, shown
+from trilithon_finetune.data.strict_json import RowError, parse_row
 
 Row = dict[str, Any]
 
@@ -32,7 +38,7 @@ MAX_PATHS = 8
 MAX_REFERENCES = 8
 """Of an actor: the newest ones."""
 MIN_SCORE = 1
-"""Of the turn that is learned last."""
+"""Of a turn that is learned."""
 HELD_OUT = 5
 """The last one of so many parts of the submissions is held out."""
 
@@ -55,19 +61,21 @@ class Comment:
     created: int
 
 
-def comments_of(document: bytes, dropped: Counter[str]) -> list[Comment]:
+def comments_of(document: bytes, dropped: Counter[str], findings: Findings) -> list[Comment]:
     """
     The comments that may be turns, in the order of the file.
 
     Args:
         dropped: counts the others, under the reason.
+        findings: takes one for each line that is no comment.
     """
     found: dict[str, Comment] = {}
-    for line in document.split(b"\n"):
+    for number, line in enumerate(document.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
-        comment = _read(line)
-        if comment is None:
+        comment = _read(line, number)
+        if isinstance(comment, Finding):
+            findings.add(comment)
             dropped["lines that are no comments"] += 1
         elif (reason := _unfit(comment)) is not None:
             dropped[reason] += 1
@@ -78,22 +86,50 @@ def comments_of(document: bytes, dropped: Counter[str]) -> list[Comment]:
     return list(found.values())
 
 
-def _read(line: bytes) -> Comment | None:
-    """None where the line is not JSON, or lacks a field."""
+def _read(line: bytes, number: int) -> Comment | Finding:
+    """The comment of a line, or the first thing that is wrong with it; whose file it is the caller knows."""
     try:
-        row = json.loads(line)
-        parent = str(row["parent_id"])
-        return Comment(
-            id=str(row["id"]),
-            parent=parent.removeprefix("t1_") if parent.startswith("t1_") else "",
-            submission=str(row["link_id"]).removeprefix("t3_"),
-            author=str(row["author"]),
-            text=str(row["body"]).strip(),
-            score=int(row["score"]),
-            created=int(row["created_utc"]),
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        row = parse_row(line)
+    except RowError as error:
+        return finding(error.code, error.message, file="", line=number, path=error.path)
+    values: dict[str, Any] = {}
+    for key, kind in _FIELDS.items():
+        if key not in row:
+            return finding("E-DATA-008", "is missing.", file="", line=number, path=key)
+        try:
+            values[key] = kind(row[key])
+        except (ValueError, TypeError, OverflowError):
+            rule = f"must be {'a whole number' if kind is int else 'a text'}. Given: {shown(row[key])}."
+            return finding("E-DATA-008", rule, file="", line=number, path=key)
+    parent = values["parent_id"]
+    return Comment(
+        id=values["id"],
+        parent=parent.removeprefix("t1_") if parent.startswith("t1_") else "",
+        submission=values["link_id"].removeprefix("t3_"),
+        author=values["author"],
+        text=values["body"].strip(),
+        score=values["score"],
+        created=values["created_utc"],
+    )
+
+
+def _text(value: Any) -> str:
+    """Raises TypeError for what is no text: `null` is nobody's name."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+_FIELDS: Mapping[str, Callable[[Any], Any]] = {
+    "id": str,
+    "parent_id": str,
+    "link_id": str,
+    "author": _text,
+    "body": _text,
+    "score": int,
+    "created_utc": int,
+}
+"""Of a line. Some dumps have ids as numbers, and numbers as texts."""
 
 
 def _unfit(comment: Comment) -> str | None:
@@ -102,7 +138,7 @@ def _unfit(comment: Comment) -> str | None:
         return "comments that were deleted"
     if any(line.lstrip().startswith((">", "&gt;")) for line in comment.text.split("\n")):
         return "comments that quote"
-    words = len(comment.text.split())
+    words = len(_clean(comment.text).split())
     if words < MIN_WORDS:
         return f"comments of fewer than {MIN_WORDS} words"
     return f"comments of more than {MAX_WORDS} words" if words > MAX_WORDS else None
@@ -168,50 +204,77 @@ def _path(leaf: Comment, members: Mapping[str, Comment]) -> list[Comment] | None
     return path[::-1]
 
 
-def pushshift_rows(document: bytes, dropped: Counter[str]) -> tuple[list[Row], list[Row]]:
+def pushshift_rows(
+    document: bytes, dropped: Counter[str], findings: Findings | None = None
+) -> tuple[list[Row], list[Row]]:
     """
     Rows to train on and rows held out.
 
     Args:
         document: JSON lines of comments: id, parent_id, link_id, author, body, score, created_utc.
-        dropped: counts what was left out, under the reason.
+        dropped: counts what was left out, under the reason; turns once for each conversation that they stand in.
+        findings: takes one for each line that is no comment.
     """
-    paths = paths_of(comments_of(document, dropped), dropped)
+    paths = paths_of(comments_of(document, dropped, findings or Findings(most=1)), dropped)
+    submissions = list(dict.fromkeys(path[0].submission for path in paths))
+    held_out = set(submissions[len(submissions) - len(submissions) // HELD_OUT :])
+    of_author = _by_author(paths)
+    of_author_to_train = _by_author([path for path in paths if path[0].submission not in held_out])
+    train: list[Row] = []
+    dev: list[Row] = []
+    learned: set[str] = set()
+    for path in paths:
+        if path[0].submission in held_out:
+            dev += _rows_of(path, of_author, learned, dropped)
+        else:
+            train += _rows_of(path, of_author_to_train, learned, dropped)
+    return train, dev
+
+
+def _by_author(paths: Sequence[list[Comment]]) -> dict[str, list[list[Comment]]]:
     of_author: dict[str, list[list[Comment]]] = defaultdict(list)
     for path in paths:
         for author in {comment.author for comment in path}:
             of_author[author].append(path)
-    submissions = list(dict.fromkeys(path[0].submission for path in paths))
-    held_out = set(submissions[len(submissions) - len(submissions) // HELD_OUT :])
-    sides: tuple[list[Row], list[Row]] = [], []
-    learned: set[str] = set()
-    for path in paths:
-        for row, last in _rows_of(path, of_author, dropped):
-            if last in learned:
-                dropped["turns that are learned in another conversation"] += 1
-                continue
-            learned.add(last)
-            sides[path[0].submission in held_out].append(row)
-    return sides
+    return of_author
 
 
 def _rows_of(
-    path: list[Comment], of_author: Mapping[str, list[list[Comment]]], dropped: Counter[str]
-) -> Iterator[tuple[Row, str]]:
-    """A row for each author of the path who has been met before, and the id of the last turn that it learns."""
+    path: list[Comment], of_author: Mapping[str, list[list[Comment]]], learned: set[str], dropped: Counter[str]
+) -> Iterator[Row]:
+    """
+    A row for each author of the path who has been met before, and who says what no row teaches yet.
+
+    Args:
+        of_author: the paths that may be references.
+        learned: ids of the turns that rows teach; those of these rows are added.
+    """
     for author in dict.fromkeys(comment.author for comment in path):
-        last = max(i for i, comment in enumerate(path) if comment.author == author)
+        fit = []
+        for i, comment in enumerate(path):
+            if comment.author != author:
+                continue
+            reason = _unlearnable(comment) if i else "turns that nothing stands before"
+            if reason is None:
+                fit.append(i)
+            else:
+                dropped[reason] += 1
         references = _references(author, path, of_author[author])
-        if last == 0:
-            dropped["turns that nothing stands before"] += 1
-        elif (reason := _unlearnable(path[last])) is not None:
-            dropped[reason] += 1
-        elif not references:
+        if fit and not references:
             dropped["actors without an earlier conversation"] += 1
-        else:
-            target = _turns(path[: last + 1], author)
-            refs = [_turns(item, author) for item in references]
-            yield {"actor": "u1", "target": target, "refs": refs, "ts": path[last].created}, path[last].id
+            continue
+        new = [i for i in fit if path[i].id not in learned]
+        dropped["turns that are learned in another conversation"] += len(fit) - len(new)
+        if not new:
+            continue
+        learned.update(path[i].id for i in new)
+        last = new[-1]
+        target = _turns(path[: last + 1], author)
+        for i, comment in enumerate(path[:last]):
+            if comment.author == author and i not in new:
+                target[i]["weight"] = 0
+        refs = [_turns(item, author) for item in references]
+        yield {"actor": "u1", "target": target, "refs": refs, "ts": path[last].created}
 
 
 def _references(author: str, path: list[Comment], paths: list[list[Comment]]) -> list[list[Comment]]:
@@ -225,12 +288,16 @@ def _references(author: str, path: list[Comment], paths: list[list[Comment]]) ->
     return ordered[-MAX_REFERENCES:]
 
 
-def _turns(path: Sequence[Comment], actor: str) -> list[dict[str, str]]:
+def _turns(path: Sequence[Comment], actor: str) -> list[Row]:
     """Turns by numbered speakers, the actor first: names do not travel."""
     numbers = {actor: 1}
     turns = []
     for comment in path:
         number = numbers.setdefault(comment.author, len(numbers) + 1)
-        text = _URL.sub("__url__", comment.text).replace("#", "")
-        turns.append({"author": f"u{number}", "text": " ".join(text.split())})
+        turns.append({"author": f"u{number}", "text": _clean(comment.text)})
     return turns
+
+
+def _clean(text: str) -> str:
+    """A comment as a turn says it: in one line, without addresses and the signs of tags."""
+    return " ".join(_URL.sub("__url__", text).replace("#", "").split())

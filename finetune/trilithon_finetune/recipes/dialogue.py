@@ -7,8 +7,8 @@ what sentences of knowledge say. Rows are
      "refs": [[{"author", "text"}, ...], ...],
      "knowledge": [{"text": "..."}, ...]}
 
-The actor's turns of the conversation are learned, of a grounded one the last turn. Names of authors never reach the
-model, which knows `Me` and `Them`.
+The actor's turns of the conversation are learned but for those with `"weight": 0`, of a grounded one the last of these.
+Names of authors never reach the model, which knows `Me` and `Them`.
 
 Source: arXiv 2005.06114 (actors by references), 2010.10150 (local knowledge).
 """
@@ -31,6 +31,7 @@ from trilithon_server.tasks.dialogue_format import NUM_TYPES, DialogueFormat, Pa
 ROWS = "actor/target/refs"
 KEYS = ("actor", "target", "refs", "knowledge", "id", "ts")
 TURN_KEYS = ("author", "text")
+LEARNED_KEYS = (*TURN_KEYS, "weight")
 KNOWLEDGE_KEYS = ("text", "doc_id", "sent_idx", "score", "selected_by")
 TURN_END = "\n"
 
@@ -85,11 +86,15 @@ class Dialogue(Recipe):
         check = RowCheck(row, file=file, line=line)
         check.keys(KEYS)
         actor = check.text("actor")
-        authors = _check_turns("target", check.value("target", list), check)
+        target = check.value("target", list)
+        authors = _check_turns("target", target, check, actor=actor)
         if actor is not None and authors is not None and actor not in authors:
             rule = (
                 f"has no turn of the actor {shown(actor)}, so there is nothing to learn. Authors: {', '.join(authors)}."
             )
+            check.add("E-DATA-022", "target", rule)
+        elif actor is not None and authors is not None and not any(_is_learned(turn, actor) for turn in target):
+            rule = f"every turn of the actor {shown(actor)} has the weight 0, so there is nothing to learn."
             check.add("E-DATA-022", "target", rule)
         for i, conversation in enumerate(check.value("refs", list) or () if "refs" in row else ()):
             path = f"refs[{i}]"
@@ -112,12 +117,15 @@ class Dialogue(Recipe):
 
     def encode(self, row: Mapping[str, Any], line: int, context: Context, *, file: str) -> Sequence[Sample | Finding]:
         """
-        The conversation up to the actor's last turn, packed with what it stands on; the actor's turns are learned.
+        The conversation up to the actor's last turn that is learned, packed with what it stands on.
 
         To judge, and where there is knowledge, which is that turn's, the last of them alone.
         """
         packed = self._packed(row, context)
-        spans = packed.spans[-1:] if context.validating or self.is_grounded else packed.spans
+        spoken = [turn for turn in row["target"][: _end(row)] if turn["author"] == row["actor"]]
+        kept = zip(packed.spans, spoken[-len(packed.spans) :], strict=True)
+        spans = [span for span, turn in kept if _is_learned(turn, row["actor"])]
+        spans = spans[-1:] if context.validating or self.is_grounded else spans
         supervised = [False] * len(packed.tokens)
         for start, stop in spans:
             supervised[start:stop] = [True] * (stop - start)
@@ -209,19 +217,26 @@ def _turn(turn: Mapping[str, str], actor: str) -> Turn:
     return Turn("target" if turn["author"] == actor else "other", turn["text"])
 
 
+def _is_learned(turn: Mapping[str, Any], actor: str) -> bool:
+    return bool(turn["author"] == actor and turn.get("weight", 1))
+
+
+def _end(row: Mapping[str, Any]) -> int:
+    """Behind the last turn that is learned: what comes then teaches nothing."""
+    return 1 + max(i for i, turn in enumerate(row["target"]) if _is_learned(turn, row["actor"]))
+
+
 def _told(row: Mapping[str, Any]) -> list[Turn]:
-    """The conversation up to the actor's last turn: what comes behind it teaches nothing."""
-    turns = [_turn(turn, row["actor"]) for turn in row["target"]]
-    last = max(i for i, turn in enumerate(turns) if turn.speaker == "target")
-    return turns[: last + 1]
+    """The conversation up to the last turn that is learned."""
+    return [_turn(turn, row["actor"]) for turn in row["target"][: _end(row)]]
 
 
 def _facts(row: Mapping[str, Any]) -> list[str]:
     return [item["text"] for item in row.get("knowledge", ())]
 
 
-def _check_turns(path: str, turns: Any, check: RowCheck) -> list[str] | None:
-    """Authors of sound turns, each once; None where a turn is not sound."""
+def _check_turns(path: str, turns: Any, check: RowCheck, *, actor: str | None = None) -> list[str] | None:
+    """Authors of sound turns, each once; None where a turn is not sound. Those of `actor` may have a weight."""
     if turns is None:
         return None
     if not turns:
@@ -234,8 +249,12 @@ def _check_turns(path: str, turns: Any, check: RowCheck) -> list[str] | None:
             check.add("E-DATA-008", where, f"must be an object with author and text. Given: {shown(turn)}.")
             authors.append(None)
             continue
-        check.keys(TURN_KEYS, row=turn, path=where)
-        authors.append(check.text(f"{where}.author", row=turn))
+        author = check.text(f"{where}.author", row=turn)
+        authors.append(author)
         check.text(f"{where}.text", row=turn)
+        is_actors = actor is not None and author == actor
+        check.keys(LEARNED_KEYS if is_actors else TURN_KEYS, row=turn, path=where)
+        if is_actors and (turn.get("weight", 1) not in (0, 1) or isinstance(turn.get("weight"), bool)):
+            check.add("E-DATA-008", f"{where}.weight", f"must be 0 or 1. Given: {shown(turn['weight'])}.")
     known = [author for author in authors if author is not None]
     return list(dict.fromkeys(known)) if len(known) == len(turns) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import json
 import zlib
@@ -12,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from trilithon.cli import _extra
-from trilithon.cli._output import EXIT_INVALID_DATA, EXIT_OK, explain, print_json, print_table
+from trilithon.cli._output import EXIT_INVALID_DATA, EXIT_OK, explain, print_json, print_table, printable
 from trilithon.cli._parser import Parser, UsageError, nearest
 
 MAX_BYTES = 1 << 30
@@ -63,17 +64,23 @@ def run(args: argparse.Namespace) -> int:
         split = converters.convert(args.name, *documents)
     except ValueError as error:
         return explain(ValueError(f"{told}: {error}"), EXIT_INVALID_DATA, as_json=args.format == "json")
+    reading = _extra.load("trilithon_finetune.data.findings", verb="data convert", extra="engine")
+    findings = [dataclasses.replace(item, file=told) for item in split.findings]
+    lines = [reading.line_form(item) for item in findings]
     counts = {name: len(rows) for name, rows in (("train", split.train), ("dev", split.dev)) if rows}
     if not counts:
-        nothing = ValueError(f"{told} holds no rows.")
+        nothing = ValueError(" ".join([f"{told} holds no rows.", *lines[:1]]))
         return explain(nothing, EXIT_INVALID_DATA, as_json=args.format == "json")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in counts:
         _write(args.output / f"{name}.jsonl", getattr(split, name))
     task = converters.CONVERTERS[args.name].task
     if args.format == "json":
-        print_json({"task": task, "rows": counts, "dropped": split.dropped, "directory": str(args.output)})
+        done = {"task": task, "rows": counts, "dropped": split.dropped, "directory": str(args.output)}
+        print_json({**done, "findings": findings})
         return EXIT_OK
+    for line in lines:
+        print(printable(line))
     for name, count in counts.items():
         print(f"{args.output / name}.jsonl: {count:,} rows for the task {task}")
     for reason, count in split.dropped.items():
