@@ -279,6 +279,17 @@ def test_R7_a_story_that_has_no_time_is_not_begun(server: Server) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
 
 
+def test_R7_a_rewrite_that_has_no_time_leaves_the_story(server: Server) -> None:
+    """Nothing new was written, so all of the old is still there. Inverse seen: only its first sentence was."""
+    story = tell(server)
+    path = f"{server.url}/v1/stories/{story['story_id']}"
+    body = {"control": {"index": 2, "keywords": ["boat"]}, "time_limit_ms": 1}
+    response = httpx.post(f"{path}/rewrite", json=body, timeout=60)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert content(httpx.get(path).json()) == content(story)
+
+
 def test_R6_an_abort_ends_a_story(server: Server) -> None:
     """What was written is kept; the stream ends with the reason, and the engine has nothing left of it."""
     headers = {"x-request-id": "story-to-end"}
