@@ -49,7 +49,13 @@ async def put_actor(service: Service, call: Call, name: str, conversations: Sequ
         found.add("conversations", f"must hold from 1 to {MAX_REFERENCES} conversations", given=0)
     found.raise_if_any()
     document = {"conversations": [[[turn.speaker, turn.text] for turn in item] for item in conversations]}
-    return _actor(await asyncio.to_thread(_shelf(service, "actors").put, call.principal.tenant, name, document))
+    shelf, tenant = _shelf(service, "actors"), call.principal.tenant
+
+    def keep() -> Kept:
+        with shelf.writing(tenant, name):
+            return shelf.put(tenant, name, document)
+
+    return _actor(await asyncio.to_thread(keep))
 
 
 async def get_actor(service: Service, call: Call, name: str) -> ActorFacts:
@@ -59,7 +65,7 @@ async def get_actor(service: Service, call: Call, name: str) -> ActorFacts:
 
 async def delete_actor(service: Service, call: Call, name: str) -> None:
     """Raises: NotFound: `actor_not_found`."""
-    _forget(service, call, "actors", name, "actor_not_found")
+    await _forget(service, call, "actors", name, "actor_not_found")
 
 
 async def put_knowledge(
@@ -79,13 +85,14 @@ async def put_knowledge(
     shelf, tenant = _shelf(service, "knowledge"), call.principal.tenant
 
     def keep() -> Kept:
-        new = read_documents(documents)
-        before = None if replace else shelf.get(tenant, name)
+        new = read_documents(documents)  # pages take the longest, and need no lock
         ids = {document.id for document in documents}
-        held = [] if before is None else [s for s in _sentences(before) if s.document_id not in ids]
-        known = [] if before is None else [i for i in before.document["documents"] if i not in ids]
-        rows = [[s.text, s.document_id, s.number, s.start, s.end, s.title, s.url] for s in (*held, *new)]
-        return shelf.put(tenant, name, {"documents": [*known, *(d.id for d in documents)], "sentences": rows})
+        with shelf.writing(tenant, name):
+            before = None if replace else shelf.get(tenant, name)
+            held = [] if before is None else [s for s in _sentences(before) if s.document_id not in ids]
+            known = [] if before is None else [i for i in before.document["documents"] if i not in ids]
+            rows = [[s.text, s.document_id, s.number, s.start, s.end, s.title, s.url] for s in (*held, *new)]
+            return shelf.put(tenant, name, {"documents": [*known, *(d.id for d in documents)], "sentences": rows})
 
     return _knowledge(await asyncio.to_thread(keep))
 
@@ -97,7 +104,7 @@ async def get_knowledge(service: Service, call: Call, name: str) -> KnowledgeFac
 
 async def delete_knowledge(service: Service, call: Call, name: str) -> None:
     """Raises: NotFound: `knowledge_not_found`."""
-    _forget(service, call, "knowledge", name, "knowledge_not_found")
+    await _forget(service, call, "knowledge", name, "knowledge_not_found")
 
 
 def conversations_of(service: Service, call: Call, actor: str) -> list[Conversation]:
@@ -126,8 +133,14 @@ def _kept(service: Service, call: Call, kind: str, name: str, code: str) -> Kept
     return kept
 
 
-def _forget(service: Service, call: Call, kind: str, name: str, code: str) -> None:
-    if not _shelf(service, kind).delete(call.principal.tenant, name):
+async def _forget(service: Service, call: Call, kind: str, name: str, code: str) -> None:
+    shelf, tenant = _shelf(service, kind), call.principal.tenant
+
+    def forget() -> bool:
+        with shelf.writing(tenant, name):
+            return shelf.delete(tenant, name)
+
+    if not await asyncio.to_thread(forget):
         raise NotFound(f"nothing is stored under {shown(name)}.", code=code)
 
 
