@@ -118,7 +118,7 @@ async def respond(
         values = {**values, "stop": _stops(values.get("stop"))}
     wanted, room = values.get("max_tokens"), room_of(model)
     left = max(1, room - (wanted if isinstance(wanted, int) and 0 < wanted < room else min(DEFAULT_TOKENS, room // 2)))
-    references = conversations_of(service, call, asked.actor_id) if asked.actor_id else asked.references
+    references = await conversations_of(service, call, asked.actor_id) if asked.actor_id else asked.references
     known = Known(chosen=await choose(service, call, asked))
     if isinstance(format_, MsdpFormat):
         # Before anything is written: what is wrong with the parameters is told at once.

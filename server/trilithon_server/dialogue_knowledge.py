@@ -88,7 +88,7 @@ async def choose(service: Service, call: Call, asked: Asked) -> list[Chosen]:
     if grounds is None:
         return []
     if grounds.kb_id:
-        sentences = sentences_of(service, call, grounds.kb_id)
+        sentences = await sentences_of(service, call, grounds.kb_id)
     else:
         sentences = list(await asyncio.to_thread(read_documents, grounds.documents))
     if not sentences:

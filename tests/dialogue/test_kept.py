@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trilithon.errors import NotFound
+from trilithon.errors import FailedPrecondition, NotFound
 from trilithon_server import dialogue_store
 from trilithon_server.knowledge import shelf
 from trilithon_server.knowledge.local import Document
@@ -61,3 +62,45 @@ async def test_a_refusal_lets_the_next_one_write(service: Any) -> None:
     assert (await append(service, "base", "1")).version == 1
     with shelf.Shelf(service.store, "knowledge").writing("alice", "base"):
         assert (await append(service, "other", "1")).version == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "says"),
+    [
+        ("MAX_BASE_DOCUMENTS", 3, "at most 3 documents. Given: 4, with what it holds"),
+        ("MAX_BASE_SENTENCES", 3, "at most 3 sentences. Given: 4, with what it holds"),
+        ("MAX_BASE_BYTES", 120, "at most 120 bytes of sentences"),
+    ],
+)
+async def test_R11_a_base_has_an_end(
+    service: Any, monkeypatch: pytest.MonkeyPatch, name: str, most: int, says: str
+) -> None:
+    """An append that goes beyond it is refused, and what was kept stays; it can be replaced, and grow to its end."""
+    monkeypatch.setattr(dialogue_store, name, most)
+    before = await append(service, "base", "1", "2")
+    with pytest.raises(FailedPrecondition, match=says) as caught:
+        await append(service, "base", "3", "4")
+
+    assert caught.value.code == "store_full"
+    assert await dialogue_store.get_knowledge(service, CALL, "base") == before
+    assert (await append(service, "base", "2")).sentences == 2
+
+
+async def test_what_is_kept_is_read_beside_the_loop(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large base must not hold up who else is served. Inverse seen: read by the loop's own thread."""
+    await append(service, "base", "1")
+    await dialogue_store.put_actor(service, CALL, "a", [[Turn("target", "I never leave the mill.")]])
+    read, get = list[threading.Thread](), shelf.Shelf.get
+
+    def noted(self: shelf.Shelf, tenant: str, name: str) -> shelf.Kept | None:
+        read.append(threading.current_thread())
+        return get(self, tenant, name)
+
+    monkeypatch.setattr(shelf.Shelf, "get", noted)
+    await dialogue_store.get_knowledge(service, CALL, "base")
+    await dialogue_store.sentences_of(service, CALL, "base")
+    await dialogue_store.get_actor(service, CALL, "a")
+    await dialogue_store.conversations_of(service, CALL, "a")
+
+    assert len(read) == 4
+    assert threading.current_thread() not in read
