@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trilithon_server.assembly import Choice
 from trilithon_server.dialogue_knowledge import Known, choose, room_of, write
 from trilithon_server.dialogue_requests import Asked, check
 from trilithon_server.dialogue_store import conversations_of
@@ -67,7 +68,7 @@ class Reply:
     generation: Generation
     packed: Packed
     known: Known
-    texts: dict[int, Trimmed] = field(default_factory=dict)
+    _texts: dict[int, Trimmed] = field(default_factory=dict)  # by identity: `best_of` numbers candidates anew
 
     @property
     def usage(self) -> Usage:
@@ -78,14 +79,20 @@ class Reply:
         """Which candidate has more text, and the text, until all have ended; use it inside of the generation."""
         async for _, choice in self.generation.news():
             if choice is not None:
-                piece = self.texts.setdefault(choice.index, Trimmed()).push(choice.take()[0])
+                piece = self._texts.setdefault(id(choice), Trimmed()).push(choice.take()[0])
                 if piece:
                     yield choice.index, piece
 
     async def joined(self) -> None:
-        """Read to the end."""
+        """Read to the end; with `best_of` only the best candidates are left."""
         async for _ in self.news():
             pass
+        self.generation.keep_best()
+
+    def text(self, choice: Choice) -> str:
+        """Of a candidate, as far as it is written."""
+        known = self._texts.get(id(choice))
+        return known.text if known is not None else ""
 
 
 async def respond(

@@ -214,6 +214,30 @@ def test_R11_what_cannot_be_answered_is_told(
     assert answer(server)["candidates"]
 
 
+def test_of_several_the_best_are_told(server: Server) -> None:
+    """
+    `best_of` writes three, and `n` of them are left, the likeliest first, by both protocols; all are counted.
+    Inverse seen: three candidates.
+    """
+    drawn = {"seed": 6, "temperature": 1.0}
+    three = answer(server, n=3, **drawn)
+    two = answer(server, n=2, best_of=3, **drawn)
+    request = dialogue_pb2.RespondRequest(
+        conversation=dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=TALK[0]["text"])]),
+        sampling=common_pb2.Sampling(temperature=1.0, seed=6, n=2, best_of=3),
+        stopping=common_pb2.Stopping(max_tokens=12),
+    )
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        unary = dialogue_pb2_grpc.DialogueServiceStub(channel).Respond(request)
+    best = sorted(three["candidates"], key=lambda one: -one["mean_logprob"])[:2]
+
+    assert {one["finish_reason"] for one in three["candidates"]} == {"max_tokens"}  # of one length: one order
+    assert best != three["candidates"][:2]
+    assert two["candidates"] == best
+    assert [one.text for one in unary.candidates] == [one["text"] for one in best]
+    assert two["usage"]["generated_tokens"] == three["usage"]["generated_tokens"]
+
+
 def test_nothing_found_is_no_error(server: Server) -> None:
     """Knowledge that doesn't go with the conversation is left out; the turn is written without."""
     told = answer(server, knowledge={"documents": [{"id": "x", "text": "Quarks have colours and flavours, they say."}]})
