@@ -198,13 +198,14 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         ({"conversation": TALK, "echo": True}, "echo", "unknown parameter"),
         ({"conversation": TALK, "topic": "Mills"}, "topic", "this model is not prompted by examples"),
         (by([{"id": "big", "text": "a " * 600_000}]), "knowledge.documents", "bytes in all"),
+        ({"conversation": TALK, "max_tokens": 2047}, "max_tokens", "must leave room for a turn in the 2048 tokens"),
     ],
 )
 def test_R11_what_cannot_be_answered_is_told(
     server: Server, body: dict[str, Any], field: str | None, says: str
 ) -> None:
     """One sentence with the field; the server answers the next request."""
-    response = post(server, {**body, **({} if "echo" in body else GREEDY)})
+    response = post(server, {**({} if "echo" in body else GREEDY), **body})
     error = response.json()["error"]
 
     assert 400 <= response.status_code < 500
