@@ -129,7 +129,7 @@ async def respond(
     usual = min(DEFAULT_TOKENS, room // 2)
     taken = wanted if isinstance(wanted, int) and 0 < wanted < room else usual  # by the turn that is to be written
     references = await conversations_of(service, call, asked.actor_id) if asked.actor_id else asked.references
-    known = Known(chosen=await choose(service, call, asked))
+    known = Known(chosen=await choose(service, call, asked, values))
     if isinstance(format_, MsdpFormat):
         # Before anything is written: what is wrong with the parameters is told at once.
         bounds = model.bounds(call.principal, model.ready(), default_max_tokens=DEFAULT_TOKENS)
