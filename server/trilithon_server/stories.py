@@ -57,7 +57,14 @@ async def generate(
         TrilithonError: refused; nothing was written.
     """
     violations = found if found is not None else Violations()
-    players = await cast(service, call, model_name, predictor_name=asked.keyword_model, ranker_name=asked.ranker)
+    players = await cast(
+        service,
+        call,
+        model_name,
+        predictor_name=asked.keyword_model,
+        ranker_name=asked.ranker,
+        may_have_facts=asked.knowledge_k != 0,
+    )
     check(asked, values, violations, concepts=service.concepts, limits=service.limits)
     writer = players.writer
     bounds = writer.bounds(call.principal, writer.ready(), default_max_tokens=DEFAULT_TOKENS)
@@ -106,7 +113,14 @@ async def rewrite(
         violations.add("model", f"must be empty or {shown(story.model)}, which writes the story", given=model_name)
     violations.raise_if_any()
     asked = story.asked
-    players = await cast(service, call, story.model, predictor_name=asked.keyword_model, ranker_name=asked.ranker)
+    players = await cast(
+        service,
+        call,
+        story.model,
+        predictor_name=asked.keyword_model,
+        ranker_name=asked.ranker,
+        may_have_facts=story.knowledge_k > 0,
+    )
     writer = players.writer
     validate(values, writer.bounds(call.principal, writer.ready()), violations, stream=True)
     violations.raise_if_any()
