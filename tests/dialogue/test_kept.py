@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from trilithon.errors import FailedPrecondition, NotFound
-from trilithon_server import dialogue_store
+from trilithon_server import dialogue_requests, dialogue_store
 from trilithon_server.knowledge import shelf
 from trilithon_server.knowledge.local import Document
 from trilithon_server.tasks.dialogue_format import Turn
+from trilithon_server.validation import Violations
 
 CALL: Any = SimpleNamespace(principal=SimpleNamespace(tenant="alice"))
 WORDS = "The mill has {} wheels and {} doors today."
@@ -104,3 +105,13 @@ async def test_what_is_kept_is_read_beside_the_loop(service: Any, monkeypatch: p
 
     assert len(read) == 4
     assert threading.current_thread() not in read
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u6c34", "\ud800"])
+def test_R11_documents_are_counted_in_bytes(letter: str) -> None:
+    """As they come over the wire, whatever they are written in. Inverse seen: characters are counted."""
+    most = dialogue_requests.MAX_DOCUMENT_BYTES // len(letter.encode("utf-8", "surrogatepass"))
+    for count, is_refused in ((most, False), (most + 1, True)):
+        found = Violations()
+        dialogue_requests.check_documents("documents", [Document(id="a", text=letter * count)], found)
+        assert bool(found) is is_refused

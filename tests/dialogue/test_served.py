@@ -44,7 +44,9 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def post(server: Server, body: dict[str, Any], *, path: str = "/v1/dialogue", method: str = "POST") -> httpx.Response:
-    return httpx.request(method, server.url + path, json=body, timeout=60)
+    """Any JSON: httpx writes none that is no sound text."""
+    headers = {"content-type": "application/json"}
+    return httpx.request(method, server.url + path, content=json.dumps(body), headers=headers, timeout=60)
 
 
 def answer(server: Server, **body: Any) -> dict[str, Any]:
@@ -198,6 +200,9 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         ({"conversation": TALK, "echo": True}, "echo", "unknown parameter"),
         ({"conversation": TALK, "topic": "Mills"}, "topic", "this model is not prompted by examples"),
         (by([{"id": "big", "text": "a " * 600_000}]), "knowledge.documents", "bytes in all"),
+        (by([{"id": "a\ud800", "text": "x"}]), "knowledge.documents[0].id", "sound Unicode"),
+        (by([{"id": "a", "text": "x", "title": "\udfff"}]), "knowledge.documents[0].title", "sound Unicode"),
+        (by([{"id": "a", "text": "x", "url": "\ud800"}]), "knowledge.documents[0].url", "sound Unicode"),
         ({"conversation": TALK, "max_tokens": 2047}, "max_tokens", "must leave room for a turn in the 2048 tokens"),
     ],
 )
@@ -213,6 +218,15 @@ def test_R11_what_cannot_be_answered_is_told(
     if field is not None:
         assert error["param"] == field
     assert answer(server)["candidates"]
+
+
+def test_R11_a_base_takes_sound_text_alone(server: Server) -> None:
+    """What cannot be written down is refused with its field. Inverse seen: an internal error, as it was written."""
+    documents = [{**DOCUMENTS[0], "id": "a\ud800"}]
+    response = post(server, {"documents": documents}, path="/v1/knowledge/broken", method="PUT")
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "documents[0].id")
+    assert httpx.get(f"{server.url}/v1/knowledge/broken").status_code == 404
 
 
 def test_of_several_the_best_are_told(server: Server) -> None:
