@@ -15,6 +15,8 @@ from tiny import tiny_llama
 
 from trilithon.api.v1 import common_pb2, dialogue_pb2, dialogue_pb2_grpc
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.http import dialogue as http_dialogue
+from trilithon_server.http import stories as http_stories
 from trilithon_server.knowledge.local import Choice, Document, LocalKnowledge, read_documents
 from trilithon_server.tasks.dialogue_format import DialogueFormat, Turn
 
@@ -127,6 +129,40 @@ def test_E3_streamed_joined_and_grpc_are_one(server: Server) -> None:
     assert "".join(event.delta for event in events) == whole["candidates"][0]["text"]
     assert [k.text for k in unary.knowledge] == [item["text"] for item in whole["knowledge"]]
     assert events[-1].finished.candidates[0].text == unary.candidates[0].text
+
+
+def test_E3_what_a_request_leaves_out_means_the_same_by_both_protocols(server: Server) -> None:
+    """
+    Documents come in the place of those that are there, and the knowledge that is used is told, unless a request says
+    no. Inverse seen: over gRPC documents were added, and nothing was told.
+    """
+    path = "/v1/knowledge/both"
+    document = dialogue_pb2.Document(**DOCUMENTS[0])
+    question = dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=TALK[0]["text"])])
+    http = [post(server, {"documents": [one]}, path=path, method="PUT").json()["documents"] for one in DOCUMENTS]
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+        put = stub.PutKnowledge(dialogue_pb2.PutKnowledgeRequest(kb_id="both", documents=[document]))
+        other = dialogue_pb2.Document(**DOCUMENTS[1])
+        added = stub.PutKnowledge(dialogue_pb2.PutKnowledgeRequest(kb_id="both", documents=[other], replace=False))
+        told = [
+            stub.Respond(
+                dialogue_pb2.RespondRequest(
+                    conversation=question, knowledge=known, stopping=common_pb2.Stopping(max_tokens=4)
+                )
+            ).knowledge
+            for known in (
+                dialogue_pb2.KnowledgeOptions(kb_id="both"),
+                dialogue_pb2.KnowledgeOptions(kb_id="both", return_knowledge=False),
+            )
+        ]
+
+    assert [*http, put.documents, added.documents] == [1, 1, 1, 2]
+    assert [one.text for one in told[0]] == [
+        one["text"] for one in answer(server, knowledge={"kb_id": "both"})["knowledge"]
+    ]
+    assert len(told[0]) > 0
+    assert len(told[1]) == 0
 
 
 def test_acc_D08_a_stored_actor_is_the_same_actor_and_hits_the_cache(server: Server) -> None:
@@ -259,6 +295,41 @@ def test_nothing_found_is_no_error(server: Server) -> None:
 
     assert told["knowledge"] == []
     assert told["candidates"] == answer(server)["candidates"]
+
+
+def test_what_is_kept_counts_by_both_protocols(model_dir: Path, tmp_path: Path) -> None:
+    """
+    A put parses pages, so it takes one of the key's requests as a turn does, and so does what reads or forgets what is
+    kept. Inverse seen: over HTTP there was no end to them.
+    """
+    assert [route.path for route in (*http_dialogue.ROUTES, *http_stories.ROUTES) if not route.counted] == []
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{line} requests_per_minute=2\n" for line in KEYS.splitlines()))
+    keys.chmod(0o600)
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    alice, bob = (f"Bearer {line.split()[0]}" for line in KEYS.splitlines())
+    codes = []
+    with serving(model_dir, *flags) as server:
+        with httpx.Client(base_url=server.url, timeout=60, headers={"authorization": alice}) as http:
+            http.put("/v1/knowledge/a", json={"documents": DOCUMENTS})
+            http.get("/v1/knowledge/a")
+            refused = http.delete("/v1/knowledge/a")
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+            for _ in range(3):
+                try:
+                    stub.PutKnowledge(
+                        dialogue_pb2.PutKnowledgeRequest(
+                            kb_id="a", documents=[dialogue_pb2.Document(**document) for document in DOCUMENTS]
+                        ),
+                        metadata=(("authorization", bob),),
+                    )
+                    codes.append(grpc.StatusCode.OK)
+                except grpc.RpcError as error:
+                    codes.append(error.code())
+
+    assert refused.status_code == 429
+    assert codes == [grpc.StatusCode.OK, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
 def test_S8_what_a_tenant_keeps_is_its_own(model_dir: Path, tmp_path: Path) -> None:
