@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Mapping
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trilithon.errors import InvalidArgument
+from trilithon_server.assembly import Choice
 from trilithon_server.dialogue_knowledge import Known, choose, room_of, write
 from trilithon_server.dialogue_requests import Asked, check
 from trilithon_server.dialogue_store import conversations_of
@@ -29,8 +32,8 @@ from trilithon_server.sampling import validate
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_model import adapter_task
-from trilithon_server.tasks.dialogue_format import DialogueFormat, Packed
-from trilithon_server.tasks.msdp_format import MsdpFormat, NoRoomError
+from trilithon_server.tasks.dialogue_format import DialogueFormat, NoRoomError, Packed
+from trilithon_server.tasks.msdp_format import MsdpFormat
 from trilithon_server.validation import Violations, invalid
 
 DEFAULT_TOKENS = 128
@@ -67,7 +70,7 @@ class Reply:
     generation: Generation
     packed: Packed
     known: Known
-    texts: dict[int, Trimmed] = field(default_factory=dict)
+    _texts: dict[int, Trimmed] = field(default_factory=dict)  # by identity: `best_of` numbers candidates anew
 
     @property
     def usage(self) -> Usage:
@@ -78,14 +81,20 @@ class Reply:
         """Which candidate has more text, and the text, until all have ended; use it inside of the generation."""
         async for _, choice in self.generation.news():
             if choice is not None:
-                piece = self.texts.setdefault(choice.index, Trimmed()).push(choice.take()[0])
+                piece = self._texts.setdefault(id(choice), Trimmed()).push(choice.take()[0])
                 if piece:
                     yield choice.index, piece
 
     async def joined(self) -> None:
-        """Read to the end."""
+        """Read to the end; with `best_of` only the best candidates are left."""
         async for _ in self.news():
             pass
+        self.generation.keep_best()
+
+    def text(self, choice: Choice) -> str:
+        """Of a candidate, as far as it is written."""
+        known = self._texts.get(id(choice))
+        return known.text if known is not None else ""
 
 
 async def respond(
@@ -117,32 +126,30 @@ async def respond(
     if format_.markers == "text":
         values = {**values, "stop": _stops(values.get("stop"))}
     wanted, room = values.get("max_tokens"), room_of(model)
-    left = max(1, room - (wanted if isinstance(wanted, int) and 0 < wanted < room else min(DEFAULT_TOKENS, room // 2)))
-    references = conversations_of(service, call, asked.actor_id) if asked.actor_id else asked.references
-    known = Known(chosen=await choose(service, call, asked))
+    usual = min(DEFAULT_TOKENS, room // 2)
+    taken = wanted if isinstance(wanted, int) and 0 < wanted < room else usual  # by the turn that is to be written
+    references = await conversations_of(service, call, asked.actor_id) if asked.actor_id else asked.references
+    known = Known(chosen=await choose(service, call, asked, values))
     if isinstance(format_, MsdpFormat):
         # Before anything is written: what is wrong with the parameters is told at once.
         bounds = model.bounds(call.principal, model.ready(), default_max_tokens=DEFAULT_TOKENS)
         validate(values, bounds, violations, stream=stream)
         violations.raise_if_any()
-        try:
-            if not known.chosen:
+        if not known.chosen:
+            try:
                 known = await write(service, call, model, format_, asked, values)
-            packed = await asyncio.to_thread(
-                format_.pack, asked.topic, asked.conversation, model.tokenizer, knowledge=known.texts, room=left
-            )
-        except NoRoomError:
-            rule = f"must leave room for a turn in the {room} tokens of the model"
-            raise invalid("conversation", rule, code="prompt_too_long", todo="Shorten its last turn.") from None
+            except NoRoomError:
+                raise _too_long(asked, room) from None
+        pack: Callable[..., Packed] = functools.partial(format_.pack, asked.topic)
     else:
+        pack = functools.partial(format_.pack, references=references)
+    try:
         packed = await asyncio.to_thread(
-            format_.pack,
-            asked.conversation,
-            model.tokenizer,
-            references=references,
-            knowledge=known.texts,
-            room=left,
+            pack, asked.conversation, model.tokenizer, knowledge=known.texts, room=room - taken
         )
+    except NoRoomError as error:
+        is_by_tokens = error.needed + usual <= room
+        raise _too_long(asked, room, max_tokens=taken if is_by_tokens else None) from None
     prompt = Sequenced(
         ids=packed.tokens, types=packed.types, positions=packed.positions, answer_type=packed.answer_type
     )
@@ -157,7 +164,20 @@ async def respond(
         field="conversation",
     )
     kept = [known.chosen[i] for i in packed.knowledge] if known.chosen else ()
-    return Reply(generation, packed, dataclasses.replace(known, chosen=kept))
+    written = known.written if packed.knowledge else ""
+    return Reply(generation, packed, dataclasses.replace(known, chosen=kept, written=written))
+
+
+def _too_long(asked: Asked, room: int, *, max_tokens: int | None = None) -> InvalidArgument:
+    """The refusal of a prompt that leaves no room for the turn; `max_tokens`: where that takes what would be enough."""
+    name, todo = "conversation", "Shorten its last turn."
+    if max_tokens is not None:
+        name, todo = "max_tokens", "Lower it."
+    elif len(asked.topic) > len(asked.conversation[-1].text):
+        name, todo = "topic", "Shorten it."
+    rule = f"must leave room for a turn in the {room} tokens of the model"
+    given = ... if max_tokens is None else max_tokens
+    return invalid(name, rule, given=given, code="prompt_too_long", todo=todo)
 
 
 def format_of(model: ServedModel) -> DialogueFormat | MsdpFormat:

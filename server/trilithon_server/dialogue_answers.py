@@ -17,7 +17,7 @@ def responded(reply: Reply, *, with_knowledge: bool) -> dict[str, Any]:
     return {
         "candidates": [
             {
-                "text": reply.texts[choice.index].text if choice.index in reply.texts else "",
+                "text": reply.text(choice),
                 "mean_logprob": choice.cumulative_logprob / max(1, choice.generated),
                 "finish_reason": choice.finish.value if choice.finish is not None else None,
             }

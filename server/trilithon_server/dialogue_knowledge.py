@@ -12,20 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from trilithon.errors import FailedPrecondition
 from trilithon_server.dialogue_requests import Asked
 from trilithon_server.dialogue_store import sentences_of
 from trilithon_server.embedding import embed
+from trilithon_server.encoders import both_of, default_encoder
 from trilithon_server.generation import NO_TOKENS, Usage
-from trilithon_server.knowledge.local import Choice, Chosen, LocalKnowledge, read_documents
+from trilithon_server.knowledge.local import Choice, Chosen, LocalKnowledge, Vectors, read_documents
 from trilithon_server.prompts import Sequenced
 from trilithon_server.sampling_rules import META_NAMES
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
+from trilithon_server.task_run import off_loop
 from trilithon_server.tasks.msdp_format import MsdpFormat
-from trilithon_server.tasks.writing import one_line
+from trilithon_server.tasks.writing import literal, one_line
 
 DEFAULT_TOP_K = 5
+MAX_TEXT_TOKENS = 256
+"""Of a turn or a sentence, its last ones, where vectors are compared; less where the encoder's window is smaller."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +85,18 @@ def room_of(model: ServedModel) -> int:
     return min(hello.max_context_tokens, hello.kv_capacity_tokens or hello.max_context_tokens)
 
 
-async def choose(service: Service, call: Call, asked: Asked) -> list[Chosen]:
-    """The sentences that go with the last turns."""
+async def choose(service: Service, call: Call, asked: Asked, values: Mapping[str, Any]) -> list[Chosen]:
+    """
+    The sentences that go with the last turns.
+
+    Args:
+        values: parameters by JSON name, of which those of every call count.
+    """
     grounds = asked.grounds
     if grounds is None:
         return []
     if grounds.kb_id:
-        sentences = sentences_of(service, call, grounds.kb_id)
+        sentences = await sentences_of(service, call, grounds.kb_id)
     else:
         sentences = list(await asyncio.to_thread(read_documents, grounds.documents))
     if not sentences:
@@ -98,25 +106,47 @@ async def choose(service: Service, call: Call, asked: Asked) -> list[Chosen]:
     turns = [turn.text for turn in asked.conversation]
     if scorer in ("tfidf", "bm25"):
         return await asyncio.to_thread(lambda: LocalKnowledge(sentences).select(turns, choice))
-    vectors = await _vectors(service, call, [*(s.text for s in sentences), *turns[-choice.turns :]])
-    known, last = vectors[: len(sentences)], vectors[len(sentences) :]
+    how = {name: value for name, value in values.items() if name in META_NAMES}
+    known, last = await _vectors(service, call, [s.text for s in sentences], turns[-choice.turns :], how)
     return await asyncio.to_thread(
         lambda: LocalKnowledge(sentences, vectors_NH=known).select(turns[-choice.turns :], choice, turn_vectors_MH=last)
     )
 
 
-async def _vectors(service: Service, call: Call, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Vectors of a served encoder, in pieces of as many texts as one request may have."""
-    encoder = service.first("embed")
-    if not encoder:
-        raise FailedPrecondition(
-            "this scorer compares vectors, and no encoder is served.",
-            code="unsupported_model",
-            hint="Serve one beside the model, or ask for tfidf or bm25.",
-        )
-    found: list[Sequence[float]] = []
-    most = service.limits.max_embedding_inputs
-    for first in range(0, len(texts), most):
-        _, rows, _ = await embed(service, call, encoder, texts[first : first + most], {"truncate_prompt_tokens": 256})
-        found += [row.values for row in rows]
-    return np.array(found, np.float32)
+async def _vectors(
+    service: Service, call: Call, sentences: Sequence[str], turns: Sequence[str], how: Mapping[str, Any]
+) -> tuple[Vectors, Vectors]:
+    """
+    Vectors of sentences and of turns, which ask for them: by one served encoder, or by two that belong together.
+
+    Args:
+        how: parameters of the request itself.
+    """
+    encoder = await service.resolve(default_encoder(service), call)
+    asking, knowing = await both_of(service, call, encoder)
+    if asking is knowing:
+        vectors = await _encoded(service, call, asking, [*sentences, *turns], how)
+        return vectors[: len(sentences)], vectors[len(sentences) :]
+    known = await _encoded(service, call, knowing, sentences, how)
+    return known, await _encoded(service, call, asking, turns, how)
+
+
+async def _encoded(
+    service: Service, call: Call, model: ServedModel, texts: Sequence[str], how: Mapping[str, Any]
+) -> Vectors:
+    """Vectors of the ends of texts, in pieces of as many as one request may have."""
+    size = min(MAX_TEXT_TOKENS, model.ready().max_context_tokens)
+    most_chars = size * service.limits.max_prompt_chars_per_token
+    first, last = model.tokenizer.encode("", add_special_tokens=True)
+
+    def read(text: str) -> Sequenced:
+        ids = literal(text[-most_chars:], model.tokenizer)
+        return Sequenced(ids=(first, *ids[-(size - 2) :], last))
+
+    sequences = await off_loop(sum(map(len, texts)), lambda: [read(text) for text in texts])
+    rows: list[Sequence[float]] = []
+    most = min(service.limits.max_embedding_inputs, service.limits.max_queue_requests)
+    for start in range(0, len(sequences), most):
+        _, found, _ = await embed(service, call, model.name, sequences[start : start + most], how)
+        rows += [row.values for row in found]
+    return np.array(rows, np.float32)

@@ -114,7 +114,7 @@ def _check_text(name: str, text: str, service: Service, found: Violations) -> No
 def check_documents(name: str, documents: Sequence[Document], found: Violations) -> None:
     if len(documents) > MAX_DOCUMENTS:
         found.add(name, f"must hold at most {MAX_DOCUMENTS} documents", given=len(documents))
-    size = sum(len(body) for document in documents for body in (document.text, document.html))
+    size = sum(_size(body) for document in documents for body in (document.text, document.html))
     if size > MAX_DOCUMENT_BYTES:
         found.add(name, f"must have at most {MAX_DOCUMENT_BYTES} bytes in all", given=f"{size} bytes")
     for i, document in enumerate(documents[:MAX_DOCUMENTS]):
@@ -122,3 +122,11 @@ def check_documents(name: str, documents: Sequence[Document], found: Violations)
             found.add(f"{name}[{i}]", "must have text or html, one of the two", code="missing_parameter")
         if not document.id:
             found.add(f"{name}[{i}].id", "must not be empty", code="missing_parameter")
+        for label, text in (("id", document.id), ("title", document.title), ("url", document.url)):
+            if not is_text(text):
+                found.add(f"{name}[{i}].{label}", "must be sound Unicode (it holds half of a surrogate pair)")
+
+
+def _size(body: str | bytes) -> int:
+    """Bytes of it; half of a surrogate pair counts, and is a sign for nothing once it is read."""
+    return len(body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass"))

@@ -161,6 +161,10 @@ class Generation:
         async with contextlib.aclosing(self.news()) as news:
             async for _ in news:
                 pass
+        self.keep_best()
+
+    def keep_best(self) -> None:
+        """Of answers that are whole, leave those that `best_of` is for; others stay as they are."""
         if self.params.num_told > self.params.n:
             for part in self.parts:
                 kept = best(part.choices, self.params.n)

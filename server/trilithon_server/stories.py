@@ -5,7 +5,7 @@ Stories that are written sentence by sentence and can be written again from any 
     rewrite    a story that was told, and one sentence's new control -> a telling from that sentence on
 
 A story is kept in this process for a day after it was last written, each tenant its own. Where an engine fails in the
-middle, what was written stays: a rewrite from the next sentence on goes on.
+middle, what was written stays: a rewrite from the next sentence on goes on, and one that writes none changes nothing.
 
 Source: arXiv 2010.00840 (Megatron-CNTRL).
 """
@@ -57,7 +57,14 @@ async def generate(
         TrilithonError: refused; nothing was written.
     """
     violations = found if found is not None else Violations()
-    players = await cast(service, call, model_name, predictor_name=asked.keyword_model, ranker_name=asked.ranker)
+    players = await cast(
+        service,
+        call,
+        model_name,
+        predictor_name=asked.keyword_model,
+        ranker_name=asked.ranker,
+        may_have_facts=asked.knowledge_k != 0,
+    )
     check(asked, values, violations, concepts=service.concepts, limits=service.limits)
     writer = players.writer
     bounds = writer.bounds(call.principal, writer.ready(), default_max_tokens=DEFAULT_TOKENS)
@@ -73,7 +80,7 @@ async def generate(
         controls={control.index: control for control in asked.controls},
         sentences=(Sentence(index=1, text=one_line(asked.first_sentence)),),
     )
-    return Telling(service, call, players, story, known={}, values=values)
+    return Telling(service, call, players, story, known={}, values=values, is_new=True)
 
 
 async def rewrite(
@@ -88,6 +95,8 @@ async def rewrite(
 ) -> Telling:
     """
     Begin a story again at one sentence; those before it stay as they are. Use it as `generate`.
+
+    What is kept stays whole until the first new sentence is there, which then takes the place of all that followed.
 
     Args:
         model_name: empty, or the one that the story was written by.
@@ -104,14 +113,21 @@ async def rewrite(
         violations.add("model", f"must be empty or {shown(story.model)}, which writes the story", given=model_name)
     violations.raise_if_any()
     asked = story.asked
-    players = await cast(service, call, story.model, predictor_name=asked.keyword_model, ranker_name=asked.ranker)
+    players = await cast(
+        service,
+        call,
+        story.model,
+        predictor_name=asked.keyword_model,
+        ranker_name=asked.ranker,
+        may_have_facts=story.knowledge_k > 0,
+    )
     writer = players.writer
     validate(values, writer.bounds(call.principal, writer.ready()), violations, stream=True)
     violations.raise_if_any()
     before = story.sentences[: control.index - 1]
     known = {one.index: one.keywords for one in story.sentences if one.index == control.index}
     begun = replace(story, controls={**story.controls, control.index: control}, sentences=before)
-    return Telling(service, call, players, begun, known=known, values=values)
+    return Telling(service, call, players, begun, known=known, values=values, is_new=False)
 
 
 def get_story(service: Service, call: Call, story_id: str) -> Story:

@@ -20,7 +20,7 @@ class Cast:
     Attributes:
         writer, writing: writes sentences.
         predictor, predicting: writes keywords.
-        ranker: chooses facts; None where no encoder is served.
+        ranker: chooses facts; None where no encoder is served, or no fact is asked for.
     """
 
     writer: ServedModel
@@ -30,11 +30,15 @@ class Cast:
     ranker: Ranker | None
 
 
-async def cast(service: Service, call: Call, writer_name: str, *, predictor_name: str, ranker_name: str) -> Cast:
+async def cast(
+    service: Service, call: Call, writer_name: str, *, predictor_name: str, ranker_name: str, may_have_facts: bool
+) -> Cast:
     """
     The models of a story; those that are not named are chosen: one that was trained for the part, if it is served, else
     the writer's base model to predict keywords, and an encoder without a head to rank.
 
+    Args:
+        may_have_facts: whether there is something to rank: a story without facts needs no encoder.
     Raises:
         TrilithonError: there is no model of that name, it cannot do its part, or is not ready.
     """
@@ -44,7 +48,8 @@ async def cast(service: Service, call: Call, writer_name: str, *, predictor_name
     predictor = await service.resolve(predictor_name or _trained(service, KeywordFormat) or base, call)
     predictor.require("generate")
     ranker = None
-    if name := ranker_name or _trained(service, RankerFormat) or _encoder(service):
+    name = ranker_name or _trained(service, RankerFormat) or _encoder(service)
+    if name and may_have_facts and service.concepts is not None:
         encoder = await service.resolve(name, call)
         encoder.require("embed")
         encoder.ready()

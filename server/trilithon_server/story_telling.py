@@ -57,9 +57,10 @@ class Telling:
         story: as far as it is written; the rest is written here.
         known: keywords that sentences had before, by index.
         values: parameters of this request itself, by JSON name; the story has those of its sentences.
+        is_new: whether nothing is kept of the story yet; else it is written again.
 
     Attributes:
-        story: so far; kept on the server under its id after each sentence.
+        story: so far; kept on the server under its id after each sentence, see `_keep`.
         reused: how many sentences were there before, the first ones.
         finish: why it ended; TIME_LIMIT where it is shorter than asked for that reason.
     """
@@ -73,6 +74,7 @@ class Telling:
         *,
         known: Mapping[int, Sequence[str]],
         values: Mapping[str, Any],
+        is_new: bool,
     ) -> None:
         self.story = story
         self.finish: FinishReason | None = None
@@ -80,6 +82,8 @@ class Telling:
         self._service, self._known = service, known
         self._values = {name: values[name] for name in META if name in values}
         self.reused = len(story.sentences)
+        self._is_new = is_new
+        self._kept: Story | None = None  # the last one that was kept by this telling
         self._steps: list[Generation] = []
         self._aborted = False
 
@@ -103,9 +107,10 @@ class Telling:
         Raises:
             TrilithonError: an engine refused or could not finish; what was written before is kept.
         """
+        if self._is_new:
+            self._keep()
         for sentence in self.story.sentences:
             yield sentence, True
-        self._keep()
         while len(self.story.sentences) < self.story.asked.length:
             try:
                 sentence = await self._next()
@@ -124,7 +129,19 @@ class Telling:
                 return
 
     def _keep(self) -> None:
-        self._service.stories.put(self.call.principal.tenant, self.story.id, self.story)
+        """
+        Keep the story so far, but not where it was deleted meanwhile, nor where another telling of it was kept since
+        this one was: that one began later, or was later with its first sentence.
+        """
+        stories, tenant, id = self._service.stories, self.call.principal.tenant, self.story.id
+        found = stories.get(tenant, id)
+        if self._kept is not None:
+            may = found is self._kept
+        else:
+            may = self._is_new or found is not None
+        if may:
+            stories.put(tenant, id, self.story)
+            self._kept = self.story
 
     # -- one sentence ---------------------------------------------------------------------------------------
 

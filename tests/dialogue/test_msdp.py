@@ -19,8 +19,8 @@ from trilithon.api.v1 import common_pb2, dialogue_pb2, dialogue_pb2_grpc
 from trilithon_parallel.config import ModelError
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.tasks import TASK_FILE, read_task
-from trilithon_server.tasks.dialogue_format import DialogueFormat, Turn
-from trilithon_server.tasks.msdp_format import MsdpFormat, NoRoomError
+from trilithon_server.tasks.dialogue_format import DialogueFormat, NoRoomError, Turn
+from trilithon_server.tasks.msdp_format import MsdpFormat
 
 EXAMPLES: list[dict[str, Any]] = [
     {
@@ -136,15 +136,22 @@ def test_the_topic_and_the_last_three_turns_choose(format_: MsdpFormat) -> None:
 
 
 def test_examples_give_way_where_room_is_short(format_: MsdpFormat, tokenizer: Tokenizer) -> None:
-    """The least similar first; the conversation's last turn and the knowledge are never cut."""
+    """The least similar first, then knowledge from its end; the topic and the last turn are never cut."""
     size = len(format_.ask("Tea mills", TURNS, tokenizer, room=2000))
     asked = format_.ask("Tea mills", TURNS, tokenizer, room=size - 1)
     alone = format_.pack("Tea mills", TURNS, tokenizer, knowledge=["By rail."], room=120)
+    cut = format_.pack("Tea mills", TURNS, tokenizer, knowledge=["By rail.", "So it is told. " * 9], room=120)
+    bare = format_.pack("Tea mills", TURNS, tokenizer, knowledge=["So it is told. " * 40], room=120)
 
     assert text_of(asked, tokenizer) == FIRST_STEP.split("\n", 1)[1]
     assert text_of(alone.tokens, tokenizer) == SECOND_STEP.format(knowledge="By rail.").rsplit("\n", 1)[1]
+    assert (cut.tokens, cut.knowledge, cut.dropped.knowledge) == (alone.tokens, (0,), 1)
+    assert text_of(bare.tokens, tokenizer) == SECOND_STEP.format(knowledge="").rsplit("\n", 1)[1]
+    assert (bare.knowledge, bare.dropped.knowledge) == ((), 1)
     with pytest.raises(NoRoomError, match="does not fit in 9"):
         format_.ask("Tea mills", TURNS, tokenizer, room=9)
+    with pytest.raises(NoRoomError, match="does not fit in 9"):
+        format_.pack("Tea mills", TURNS, tokenizer, knowledge=["By rail."], room=9)
 
 
 def test_what_users_write_is_no_special_token(format_: MsdpFormat, tokenizer: Tokenizer) -> None:
@@ -245,6 +252,14 @@ def test_documents_go_before_what_the_model_makes_up(server: Server) -> None:
     assert other["knowledge"] == answer(server)["knowledge"]
 
 
+def test_knowledge_gives_way_where_room_is_short(server: Server) -> None:
+    """What found no room is counted and not told as used. Inverse seen: the conversation is refused as too long."""
+    told = answer(server, knowledge={"documents": DOCUMENTS}, max_tokens=1975)
+
+    assert (told["knowledge"], told["knowledge_dropped"]) == ([], 1)
+    assert told["candidates"][0]["text"]
+
+
 @pytest.mark.parametrize(
     ("body", "field", "says"),
     [
@@ -253,7 +268,9 @@ def test_documents_go_before_what_the_model_makes_up(server: Server) -> None:
         ({"actor_id": "ada"}, "actor_id", "prompted by examples and reads no references"),
         ({"temperature": -1}, "temperature", "must be"),
         ({"stop": 5}, "stop", "must be"),
-        ({"topic": "tea " * 2000}, "conversation", "must leave room for a turn"),
+        ({"topic": "tea " * 2000}, "topic", "must leave room for a turn"),
+        ({"conversation": [{"speaker": "other", "text": "tea " * 2000}]}, "conversation", "Shorten its last turn"),
+        ({"max_tokens": 2040}, "max_tokens", "must leave room for a turn in the 2048 tokens of the model. Given: 2040"),
     ],
 )
 def test_R11_what_msdp_cannot_do_is_told(server: Server, body: dict[str, Any], field: str, says: str) -> None:

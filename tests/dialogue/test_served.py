@@ -15,6 +15,8 @@ from tiny import tiny_llama
 
 from trilithon.api.v1 import common_pb2, dialogue_pb2, dialogue_pb2_grpc
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server.http import dialogue as http_dialogue
+from trilithon_server.http import stories as http_stories
 from trilithon_server.knowledge.local import Choice, Document, LocalKnowledge, read_documents
 from trilithon_server.tasks.dialogue_format import DialogueFormat, Turn
 
@@ -44,7 +46,9 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def post(server: Server, body: dict[str, Any], *, path: str = "/v1/dialogue", method: str = "POST") -> httpx.Response:
-    return httpx.request(method, server.url + path, json=body, timeout=60)
+    """Any JSON: httpx writes none that is no sound text."""
+    headers = {"content-type": "application/json"}
+    return httpx.request(method, server.url + path, content=json.dumps(body), headers=headers, timeout=60)
 
 
 def answer(server: Server, **body: Any) -> dict[str, Any]:
@@ -127,6 +131,40 @@ def test_E3_streamed_joined_and_grpc_are_one(server: Server) -> None:
     assert events[-1].finished.candidates[0].text == unary.candidates[0].text
 
 
+def test_E3_what_a_request_leaves_out_means_the_same_by_both_protocols(server: Server) -> None:
+    """
+    Documents come in the place of those that are there, and the knowledge that is used is told, unless a request says
+    no. Inverse seen: over gRPC documents were added, and nothing was told.
+    """
+    path = "/v1/knowledge/both"
+    document = dialogue_pb2.Document(**DOCUMENTS[0])
+    question = dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=TALK[0]["text"])])
+    http = [post(server, {"documents": [one]}, path=path, method="PUT").json()["documents"] for one in DOCUMENTS]
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+        put = stub.PutKnowledge(dialogue_pb2.PutKnowledgeRequest(kb_id="both", documents=[document]))
+        other = dialogue_pb2.Document(**DOCUMENTS[1])
+        added = stub.PutKnowledge(dialogue_pb2.PutKnowledgeRequest(kb_id="both", documents=[other], replace=False))
+        told = [
+            stub.Respond(
+                dialogue_pb2.RespondRequest(
+                    conversation=question, knowledge=known, stopping=common_pb2.Stopping(max_tokens=4)
+                )
+            ).knowledge
+            for known in (
+                dialogue_pb2.KnowledgeOptions(kb_id="both"),
+                dialogue_pb2.KnowledgeOptions(kb_id="both", return_knowledge=False),
+            )
+        ]
+
+    assert [*http, put.documents, added.documents] == [1, 1, 1, 2]
+    assert [one.text for one in told[0]] == [
+        one["text"] for one in answer(server, knowledge={"kb_id": "both"})["knowledge"]
+    ]
+    assert len(told[0]) > 0
+    assert len(told[1]) == 0
+
+
 def test_acc_D08_a_stored_actor_is_the_same_actor_and_hits_the_cache(server: Server) -> None:
     """
     A stored actor answers as the same references given with the request, the second time from the prefix cache; and
@@ -199,13 +237,17 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         ({"conversation": TALK, "topic": "Mills"}, "topic", "this model is not prompted by examples"),
         (by(DOCUMENTS, min_score=1e300), "knowledge.min_score", "must be a finite number of 32 bits"),
         (by([{"id": "big", "text": "a " * 600_000}]), "knowledge.documents", "bytes in all"),
+        (by([{"id": "a\ud800", "text": "x"}]), "knowledge.documents[0].id", "sound Unicode"),
+        (by([{"id": "a", "text": "x", "title": "\udfff"}]), "knowledge.documents[0].title", "sound Unicode"),
+        (by([{"id": "a", "text": "x", "url": "\ud800"}]), "knowledge.documents[0].url", "sound Unicode"),
+        ({"conversation": TALK, "max_tokens": 2047}, "max_tokens", "must leave room for a turn in the 2048 tokens"),
     ],
 )
 def test_R11_what_cannot_be_answered_is_told(
     server: Server, body: dict[str, Any], field: str | None, says: str
 ) -> None:
     """One sentence with the field; the server answers the next request."""
-    response = post(server, {**body, **({} if "echo" in body else GREEDY)})
+    response = post(server, {**({} if "echo" in body else GREEDY), **body})
     error = response.json()["error"]
 
     assert 400 <= response.status_code < 500
@@ -215,12 +257,80 @@ def test_R11_what_cannot_be_answered_is_told(
     assert answer(server)["candidates"]
 
 
+def test_R11_a_base_takes_sound_text_alone(server: Server) -> None:
+    """What cannot be written down is refused with its field. Inverse seen: an internal error, as it was written."""
+    documents = [{**DOCUMENTS[0], "id": "a\ud800"}]
+    response = post(server, {"documents": documents}, path="/v1/knowledge/broken", method="PUT")
+
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "documents[0].id")
+    assert httpx.get(f"{server.url}/v1/knowledge/broken").status_code == 404
+
+
+def test_of_several_the_best_are_told(server: Server) -> None:
+    """
+    `best_of` writes three, and `n` of them are left, the likeliest first, by both protocols; all are counted.
+    Inverse seen: three candidates.
+    """
+    drawn = {"seed": 6, "temperature": 1.0}
+    three = answer(server, n=3, **drawn)
+    two = answer(server, n=2, best_of=3, **drawn)
+    request = dialogue_pb2.RespondRequest(
+        conversation=dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=TALK[0]["text"])]),
+        sampling=common_pb2.Sampling(temperature=1.0, seed=6, n=2, best_of=3),
+        stopping=common_pb2.Stopping(max_tokens=12),
+    )
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        unary = dialogue_pb2_grpc.DialogueServiceStub(channel).Respond(request)
+    best = sorted(three["candidates"], key=lambda one: -one["mean_logprob"])[:2]
+
+    assert {one["finish_reason"] for one in three["candidates"]} == {"max_tokens"}  # of one length: one order
+    assert best != three["candidates"][:2]
+    assert two["candidates"] == best
+    assert [one.text for one in unary.candidates] == [one["text"] for one in best]
+    assert two["usage"]["generated_tokens"] == three["usage"]["generated_tokens"]
+
+
 def test_nothing_found_is_no_error(server: Server) -> None:
     """Knowledge that doesn't go with the conversation is left out; the turn is written without."""
     told = answer(server, knowledge={"documents": [{"id": "x", "text": "Quarks have colours and flavours, they say."}]})
 
     assert told["knowledge"] == []
     assert told["candidates"] == answer(server)["candidates"]
+
+
+def test_what_is_kept_counts_by_both_protocols(model_dir: Path, tmp_path: Path) -> None:
+    """
+    A put parses pages, so it takes one of the key's requests as a turn does, and so does what reads or forgets what is
+    kept. Inverse seen: over HTTP there was no end to them.
+    """
+    assert [route.path for route in (*http_dialogue.ROUTES, *http_stories.ROUTES) if not route.counted] == []
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"{line} requests_per_minute=2\n" for line in KEYS.splitlines()))
+    keys.chmod(0o600)
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    alice, bob = (f"Bearer {line.split()[0]}" for line in KEYS.splitlines())
+    codes = []
+    with serving(model_dir, *flags) as server:
+        with httpx.Client(base_url=server.url, timeout=60, headers={"authorization": alice}) as http:
+            http.put("/v1/knowledge/a", json={"documents": DOCUMENTS})
+            http.get("/v1/knowledge/a")
+            refused = http.delete("/v1/knowledge/a")
+        with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+            for _ in range(3):
+                try:
+                    stub.PutKnowledge(
+                        dialogue_pb2.PutKnowledgeRequest(
+                            kb_id="a", documents=[dialogue_pb2.Document(**document) for document in DOCUMENTS]
+                        ),
+                        metadata=(("authorization", bob),),
+                    )
+                    codes.append(grpc.StatusCode.OK)
+                except grpc.RpcError as error:
+                    codes.append(error.code())
+
+    assert refused.status_code == 429
+    assert codes == [grpc.StatusCode.OK, grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED]
 
 
 def test_S8_what_a_tenant_keeps_is_its_own(model_dir: Path, tmp_path: Path) -> None:

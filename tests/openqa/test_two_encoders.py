@@ -192,3 +192,35 @@ def test_R11_the_wrong_one_is_named(
 
     assert error["code"] == code
     assert says in error["message"]
+
+
+def test_a_turn_asks_as_a_question_does_and_sentences_answer_as_passages(two: Two) -> None:
+    """
+    What a conversation stands on is chosen by both encoders, though their windows are smaller than what is read of a
+    text where there is room. Inverse seen: refused, as all was asked of the first encoder in 256 tokens.
+    """
+
+    def vectors(model: str, texts: list[str]) -> Any:
+        data = two.post("/v1/embeddings", model=model, input=texts)["data"]
+        return np.array([row["embedding"] for row in data])
+
+    known = {"documents": DOCUMENTS, "scorer": "dense", "top_k": 50, "min_score": 0}
+    count = 0
+    for turn in (QUESTION, "No.", "Tea, and bread with it!", "abc", "The mill is far away."):
+        asked = {"conversation": [{"speaker": "other", "text": turn}], "model": "writer", "max_tokens": 4}
+        told = two.post("/v1/dialogue", **asked, knowledge=known)["knowledge"]
+        if told:
+            cosines = vectors(PASSAGES, [one["text"] for one in told]) @ vectors(QUESTIONS, [turn])[0]
+            assert [one["score"] for one in told] == pytest.approx(cosines.tolist(), abs=1e-4)
+        count += len(told)
+    assert count
+
+
+@pytest.mark.parametrize("scorer", ["tfidf", "dense", "hybrid"])
+def test_the_end_of_a_long_turn_asks(two: Two, scorer: str) -> None:
+    """No scorer refuses a turn for its length. Inverse seen: refused as an `input` that nobody sent."""
+    turn = "The mill is old and far away. " * 400 + QUESTION
+    known = {"documents": DOCUMENTS, "scorer": scorer, "min_score": 0}
+    asked = {"conversation": [{"speaker": "other", "text": turn}], "model": "writer", "max_tokens": 4}
+
+    assert two.post("/v1/dialogue", **asked, knowledge=known)["candidates"]

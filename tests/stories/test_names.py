@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tiny_tokenizers import write_bpe_tokenizer
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import IGNORE, Sample
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
+from trilithon_server.knowledge import names as names_module
 from trilithon_server.knowledge.names import TAGS, cut_at_names, names_of, with_names
 from trilithon_server.story_telling import first_end, seed_of
 from trilithon_server.tasks.story_format import KeywordFormat, SentenceFormat
@@ -65,6 +67,53 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_a_name_has_one_tag_and_a_tag_one_name(story: list[str], names: dict[str, str]) -> None:
     """By the word before "named", else by the next pronoun; where the tags are taken, the name stays a word."""
     assert names_of(story) == names
+
+
+def test_names_are_found_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Pronouns are looked for once in each character of a story, though hundreds of names stand there and one tag is
+    free to the end. Inverse seen: the rest of the story is read anew for every name.
+    """
+
+    class Counting:
+        """A pattern that counts the characters that it is given."""
+
+        read = 0
+
+        def __init__(self, pattern: re.Pattern[str]) -> None:
+            self._pattern = pattern
+
+        def search(self, text: str) -> re.Match[str] | None:
+            self.read += len(text)
+            return self._pattern.search(text)
+
+        def finditer(self, text: str) -> Iterator[re.Match[str]]:
+            self.read += len(text)
+            return self._pattern.finditer(text)
+
+    pattern = Counting(names_module._PRONOUN)
+    monkeypatch.setattr(names_module, "_PRONOUN", pattern)
+    story = [f"N{i}x said so." for i in range(500)]
+
+    assert names_of(["A boy named Tom ran.", *story]) == {"Tom": "[MALE]", "N0x": "[NEUTRAL]"}
+    assert pattern.read == len(" ".join(["A boy named Tom ran.", *story]))
+
+
+@given(st.lists(st.sampled_from(["A girl named Anna", "Tom said", "Max asked", "Zoe cried", " he", " HER.", "x"])))
+def test_the_next_pronoun_tells(parts: list[str]) -> None:
+    """Where no word before the name does: as by reading what follows the name."""
+    text = " ".join(parts)
+    told: dict[str, str] = {}
+    for match in names_module._NAME.finditer(text):
+        name = match[2] or match[3]
+        word = re.search(r"\b(he|her)\b", text[match.end() :], re.IGNORECASE)
+        is_female = match[1] == "girl" or (word is not None and word[1].lower() == "her")
+        tag = "[FEMALE]" if is_female else "[MALE]" if word is not None else "[NEUTRAL]"
+        free = [one for one in (tag, "[NEUTRAL]") if one not in told.values()]
+        if name not in told and free:
+            told[name] = free[0]
+
+    assert names_of([text]) == told
 
 
 @given(st.lists(st.sampled_from(["Anna", "Tom", " ", "anna", "Tom's", "[MALE", "said ", ". ", "Annabel"]), max_size=9))

@@ -147,6 +147,17 @@ def test_facts_are_ranked_by_the_served_encoder(server: Server, encoder: Path, c
     assert [fact["score"] for fact in told] == pytest.approx([cosines[fact["text"]] for fact in told], abs=1e-4)
 
 
+def test_a_story_without_facts_asks_for_no_encoder(server: Server) -> None:
+    """
+    What would rank facts is not looked at, told or written again, so an encoder that is lost is no loss to it.
+    Inverse seen: the ranker, which cannot embed, is refused.
+    """
+    story = tell(server, sentences=2, knowledge_k=0, ranker="writer")
+    again = rewrite(server, story, index=2, keywords=["boat"])
+
+    assert [one["facts"] for one in (*story["sentences"], *again["sentences"])] == [[]] * 6
+
+
 def test_E3_streamed_whole_and_grpc_are_one(server: Server) -> None:
     """Events in order, with the same sentences by every way, and a story that GetStory knows until it is deleted."""
     controls = [{"index": 3, "keywords": ["boat"]}]
@@ -278,6 +289,17 @@ def test_R7_a_story_that_has_no_time_is_not_begun(server: Server) -> None:
     response = httpx.post(f"{server.url}/v1/stories", json={**ASKED, "time_limit_ms": 1}, timeout=60)
 
     assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+
+
+def test_R7_a_rewrite_that_has_no_time_leaves_the_story(server: Server) -> None:
+    """Nothing new was written, so all of the old is still there. Inverse seen: only its first sentence was."""
+    story = tell(server)
+    path = f"{server.url}/v1/stories/{story['story_id']}"
+    body = {"control": {"index": 2, "keywords": ["boat"]}, "time_limit_ms": 1}
+    response = httpx.post(f"{path}/rewrite", json=body, timeout=60)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert content(httpx.get(path).json()) == content(story)
 
 
 def test_R6_an_abort_ends_a_story(server: Server) -> None:

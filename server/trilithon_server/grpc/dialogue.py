@@ -98,8 +98,9 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
     ) -> dialogue_pb2.PutKnowledgeResponse:
         """Keep documents."""
         documents = documents_of(request.documents)
+        replace = request.replace if request.HasField("replace") else True
         facts = await dialogue_store.put_knowledge(
-            self._service, current_call(), request.kb_id, documents, replace=request.replace
+            self._service, current_call(), request.kb_id, documents, replace=replace
         )
         return dialogue_pb2.PutKnowledgeResponse(**dialogue_answers.knowledge(facts))
 
@@ -119,8 +120,7 @@ class Dialogues(dialogue_pb2_grpc.DialogueServiceServicer):
 
 
 def _tells_knowledge(request: dialogue_pb2.RespondRequest) -> bool:
-    """What a model has written for itself is told without being asked for."""
-    return not request.HasField("knowledge") or request.knowledge.return_knowledge
+    return request.knowledge.return_knowledge if request.knowledge.HasField("return_knowledge") else True
 
 
 def _response(reply: Reply, *, with_knowledge: bool) -> dialogue_pb2.RespondResponse:

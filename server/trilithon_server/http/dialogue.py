@@ -198,26 +198,26 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="PUT", path="/v1/dialogue/actors/{id}", handler=put_actor, request=ActorRequest, answer="ActorAnswer",
-        counted=False, summary="Keep an actor's reference conversations.",
+        summary="Keep an actor's reference conversations.",
     ),
     Route(
-        method="GET", path="/v1/dialogue/actors/{id}", handler=get_actor, answer="ActorAnswer", counted=False,
+        method="GET", path="/v1/dialogue/actors/{id}", handler=get_actor, answer="ActorAnswer",
         summary="What is kept of an actor.",
     ),
     Route(
-        method="DELETE", path="/v1/dialogue/actors/{id}", handler=delete_actor, answer="Nothing", counted=False,
+        method="DELETE", path="/v1/dialogue/actors/{id}", handler=delete_actor, answer="Nothing",
         summary="Forget an actor.",
     ),
     Route(
         method="PUT", path="/v1/knowledge/{kb}", handler=put_knowledge, request=KnowledgeRequest,
-        answer="KnowledgeAnswer", counted=False, summary="Keep documents to take knowledge from.",
+        answer="KnowledgeAnswer", summary="Keep documents to take knowledge from.",
     ),
     Route(
-        method="GET", path="/v1/knowledge/{kb}", handler=get_knowledge, answer="KnowledgeAnswer", counted=False,
+        method="GET", path="/v1/knowledge/{kb}", handler=get_knowledge, answer="KnowledgeAnswer",
         summary="What a knowledge base holds.",
     ),
     Route(
-        method="DELETE", path="/v1/knowledge/{kb}", handler=delete_knowledge, answer="Nothing", counted=False,
+        method="DELETE", path="/v1/knowledge/{kb}", handler=delete_knowledge, answer="Nothing",
         summary="Forget a knowledge base.",
     ),
 )  # fmt: skip

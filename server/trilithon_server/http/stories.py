@@ -159,11 +159,11 @@ ROUTES: tuple[Route, ...] = (
         summary="Tell a story again from one sentence on.",
     ),
     Route(
-        method="GET", path="/v1/stories/{id}", handler=get_story, answer="Story", counted=False,
+        method="GET", path="/v1/stories/{id}", handler=get_story, answer="Story",
         summary="A story as far as it is written.",
     ),
     Route(
-        method="DELETE", path="/v1/stories/{id}", handler=delete_story, answer="Nothing", counted=False,
+        method="DELETE", path="/v1/stories/{id}", handler=delete_story, answer="Nothing",
         summary="Forget a story.",
     ),
 )  # fmt: skip

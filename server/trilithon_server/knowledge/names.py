@@ -13,6 +13,7 @@ Source: arXiv 2010.00840, which learns from stories whose names are [MALE], [FEM
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 from trilithon_server.knowledge.word_lists import stop_words
@@ -35,23 +36,26 @@ def names_of(story: Sequence[str]) -> dict[str, str]:
     {'Anna': '[FEMALE]', 'Tom': '[MALE]', 'Max': '[NEUTRAL]'}
     """
     text = " ".join(story)
+    pronouns = [(match.start(), match[1].lower()) for match in _PRONOUN.finditer(text)]
     found: dict[str, str] = {}
     for match in _NAME.finditer(text):
+        if len(found) == len(TAGS):
+            break
         kind, named, saying = match.groups()
         name = named or saying
         if name in found or name.lower() in stop_words():
             continue
-        tag = _tag(kind, text[match.end() :])
+        at = bisect_left(pronouns, (match.end(), ""))
+        tag = _tag((kind or "").lower(), pronouns[at][1] if at < len(pronouns) else "")
         free = [one for one in (tag, NEUTRAL) if one not in found.values()]
         if free:
             found[name] = free[0]
     return found
 
 
-def _tag(kind: str | None, rest: str) -> str:
-    """Of a name, by the word before "named" and by what follows the place where it first stands so."""
-    pronoun = _PRONOUN.search(rest)
-    for word in ((kind or "").lower(), pronoun[1].lower() if pronoun else ""):
+def _tag(kind: str, pronoun: str) -> str:
+    """Of a name, by the word before "named" and by the next pronoun behind the place where it first stands so."""
+    for word in (kind, pronoun):
         if word in _MALE | _FEMALE:
             return MALE if word in _MALE else FEMALE
     return NEUTRAL

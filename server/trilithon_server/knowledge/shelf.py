@@ -4,8 +4,8 @@ What callers keep on the server by name: actors, knowledge bases, stories. Each 
     ROOT/KIND/SHA256 of tenant/SHA256 of name.json      one document; replaced whole, never changed
 
 Names may hold any character, so files are called by hashes and no name reaches the file system. A document is written
-aside and renamed into place: a reader sees the old one or the new one. Reads and writes take no lock; of two writers of
-one name the later one wins.
+aside and renamed into place: a reader sees the old one or the new one. Reads and writes take no lock; who makes a
+document of the one that is there holds `writing` from the read to the write.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from trilithon.errors import DataLoss, FailedPrecondition, InvalidArgument
 from trilithon_parallel.data.publish import sync, temporary_path
@@ -25,6 +28,10 @@ from trilithon_server.validation import is_text, shown
 MAX_NAME_CHARS = 128
 MAX_ITEMS = 1024
 """Of one kind, for each tenant."""
+
+_LOCKS: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
+"""Of documents that are being written; a lock that nobody holds or waits for is forgotten."""
+_FINDING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,17 @@ class Shelf:
 
     def __init__(self, root: Path, kind: str) -> None:
         self._root = root / kind
+
+    @contextmanager
+    def writing(self, tenant: str, name: str) -> Iterator[None]:
+        """Keep out who else writes this document in this process; not for the event loop, which must not wait."""
+        path = self._path(tenant, name)
+        with _FINDING:
+            lock = _LOCKS.get(path)
+            if lock is None:
+                lock = _LOCKS[path] = threading.Lock()
+        with lock:
+            yield
 
     def get(self, tenant: str, name: str) -> Kept | None:
         """

@@ -53,6 +53,19 @@ class Turn:
 Conversation = Sequence[Turn]
 
 
+class NoRoomError(ValueError):
+    """
+    What a prompt cannot be without is longer than it may be.
+
+    Attributes:
+        needed: tokens of the shortest prompt that there could be.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """
@@ -144,13 +157,17 @@ class DialogueFormat(TaskFile):
                 first, then the knowledge, then the conversation's oldest turns.
             open_turn: end where the target actor begins to speak, for a model to go on; else end with the last turn.
         Raises:
-            ValueError: the tokenizer lacks a special token, or the room does not hold the last turn's first token.
+            NoRoomError: the room does not hold a token of the last turn.
+            ValueError: the tokenizer lacks a special token.
         """
         writer = _Writer(self, tokenizer)
         lead, opening = writer.lead(), writer.opening() if open_turn else []
         most = sum((self.max_references, self.max_knowledge, self.max_conversation)) if room is None else room
         left = most - len(lead) - len(opening)
         turns = [writer.turn(turn, CONVERSATION_TYPES[turn.speaker]) for turn in conversation]
+        if left < 1:
+            message = f"the last turn has {len(turns[-1].tokens)} tokens, and there is room for none of them."
+            raise NoRoomError(message, most - left + 1)
         talk = _newest(turns, min(self.max_conversation, left))
         left -= _size(talk)
         facts = [writer.sentence(text) for text in knowledge]
@@ -275,11 +292,9 @@ def _size(pieces: Sequence[_Piece]) -> int:
 
 
 def _newest(turns: Sequence[_Piece], room: int) -> list[_Piece]:
-    """The last whole turns that fit; the very last is kept in any case, cut at its front where it is too long."""
+    """The last whole turns that fit in one token or more; the very last is kept, cut at its front where too long."""
     *_, last = turns
     if len(last.tokens) > room:
-        if room < 1:
-            raise ValueError(f"the last turn has {len(last.tokens)} tokens, and there is room for none of them.")
         cut = len(last.tokens) - room
         said = max(0, last.said[0] - cut), last.said[1] - cut
         return [_Piece(last.tokens[cut:], last.type, said)]

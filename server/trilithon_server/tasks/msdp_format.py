@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from trilithon_parallel.tokenizer import Tokenizer
 from trilithon_server.knowledge.tfidf import TermCounts
 from trilithon_server.tasks import writing
-from trilithon_server.tasks.dialogue_format import Conversation, Dropped, Packed
+from trilithon_server.tasks.dialogue_format import Conversation, Dropped, NoRoomError, Packed
 from trilithon_server.tasks.task_file import Size, TaskFile
 
 LAST_TURNS = 3
@@ -40,10 +40,6 @@ LAST_TURNS = 3
 MAX_EXAMPLES = 10_000
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class NoRoomError(Exception):
-    """What a prompt cannot be without is longer than it may be."""
 
 
 class Example(BaseModel):
@@ -165,22 +161,30 @@ class MsdpFormat:
         self, topic: str, conversation: Conversation, tokenizer: Tokenizer, *, knowledge: Sequence[str], room: int
     ) -> Packed:
         """
-        The prompt of the second step: of the conversation it holds the last turn, and all of the knowledge.
+        The prompt of the second step: of the conversation it holds the last turn alone.
+
+        Where `room` is short, the first examples give way, then knowledge, from the end.
 
         Raises:
-            NoRoomError: there is no room for them.
+            NoRoomError: there is no room for the topic and the last turn.
         """
-        asked = _situation(topic, conversation[-1].text, " ".join(knowledge))
         shown = [f"{_situation(one.topic, one.turns[-1], one.knowledge)} {_line(one.reply)} \n" for one in self.replies]
-        tokens = _fitting(shown, asked, tokenizer, room)
+        for count in range(len(knowledge), -1, -1):
+            asked = _situation(topic, conversation[-1].text, " ".join(knowledge[:count]))
+            try:
+                tokens = _fitting(shown, asked, tokenizer, room)
+                break
+            except NoRoomError:
+                if not count:
+                    raise
         return Packed(
             tokens=tuple(tokens),
             positions=tuple(range(len(tokens))),
             types=(),
             spans=(),
             references=0,
-            knowledge=tuple(range(len(knowledge))),
-            dropped=Dropped(conversation=len(conversation) - 1),
+            knowledge=tuple(range(count)),
+            dropped=Dropped(conversation=len(conversation) - 1, knowledge=len(knowledge) - count),
             answer_type=0,
         )
 
@@ -204,7 +208,7 @@ def _fitting(shown: Sequence[str], asked: str, tokenizer: Tokenizer, room: int) 
         tokens = [*writing.lead(tokenizer), *writing.literal(text, tokenizer)]
         if len(tokens) <= room:
             return tokens
-    raise NoRoomError(f"a prompt of {len(tokens)} tokens does not fit in {room}.")
+    raise NoRoomError(f"a prompt of {len(tokens)} tokens does not fit in {room}.", len(tokens))
 
 
 _line = writing.one_line

@@ -166,7 +166,7 @@ class KnowledgeOptions(google.protobuf.message.Message):
     min_score: builtins.float
     """Below it a sentence is not used. Unset: 0.05 of tfidf, 0.25 of dense, else 0. Zero: every sentence above it."""
     return_knowledge: builtins.bool
-    """Tell which sentences were used."""
+    """Tell which sentences were used. Unset: true."""
     @property
     def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Document]:
         """Range: at most 64, together at most 1 MiB. Not together with `kb_id`."""
@@ -179,11 +179,14 @@ class KnowledgeOptions(google.protobuf.message.Message):
         scorer: Global___KnowledgeOptions.Scorer.ValueType = ...,
         top_k: builtins.int = ...,
         min_score: builtins.float | None = ...,
-        return_knowledge: builtins.bool = ...,
+        return_knowledge: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "min_score", b"min_score"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "documents", b"documents", "kb_id", b"kb_id", "min_score", b"min_score", "return_knowledge", b"return_knowledge", "scorer", b"scorer", "top_k", b"top_k"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_min_score", b"_min_score", "_return_knowledge", b"_return_knowledge", "min_score", b"min_score", "return_knowledge", b"return_knowledge"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_min_score", b"_min_score", "_return_knowledge", b"_return_knowledge", "documents", b"documents", "kb_id", b"kb_id", "min_score", b"min_score", "return_knowledge", b"return_knowledge", "scorer", b"scorer", "top_k", b"top_k"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_score", b"_min_score"]) -> typing.Literal["min_score"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_return_knowledge", b"_return_knowledge"]) -> typing.Literal["return_knowledge"] | None: ...
 
 Global___KnowledgeOptions: typing_extensions.TypeAlias = KnowledgeOptions
 
@@ -331,7 +334,7 @@ class RespondResponse(google.protobuf.message.Message):
 
     @property
     def knowledge(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KnowledgeUsed]:
-        """The sentences used, in the order of the prompt. Empty where `knowledge` is set without `return_knowledge`."""
+        """The sentences used, in the order of the prompt. Empty where `return_knowledge` is false."""
 
     @property
     def usage(self) -> trilithon.api.v1.common_pb2.Usage:
@@ -370,7 +373,7 @@ class RespondEvent(google.protobuf.message.Message):
     """More text, of the first candidate."""
     @property
     def knowledge(self) -> Global___KnowledgeUsed:
-        """A sentence that is used; all of them come first. Only with `return_knowledge`."""
+        """A sentence that is used; all of them come first. None where `return_knowledge` is false."""
 
     @property
     def finished(self) -> Global___RespondResponse:
@@ -491,7 +494,7 @@ class PutKnowledgeRequest(google.protobuf.message.Message):
     kb_id: builtins.str
     """Its name. Range: 1 to 128 printable characters."""
     replace: builtins.bool
-    """In the place of what is there; else beside it."""
+    """In the place of what is there; else beside it. Unset: true."""
     @property
     def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Document]:
         """Range: 1 to 64, together at most 1 MiB."""
@@ -501,9 +504,11 @@ class PutKnowledgeRequest(google.protobuf.message.Message):
         *,
         kb_id: builtins.str = ...,
         documents: collections.abc.Iterable[Global___Document] | None = ...,
-        replace: builtins.bool = ...,
+        replace: builtins.bool | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["documents", b"documents", "kb_id", b"kb_id", "replace", b"replace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_replace", b"_replace", "replace", b"replace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_replace", b"_replace", "documents", b"documents", "kb_id", b"kb_id", "replace", b"replace"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_replace", b"_replace"]) -> typing.Literal["replace"] | None: ...
 
 Global___PutKnowledgeRequest: typing_extensions.TypeAlias = PutKnowledgeRequest
 
