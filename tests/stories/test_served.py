@@ -211,7 +211,7 @@ def test_acc_C08_the_same_story_by_every_layout(
     for ours, theirs in zip(many["sentences"], one["sentences"], strict=True):
         assert ours["keywords"] == theirs["keywords"]
         assert [fact["text"] for fact in ours["facts"]] == [fact["text"] for fact in theirs["facts"]]
-        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
