@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -85,6 +85,21 @@ def choice(name: str, given: Any, known: Mapping[str, Any]) -> Any:
     if given not in known:
         raise InvalidArgument(f"`{name}` must be one of {', '.join(known)}. Given: {given!r}.", code="invalid_value")
     return known[given]
+
+
+def one_body(name: str, documents: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """
+    Documents as they are: of a text and a page the message would keep one, and leave out the other without a word.
+
+    Raises:
+        InvalidArgument: a document has both, as the server says it of JSON.
+    """
+    for i, document in enumerate(documents):
+        if document.get("text") and document.get("html"):
+            message = f"`{name}[{i}]` must have text or html, one of the two."
+            violation = Violation(field=f"{name}[{i}]", code="missing_parameter", message=message)
+            raise InvalidArgument(message, code="missing_parameter", details=[violation])
+    return documents
 
 
 def _boolean(value: Any) -> bool:

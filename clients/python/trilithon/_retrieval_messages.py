@@ -7,6 +7,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from trilithon._message_fields import one_body
 from trilithon._transport import Fields
 from trilithon.api.v1 import openqa_pb2, retrieval_pb2
 
@@ -33,8 +34,14 @@ ENUMS: Mapping[str, Mapping[str, Any]] = {
 }
 """Field -> its values by name."""
 
+
+def _create_index(fields: Fields) -> Message:
+    one_body("documents", fields.get("documents") or ())
+    return retrieval_pb2.CreateIndexRequest(**numbered(fields))
+
+
 REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
-    "create_index": lambda fields: retrieval_pb2.CreateIndexRequest(**numbered(fields)),
+    "create_index": _create_index,
     "get_index": lambda fields: retrieval_pb2.GetIndexRequest(**fields),
     "list_indexes": lambda fields: retrieval_pb2.ListIndexesRequest(**fields),
     "refresh_index": lambda fields: retrieval_pb2.RefreshIndexRequest(**fields),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from trilithon import _retrieval_messages
-from trilithon._message_fields import checked, choice, put, with_meta
+from trilithon._message_fields import checked, choice, one_body, put, with_meta
 from trilithon._transport import Fields
 from trilithon.api.v1 import dialogue_pb2, openqa_pb2, retrieval_pb2, story_pb2, synth_qa_pb2
 
@@ -48,6 +48,7 @@ def respond_request(fields: Fields) -> dialogue_pb2.RespondRequest:
 def open_request(fields: Fields) -> Message:
     """A question, and where its answer may stand; `sampling` has the flat names of its parameters."""
     plain = {name: value for name, value in fields.items() if name != "sampling"}
+    one_body("documents", plain.get("documents") or ())
     request = with_meta(openqa_pb2.AnswerRequest)(_retrieval_messages.numbered(plain))
     for name, value in (fields.get("sampling") or {}).items():
         checked(name, value, partial(put, request, name))
@@ -78,8 +79,14 @@ def _conversation(turns: Any) -> dialogue_pb2.Conversation:
 
 def _knowledge(given: Mapping[str, Any]) -> dialogue_pb2.KnowledgeOptions:
     rest = {name: value for name, value in given.items() if name != "scorer" and value is not None}
+    one_body("knowledge.documents", rest.get("documents", ()))
     scorer = choice("scorer", given.get("scorer") or None, SCORERS)
     return dialogue_pb2.KnowledgeOptions(scorer=scorer, **rest)
+
+
+def _put_knowledge(fields: Fields) -> dialogue_pb2.PutKnowledgeRequest:
+    one_body("documents", fields["documents"])
+    return dialogue_pb2.PutKnowledgeRequest(**fields)
 
 
 def _put_actor(fields: Fields) -> dialogue_pb2.PutActorRequest:
@@ -124,7 +131,7 @@ REQUESTS: Mapping[str, Callable[[Fields], Message]] = {
     "put_actor": _put_actor,
     "get_actor": lambda fields: dialogue_pb2.GetActorRequest(**fields),
     "delete_actor": lambda fields: dialogue_pb2.DeleteActorRequest(**fields),
-    "put_knowledge": lambda fields: dialogue_pb2.PutKnowledgeRequest(**fields),
+    "put_knowledge": _put_knowledge,
     "get_knowledge": lambda fields: dialogue_pb2.GetKnowledgeRequest(**fields),
     "delete_knowledge": lambda fields: dialogue_pb2.DeleteKnowledgeRequest(**fields),
     "tell_story": story_request,
