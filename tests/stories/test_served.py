@@ -216,7 +216,8 @@ def test_acc_C08_the_same_story_by_every_layout(
         assert ours["keywords"] == theirs["keywords"]
         assert [fact["text"] for fact in ours["facts"]] == [fact["text"] for fact in theirs["facts"]]
         assert [fact["score"] for fact in ours["facts"]] == pytest.approx(
-            [fact["score"] for fact in theirs["facts"]], abs=2 * FLOAT32  # told in five digits
+            [fact["score"] for fact in theirs["facts"]],
+            abs=2 * FLOAT32,  # told in five digits
         )
         assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=FLOAT32)
 
