@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import pkgutil
@@ -20,6 +21,7 @@ from trilithon._messages import generate_request, message_fields
 from trilithon._parameters import PROTO_FIELDS, ChatOptions, GenerationOptions
 from trilithon._sse import SSEDecoder
 from trilithon._types import Completion, Model
+from trilithon._wire_errors import class_for_grpc, class_for_http
 from trilithon.api import v1
 from trilithon.api.v1 import (
     dialogue_pb2,
@@ -29,6 +31,7 @@ from trilithon.api.v1 import (
     story_pb2,
     synth_qa_pb2,
 )
+from trilithon.errors import SERVER_ERRORS
 from trilithon_server.sampling_rules import BY_NAME, UNSUPPORTED
 
 GOLDEN = Path(__file__).with_name("api_v1.txt")
@@ -193,3 +196,35 @@ def test_unknown_news_is_kept() -> None:
     assert answer.extra == {"mood": "good"}
     assert model.state == "dreaming"
     assert future == {"finish_reason": "99"}
+
+
+SERVERS = ("trilithon_server", "trilithon_finetune")
+EITHER = {"unsupported_model"}
+"""Of a model that the caller named, and of none that is served: only gRPC tells the two apart."""
+
+
+def raised() -> set[tuple[str, str]]:
+    """Classes of errors and the codes that they are made with where a server runs."""
+    found = set()
+    for package in SERVERS:
+        for path in sorted(Path(str(importlib.import_module(package).__file__)).parent.rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    codes = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+                    found |= {(node.func.id, code.value) for code in codes if isinstance(code, ast.Constant)}
+    return found
+
+
+def test_E3_an_error_has_one_class_by_either_protocol() -> None:
+    """
+    Whatever code a server makes an error with, the client raises the class that it was made as, over HTTP as over gRPC.
+    Inverse seen: a code that shares its status with another class's and is not told apart.
+    """
+    kinds = {kind.__name__: kind for kind in SERVER_ERRORS}
+    made = {(kinds[name], code) for name, code in raised() if name in kinds and code not in EITHER}
+    by_http = {(class_for_http(kind.http_status, code), code) for kind, code in made}
+    by_grpc = {(class_for_grpc(kind.grpc_status, code), code) for kind, code in made}
+
+    assert len({kind for kind, _ in made}) > 8
+    assert by_http == made
+    assert by_grpc == made

@@ -42,8 +42,20 @@ _SHARED_STATUS: Mapping[tuple[int, str], str] = {
     (400, "adapters_unsupported"): "FAILED_PRECONDITION",
     (400, "base_mismatch"): "FAILED_PRECONDITION",
     (400, "no_catalog"): "FAILED_PRECONDITION",
+    (400, "concepts_missing"): "FAILED_PRECONDITION",
+    (400, "files_missing"): "FAILED_PRECONDITION",
+    (400, "index_building"): "FAILED_PRECONDITION",
+    (400, "index_encoder"): "FAILED_PRECONDITION",
+    (400, "index_unsupported"): "FAILED_PRECONDITION",
+    (400, "index_version"): "FAILED_PRECONDITION",
+    (400, "store_full"): "FAILED_PRECONDITION",
+    (400, "store_missing"): "FAILED_PRECONDITION",
+    (400, "task_invalid"): "FAILED_PRECONDITION",
+    (400, "task_tokenizer"): "FAILED_PRECONDITION",
     (409, "name_taken"): "ALREADY_EXISTS",
     (500, "checkpoint_corrupt"): "DATA_LOSS",
+    (500, "index_corrupt"): "DATA_LOSS",
+    (500, "stored_corrupt"): "DATA_LOSS",
 }
 _FIRST_OF_STATUS: Mapping[int, type[TrilithonError]] = {
     **{error.http_status: error for error in reversed(SERVER_ERRORS)},
@@ -56,7 +68,10 @@ _FIRST_OF_STATUS: Mapping[int, type[TrilithonError]] = {
 _BY_GRPC: Mapping[str, type[TrilithonError]] = {error.grpc_status: error for error in reversed(SERVER_ERRORS)}
 _EXHAUSTED: Mapping[str, type[TrilithonError]] = {
     **{error.default_code: error for error in (BodyTooLarge, RateLimited, Overloaded)},
-    **dict.fromkeys(("quota_exceeded", "too_many_streams", "too_many_checks"), Overloaded),
+    **dict.fromkeys(("metadata_too_large", "headers_too_large"), BodyTooLarge),
+    **dict.fromkeys(
+        ("quota_exceeded", "too_many_streams", "too_many_checks", "too_many_connections", "hosting_full"), Overloaded
+    ),
 }
 
 
