@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from knowledge.html_pages import ENTITIES, SMALL_BOMBS
 from served import Server, serving
 from tiny import tiny_llama
 
@@ -21,6 +22,7 @@ from trilithon import (
     NotFound,
     ReplyDelta,
     TaskOptions,
+    TrilithonError,
 )
 
 TALK: list[DialogueTurn] = [{"speaker": "other", "text": "How far is the sea from the old mill?"}]
@@ -175,3 +177,113 @@ async def test_refusals_come_before_the_first_event(url: str) -> None:
     async with AsyncClient(url) as twin:
         with pytest.raises(InvalidArgument, match="conversation"):
             await twin.dialogue.respond(nobody, stream=True)
+
+
+def test_R11_nothing_to_know_and_nothing_to_refer_to_is_no_error(url: str) -> None:
+    """
+    Knowledge that does not go with the conversation, and a list of references with none in it: the turn is that of a
+    request without them. Inverse seen: sentences that share no word are used all the same.
+    """
+    elsewhere: list[Document] = [{"id": "x", "text": "Quarks have colours and flavours, they say."}]
+    with Client(url) as client:
+        plain = client.dialogue.respond(TALK, **GREEDY)
+        unknown = client.dialogue.respond(TALK, knowledge={"documents": elsewhere}, **GREEDY)
+        unmet = client.dialogue.respond(TALK, references=[], **GREEDY)
+
+    assert unknown.knowledge == ()
+    assert (unmet.reference_tokens, plain.reference_tokens) == (0, 0)
+    assert unknown.candidates == unmet.candidates == plain.candidates
+
+
+def test_R11_ten_thousand_sentences_are_a_page_too(url: str) -> None:
+    """
+    The first 512 sentences are known, the last of them too, and what stands behind them is not. Inverse seen: a page
+    that is read to its end.
+    """
+    lines = [f"Stone number {n} stands upright in the grass." for n in range(10_000)]
+    lines[511] = "The sea is two days from the old mill."
+    lines[512] = "From the old mill the sea is far, far away."
+    page = f"<html><body>{''.join(f'<p>{line}</p>' for line in lines)}</body></html>"
+    with Client(url) as client:
+        base = client.dialogue.put_knowledge("stones", [{"id": "html", "html": page}])
+        reply = client.dialogue.respond(TALK, knowledge={"kb_id": "stones"}, **GREEDY)
+        given = client.dialogue.respond(
+            TALK, knowledge={"documents": [{"id": "text", "text": "\n".join(lines)}]}, **GREEDY
+        )
+        client.dialogue.delete_knowledge("stones")
+
+    assert (base.documents, base.sentences) == (1, 512)
+    for told in (reply, given):
+        assert [used.text for used in told.knowledge] == [lines[511]]
+
+
+@pytest.mark.parametrize("name", SMALL_BOMBS)
+def test_R11_a_page_that_is_a_bomb_is_its_senders_error(url: str, name: str) -> None:
+    """Refused with the document's place, whether it is to be used or to be kept; the next request is answered."""
+    html, code = SMALL_BOMBS[name]
+    documents: list[Document] = [{"id": "a", "text": "A mill."}, {"id": "b", "html": html}]
+    with Client(url) as client:
+        with pytest.raises(InvalidArgument) as asked:
+            client.dialogue.respond(TALK, knowledge={"documents": documents}, **GREEDY)
+        with pytest.raises(InvalidArgument) as kept:
+            client.dialogue.put_knowledge("bombs", documents)
+        assert client.dialogue.respond(TALK, **GREEDY).text
+
+    assert (asked.value.code, kept.value.code) == (code, code)
+    if code != "invalid_value":
+        assert "documents[1].html must" in asked.value.message
+        assert "documents[1].html must" in kept.value.message
+    else:
+        assert "must have at most 1048576 bytes in all" in asked.value.message
+
+
+def test_R11_what_a_page_declares_is_not_expanded(url: str) -> None:
+    """A page with entities that stand for each other has its own sentence and no other."""
+    with Client(url) as client:
+        base = client.dialogue.put_knowledge("entities", [{"id": "a", "html": ENTITIES}])
+        reply = client.dialogue.respond(TALK, knowledge={"kb_id": "entities"}, **GREEDY)
+        client.dialogue.delete_knowledge("entities")
+
+    assert base.sentences == 1
+    assert [used.text for used in reply.knowledge] == ["The mill has stood by the river since 1820."]
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "field"),
+    [
+        ({"references": [[]]}, "invalid_value", "references[0]"),
+        ({"references": [*PAST, []]}, "invalid_value", "references[1]"),
+        ({"references": PAST, "actor": "a"}, "invalid_value", "references"),
+        ({"actor": "nobody"}, "actor_not_found", None),
+        ({"knowledge": {}}, "missing_parameter", "knowledge.documents"),
+        ({"knowledge": {"kb_id": "nothing"}}, "knowledge_not_found", None),
+        ({"knowledge": {"documents": DOCUMENTS, "kb_id": "x"}}, "invalid_value", "knowledge.documents"),
+        ({"knowledge": {"documents": DOCUMENTS * 2}}, "knowledge_invalid", None),
+        (
+            {"knowledge": {"documents": [{"id": "a", "text": "x", "html": "y"}]}},
+            "missing_parameter",
+            "knowledge.documents[0]",
+        ),
+        ({"knowledge": {"documents": DOCUMENTS, "scorer": "dense"}}, "unsupported_model", None),
+        ({"knowledge": {"documents": DOCUMENTS, "top_k": 51}}, "invalid_value", "knowledge.top_k"),
+        ({"topic": "Mills"}, "invalid_value", "topic"),
+    ],
+)
+def test_R11_a_refusal_is_the_same_by_either_protocol(
+    url: str, asked: dict[str, Any], code: str, field: str | None
+) -> None:
+    """The same code for the same field, of a call and of a stream."""
+    with Client(url) as client:
+        for stream in (False, True):
+            with pytest.raises(TrilithonError) as refused:
+                client.dialogue.respond(TALK, stream=stream, **asked, **GREEDY)
+            assert (refused.value.code, refused.value.param) == (code, field)
+
+
+def test_R11_a_document_of_both_kinds_is_refused_to_keep(url: str) -> None:
+    """Neither of the two is kept in the other's place. Inverse seen: the page is kept, and nobody is told."""
+    with Client(url) as client, pytest.raises(InvalidArgument, match="text or html") as refused:
+        client.dialogue.put_knowledge("both", [{"id": "a", "text": "x", "html": "y"}])
+
+    assert refused.value.code == "missing_parameter"
+    assert refused.value.param == "documents[0]"

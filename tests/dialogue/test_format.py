@@ -193,8 +193,9 @@ def test_what_has_no_room_gives_way_in_order(
     """
     Nothing exceeds the room or its part's budget; whole turns go, the oldest first, and what is left out is counted.
 
-    Of the conversation at least the last turn stays, its end whole. While the conversation lost a turn for want of
-    room, no reference was let in by its leave.
+    What is left reads as if the turns that went had never been there; one turn more of a part would not have fitted. Of
+    the conversation at least the last turn stays, its end whole. Inverse seen: half a turn that is kept of a reference;
+    half a turn in front of the conversation; a turn too few.
     """
     kind = FORMATS[name]
     format_ = DialogueFormat(kind.markers, kind.roles, kind.positions, kind.order, *budgets)
@@ -209,8 +210,36 @@ def test_what_has_no_room_gives_way_in_order(
     assert 0 <= packed.dropped.references <= sum(map(len, past))
     assert packed.tokens[-2:] == free.tokens[-2:]
     assert again.tokens == packed.tokens
-    if packed.dropped == free.dropped:
-        assert packed.tokens == free.tokens
+
+    def size(turns: list[Turn]) -> int:
+        return len(kind.pack(turns, marked, room=10_000).tokens)
+
+    gone = packed.dropped
+    left, memory = talk[gone.conversation :], newest(past, gone.references)
+    known = [facts[i] for i in packed.knowledge]
+    whole = kind.pack(left, marked, references=memory, knowledge=known, room=10_000)
+    start = len(whole.tokens) - size(left)
+    stop = start + gone.tokens
+    assert packed.tokens == whole.tokens[:start] + whole.tokens[stop:]
+    assert (packed.types, packed.references) == (whole.types[:start] + whole.types[stop:], whole.references)
+    if not gone.tokens:
+        assert (packed.positions, packed.spans) == (whole.positions, whole.spans)
+    opening = size(left) - len(kind.pack(left, marked, open_turn=False).tokens)
+    if gone.conversation:
+        assert size(talk[gone.conversation - 1 :]) - opening > min(budgets[2], room - opening)
+    if gone.references:
+        more = kind.pack(left, marked, references=newest(past, gone.references - 1), room=10_000)
+        assert more.references > min(budgets[0], room - (len(packed.tokens) - packed.references))
+
+
+def newest(conversations: list[list[Turn]], gone: int) -> list[list[Turn]]:
+    """Without the `gone` oldest turns of all."""
+    left = []
+    for conversation in conversations:
+        if gone < len(conversation):
+            left.append(conversation[gone:])
+        gone = max(0, gone - len(conversation))
+    return left
 
 
 def test_room_is_taken_from_references_first(plain: Tokenizer) -> None:

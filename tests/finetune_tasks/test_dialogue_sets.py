@@ -57,6 +57,83 @@ def test_acc_D03_a_planted_violation_is_counted_under_its_reason(case: str) -> N
     assert faulty[reason] == 1
 
 
+LEFT_OUT: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "alone": ([comment(20, None, "s2", "dea")], "submissions of fewer than 2 comments"),
+    "twice": ([comment(11, 10, "s1", "ann")], "comments that stand there twice"),
+    "no beginning": (
+        [comment(20, 19, "s2", "dea"), comment(21, 20, "s2", "eve")],
+        "conversations whose beginning was left out",
+    ),
+    "in a circle": (
+        [
+            comment(20, 21, "s2", "dea"),
+            comment(21, 20, "s2", "eve"),
+            comment(22, 21, "s2", "dea"),
+        ],
+        "conversations whose beginning was left out",
+    ),
+    "one turn": ([comment(12, None, "s1", "dea")], "conversations of one turn"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_acc_D02_what_makes_no_conversation_is_counted_under_its_reason(case: str) -> None:
+    """
+    Beside a sound conversation: it is counted once, and makes no row. Inverse seen: submissions of any size; comments
+    of one id taken again; a beginning that is not looked for; a conversation of one turn.
+    """
+    planted, reason = LEFT_OUT[case]
+    sound = [*earlier(), comment(10, None, "s1", "cem"), comment(11, 10, "s1", "ann")]
+    without: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    rows = pushshift_rows(dump(sound), without)
+
+    assert pushshift_rows(dump([*sound, *planted]), dropped) == rows
+    assert (without[reason], dropped[reason]) == (0, 1)
+    assert +(dropped - without) == {reason: 1}
+
+
+def test_acc_D02_a_turn_that_is_not_learned_is_counted_under_its_reason() -> None:
+    """
+    In the first submission bob begins and ann answers: neither is known from before. In the second cem, who is new,
+    begins; two conversations pass through ann's turn, which is learned once. Inverse seen: a turn that is learned in
+    each conversation; a first turn that is learned.
+    """
+    first = [comment(0, None, "s0", "bob"), comment(1, 0, "s0", "ann")]
+    second = [
+        comment(10, None, "s1", "cem"),
+        comment(11, 10, "s1", "ann"),
+        comment(12, 11, "s1", "dea"),
+        comment(13, 11, "s1", "eve"),
+    ]
+    dropped: Counter[str] = Counter()
+    train, dev = pushshift_rows(dump([*first, *second]), dropped)
+
+    assert [[turn["text"] for turn in row["target"]] for row in (*train, *dev)] == [
+        ["words of number 10", "words of number 11"]
+    ]
+    assert +dropped == {
+        "turns that nothing stands before": 3,
+        "actors without an earlier conversation": 3,
+        "turns that are learned in another conversation": 1,
+    }
+
+
+def test_acc_D02_addresses_and_tags_do_not_travel() -> None:
+    """
+    Before the turn that is learned, an address is told as `__url__` and a tag loses its sign, in the target as in the
+    references. Inverse seen: addresses as they stood; tags as they stood.
+    """
+    old = earlier()
+    old[0]["body"] = "see http://example.org/a?b=c#d for #more of it"
+    asked = comment(10, None, "s1", "cem", body="  what does www.example.org say\n about #tea and #2? ")
+    train, dev = pushshift_rows(dump([*old, asked, comment(11, 10, "s1", "ann")]), Counter())
+    (row,) = (*train, *dev)
+
+    assert [turn["text"] for turn in row["target"]] == ["what does __url__ say about tea and 2?", "words of number 11"]
+    assert row["refs"][0][0]["text"] == "see __url__ for more of it"
+
+
 def test_acc_D03_broken_lines_and_packed_dumps_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line cut in half is one thing left out, whatever packs the file; the rest makes the same rows."""
     lines = [*earlier(), comment(10, None, "s1", "cem"), comment(11, 10, "s1", "ann")]

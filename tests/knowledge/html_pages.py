@@ -106,3 +106,21 @@ PAGES = (
         (_MILL[0], _MILL[2]),
     ),
 )
+
+SMALL_BOMBS = {
+    "nested blocks": ("<div>" * 100_000, "document_too_complex"),
+    "nested tables": ("<table><tr><td>" * 30_000, "document_too_complex"),
+    "many elements": ("<p>A word." * 60_000, "document_too_complex"),
+    "attributes": ("<p " + " ".join(f"a{i}=1" for i in range(80_000)) + ">", "document_too_complex"),
+    "an archive": ("<p>PK\x03\x04\x00\x00</p>", "document_not_text"),
+    "a megabyte": ("<p>A word.</p>" * 90_000, "invalid_value"),
+}
+"""Pages that a request has room for, or just not, and the code of their refusal."""
+
+ENTITIES = (
+    "<!DOCTYPE html [<!ENTITY e0 'The wheel was stopped for good that year.'>"
+    + "".join(f"<!ENTITY e{n} '{f'&e{n - 1};' * 10}'>" for n in range(1, 10))
+    + "]><html><head><title>The river mill</title></head><body><p>The mill has stood by the river since 1820.</p>"
+    "<p>&e9;</p></body></html>"
+)
+"""Ten to the ninth sentences for a parser that expands what a page declares; no page of html may."""

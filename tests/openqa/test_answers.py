@@ -13,6 +13,7 @@ import pytest
 from open_questions import DOCUMENTS, ENCODER, INDEXES, INDIVIDUAL, JOINT, QUESTION, SPANS, WRITER, Open
 from served import serving
 from tiny import tiny_llama
+from under_load import wait_until
 
 from trilithon.api.v1 import common_pb2, dialogue_pb2, openqa_pb2
 from trilithon_parallel.tokenizer import load_tokenizer
@@ -154,30 +155,53 @@ def test_nothing_found_is_an_answer_too(served: Open, index: str) -> None:
 
 
 def test_acc_A12_a_refresh_fails_no_running_answer(served: Open) -> None:
-    """Fifty answers while the index is refreshed twice: all of them are given, each of one version."""
+    """
+    The index is refreshed with another encoder and back while all kinds of readers answer: none fails, and each stands
+    on what the version that it names finds. Every version answers each of them before it is replaced. Inverse seen: an
+    index that is not served while it is refreshed; the served version read anew after the search.
+    """
     served.create("busy")
-    answers: list[httpx.Response] = []
+    seen: dict[str, list[dict[str, Any]]] = {model: [] for model in (SPANS, WRITER, JOINT, INDIVIDUAL)}
+    failed: list[str] = []
+    ended = threading.Event()
 
-    def ask(client: httpx.Client, count: int) -> None:
-        body = {"index": "busy", "question": QUESTION, "top_k": 2, "return_evidence": True}
-        for i in range(count):
-            model = (SPANS, WRITER, JOINT, INDIVIDUAL)[i % 4]
-            drawn = {"model": model, **({} if model == SPANS else {"sampling": SHORT})}
-            answers.append(client.post(ASK, json={**body, **drawn}))
+    def ask(model: str) -> None:
+        body = {"model": model, "index": "busy", "question": QUESTION, "top_k": 3, "return_evidence": True}
+        drawn = {} if model == SPANS else {"sampling": SHORT}
+        with httpx.Client(base_url=served.server.url, headers=dict(served.metadata), timeout=60) as http:
+            while not ended.is_set():
+                response = http.post(ASK, json={**body, **drawn})
+                if response.status_code != 200:
+                    failed.append(response.text)
+                    return
+                seen[model].append(response.json())
 
-    threads = [threading.Thread(target=ask, args=(served.http, 10)) for _ in range(5)]
+    def all_answered(version: int) -> bool:
+        return bool(failed) or all(mine and mine[-1]["index_version"] == version for mine in seen.values())
+
+    threads = [threading.Thread(target=ask, args=(model,)) for model in seen]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        served.post(f"{INDEXES}/busy/refresh")
-        assert served.built("busy")["state"] == "ready"
+    found = {1: search(served, "busy")}
+    for version, encoder in ((2, SPANS), (3, ENCODER)):
+        wait_until(lambda: all_answered(max(found)), seconds=60)
+        served.post(f"{INDEXES}/busy/refresh", model=encoder)
+        assert served.built("busy")["version"] == version
+        found[version] = search(served, "busy")
+    wait_until(lambda: all_answered(3), seconds=60)
+    ended.set()
     for thread in threads:
         thread.join()
+    expected = {version: [hit["logprob"] for hit in hits] for version, hits in found.items()}
 
-    assert [answer.status_code for answer in answers] == [200] * 50
-    assert served.http.get(f"{INDEXES}/busy").json()["version"] == 3
-    assert all(len(answer.json()["evidence"]) == 2 for answer in answers)
-    assert {answer.json()["index_version"] for answer in answers} <= {1, 2, 3}
+    assert not failed
+    assert expected[1] != pytest.approx(expected[2], abs=1e-3)
+    for mine in seen.values():
+        versions = [answer["index_version"] for answer in mine]
+        assert list(dict.fromkeys(versions)) == [1, 2, 3]
+        for answer in mine:
+            stands_on = [place["retrieval_logprob"] for place in answer["evidence"]]
+            assert stands_on == pytest.approx(expected[answer["index_version"]], abs=FLOAT32)
 
 
 def test_time_that_runs_out_is_told(served: Open, index: str) -> None:

@@ -10,5 +10,6 @@ from front_server import Front, fronted
 
 @pytest.fixture(scope="session")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    with fronted(tmp_path_factory.mktemp("front")) as running:
+    folder = tmp_path_factory.mktemp("front")
+    with fronted(folder, "--set", f"server.store={folder / 'store'}") as running:
         yield running

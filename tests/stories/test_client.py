@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from served import Server
 
@@ -15,6 +17,7 @@ from trilithon import (
     StorySentence,
     StoryStarted,
     TaskOptions,
+    TrilithonError,
 )
 
 FIRST = "The old miller had a dog."
@@ -109,3 +112,71 @@ async def test_refusals_come_before_the_first_event(url: str) -> None:
     async with AsyncClient(url) as twin:
         with pytest.raises(InvalidArgument, match="first_sentence"):
             await twin.stories.generate(" ", stream=True, **DRAWN)
+
+
+def test_R11_a_keyword_that_no_concept_stands_for_is_told(url: str) -> None:
+    """It is no error: the sentence is about it, without facts of it, as whole stories and streams tell."""
+    controls: list[SentenceControl] = [{"index": 2, "keywords": ["quark", "dog"]}]
+    with Client(url) as client:
+        story = client.stories.generate(FIRST, sentences=1, controls=controls, **DRAWN)
+        with client.stories.generate(FIRST, sentences=1, controls=controls, stream=True, **DRAWN) as stream:
+            streamed = [event for event in stream if isinstance(event, StorySentence)]
+
+    for sentence in (story.sentences[1], streamed[1]):
+        assert sentence.keywords == ("quark", "dog")
+        assert sentence.unknown_keywords == ("quark",)
+        assert {fact.head for fact in sentence.facts} == {"dog"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "field"),
+    [
+        ({"controls": [{"index": 2, "keywords": ["a"]}] * 2}, "invalid_value", "controls[1].index"),
+        (
+            {"controls": [{"index": 2, "mode": "antonym"}, {"index": 2, "keywords": ["a"]}]},
+            "invalid_value",
+            "controls[1].index",
+        ),
+        ({"controls": [{"index": 1, "keywords": ["a"]}]}, "invalid_value", "controls[0].index"),
+        ({"controls": [{"index": 6, "keywords": ["a"]}]}, "invalid_value", "controls[0].index"),
+        ({"controls": [{"index": 2}]}, "missing_parameter", "controls[0].keywords"),
+        ({"controls": [{"index": 2, "mode": "append"}]}, "missing_parameter", "controls[0].keywords"),
+        ({"controls": [{"index": 2, "keywords": ["a, b"]}]}, "invalid_value", "controls[0].keywords[0]"),
+        ({"controls": [{"index": 2, "keywords": ["a"] * 9}]}, "invalid_value", "controls[0].keywords"),
+        ({"sentences": 33}, "invalid_value", "sentences"),
+        ({"knowledge_k": 51}, "invalid_value", "knowledge_k"),
+        ({"kb": "town"}, "knowledge_not_found", None),
+        ({"ranker": "writer"}, "unsupported_model", None),
+        ({"keyword_model": "nobody"}, "model_not_found", None),
+    ],
+)
+def test_R11_a_refusal_is_the_same_by_either_protocol(
+    url: str, asked: dict[str, Any], code: str, field: str | None
+) -> None:
+    """The same code for the same field, of a story and of a stream."""
+    with Client(url) as client:
+        for stream in (False, True):
+            with pytest.raises(TrilithonError) as refused:
+                client.stories.generate(FIRST, stream=stream, **asked, **DRAWN)
+            assert (refused.value.code, refused.value.param) == (code, field)
+
+
+@pytest.mark.parametrize(
+    ("control", "code", "field"),
+    [
+        ({"index": 7, "keywords": ["a"]}, "invalid_value", "control.index"),
+        ({"index": 1, "keywords": ["a"]}, "invalid_value", "control.index"),
+        ({"index": 3}, "missing_parameter", "control.keywords"),
+    ],
+)
+def test_R11_a_rewrite_that_contradicts_its_story_is_refused(
+    url: str, control: SentenceControl, code: str, field: str
+) -> None:
+    """Of a call and of a stream, and the story stays as it was."""
+    with Client(url) as client:
+        story = client.stories.generate(FIRST, sentences=3, **DRAWN)
+        for stream in (False, True):
+            with pytest.raises(InvalidArgument) as refused:
+                client.stories.rewrite(story.story_id, control, stream=stream)  # type: ignore[call-overload]  # either
+            assert (refused.value.code, refused.value.param) == (code, field)
+        assert told(client.stories.get(story.story_id)) == told(story)

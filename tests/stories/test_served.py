@@ -24,6 +24,7 @@ from trilithon_server.tasks.story_format import GUIDE, RankerFormat, SentenceFor
 
 FIRST = "The old miller had a dog."
 ASKED = {"model": "writer", "first_sentence": FIRST, "seed": 11, "max_tokens": 12}
+FLOAT32 = 1e-5
 KEYS = "alice-key-0001 tenant=alice\nbob-key-000001 tenant=bob\n"
 
 
@@ -211,7 +212,10 @@ def test_E5_the_seed_tells_the_same_story_alone_or_in_a_batch(server: Server) ->
 def test_acc_C08_the_same_story_by_every_layout(
     server: Server, decoder: Path, flags: list[str], tp: int, pp: int
 ) -> None:
-    """Both models cut over ranks tell what one rank of each tells, with the same facts in the same order."""
+    """
+    Both models cut over ranks tell what one rank of each tells, with the same facts in the same order. Inverse seen:
+    sums over ranks that are off by two parts in 100,000.
+    """
     controls = [{"index": 3, "keywords": ["boat", "dog"]}]
     one = tell(server, controls=controls)
     layout = [f"engines.{i}.{axis}={size}" for i in (0, 1) for axis, size in (("tp", tp), ("pp", pp))]
@@ -222,7 +226,11 @@ def test_acc_C08_the_same_story_by_every_layout(
     for ours, theirs in zip(many["sentences"], one["sentences"], strict=True):
         assert ours["keywords"] == theirs["keywords"]
         assert [fact["text"] for fact in ours["facts"]] == [fact["text"] for fact in theirs["facts"]]
-        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=1e-3)
+        assert [fact["score"] for fact in ours["facts"]] == pytest.approx(
+            [fact["score"] for fact in theirs["facts"]],
+            abs=2 * FLOAT32,  # told in five digits
+        )
+        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=FLOAT32)
 
 
 @pytest.mark.parametrize(
