@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import reader_facts as facts
 import torch
@@ -14,7 +19,12 @@ from finetune_jobs import JobDir, make_job, twin, write_rows
 from safetensors.torch import load_file
 
 from trilithon_finetune.metrics.retrieval import top_k_accuracy
+from trilithon_finetune.setup import read_job
+from trilithon_finetune.train import evidence
+from trilithon_finetune.train.evidence import Evidence
+from trilithon_finetune.train.work import open_work
 from trilithon_parallel.config import load_config
+from trilithon_parallel.grid import Grid
 from trilithon_server.knowledge.dense import FlatIndex
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.local_index import LocalEncoder
@@ -238,6 +248,60 @@ def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path) -> None:
 
     assert again.outcome("train-0")["error"]["code"] == "checkpoint_corrupt"
     assert "the index of step 2" in again.outcome("train-0")["error"]["message"]
+
+
+def many_passages(folder: Path, count: int) -> Path:
+    """Evidence of so many passages of a hundred words."""
+    told = [f"box{i % facts.SIDE} lid{i // facts.SIDE % facts.SIDE}" for i in range(count)]
+    rows = [{"id": f"p{i}", "title": told[i], "text": " ".join([*[told[i]] * 49, f"n{i}"])} for i in range(count)]
+    return write_rows(folder / "many.jsonl", rows)
+
+
+def test_an_index_is_made_by_slices(small: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    So few passages' tokens are there together, and every passage gets its own vector. Inverse seen: all tokens made
+    before the first vector.
+    """
+    made: list[int] = []
+
+    def first_tokens(model: object, sequences: list[tuple[int, ...]], **named: object) -> np.ndarray[Any, Any]:
+        made.append(len(sequences))
+        return np.array([[sum(tokens), *tokens[1:4]] for tokens in sequences], np.float32)
+
+    known = Evidence(open_work(read_job(small.root)))
+    monkeypatch.setattr(known, "retriever", replace(known.retriever, model=replace(facts.RETRIEVER, hidden_size=4)))
+    monkeypatch.setattr(evidence, "vectors_of", first_tokens)
+    monkeypatch.setattr(evidence, "ENCODED_AT_ONCE", 10)
+    model = SimpleNamespace(grid=Grid.single())
+    vectors = evidence.make_index(model, known, capacity=64)  # type: ignore[arg-type]  # its grid alone
+
+    assert made == [10] * 6 + [4]
+    assert vectors.tolist() == [[sum(known.sought(row)), *known.sought(row)[1:4]] for row in range(len(known))]
+
+
+def test_the_estimate_counts_the_evidence(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """
+    Texts with what is remembered of them, and vectors: not under what they take, nor twice as much. Inverse seen:
+    neither of them counted.
+    """
+    made = small_job(tmp_path / "job", models)
+    made.change({"passages_path": str(many_passages(tmp_path, 2000))})
+    parts = made.phase("validate")["estimate"]["memory_parts"]
+    made.phase("prepare")
+    work = open_work(read_job(made.root))
+    tracemalloc.start()
+    try:
+        known = Evidence(work)
+        for row in range(len(known)):
+            known.read(row)
+            known.sought(row)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert held <= parts["passages"] < 2 * held
+    assert parts["index"] == 2.5 * 4 * 2000 * facts.RETRIEVER.hidden_size
 
 
 REFUSED = [
