@@ -238,16 +238,42 @@ def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path) -> None:
-    """A resume between two indexes needs the vectors of the first."""
+@pytest.mark.parametrize("kept", [None, 0, 40, -1], ids=["gone", "empty", "cut in its head", "a byte short"])
+def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path, kept: int | None) -> None:
+    """A resume between two indexes needs the vectors of the first, whole. Inverse seen: a damaged file was a bug."""
     again = twin(small, tmp_path)
     shutil.rmtree(again.run / "step_00000006")
-    (again.run / "index_00000002.safetensors").unlink()
+    path = again.run / "index_00000002.safetensors"
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:kept])
     again.attempt = 2
     again.train_here(expect=1)
 
     assert again.outcome("train-0")["error"]["code"] == "checkpoint_corrupt"
     assert "the index of step 2" in again.outcome("train-0")["error"]["message"]
+
+
+def test_R10_an_index_is_on_the_disk_before_it_has_its_name(
+    small: JobDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file first, then its name, as for a checkpoint that needs it. Inverse seen: neither of them."""
+    told: list[str] = []
+
+    def noted(path: Path) -> None:
+        told.append(f"{path.name}: {sorted(item.name for item in tmp_path.glob('index*'))}")
+
+    job = replace(read_job(small.root), paths=SimpleNamespace(run=tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setattr(evidence, "sync", noted)
+    monkeypatch.setattr(evidence, "make_index", lambda *args, **named: np.ones((3, 4), np.float32))
+    kept = evidence.KeptIndex(job, Evidence(open_work(read_job(small.root))), every=2, capacity=64)
+    kept.at(2, SimpleNamespace(grid=Grid.single()))  # type: ignore[arg-type]  # its grid alone
+
+    assert told == [
+        "index_00000002.part: ['index_00000002.part']",
+        f"{tmp_path.name}: ['index_00000002.safetensors']",
+    ]
 
 
 def many_passages(folder: Path, count: int) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from trilithon_finetune.data.evidence import KEPT_TOKENS, read_evidence
@@ -29,6 +30,7 @@ from trilithon_finetune.train.work import Work
 from trilithon_parallel.checkpoint.run_dir import steps
 from trilithon_parallel.collectives import all_gather, barrier
 from trilithon_parallel.contrast_terms import QUERY, Contrast
+from trilithon_parallel.data.publish import sync
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.vector_batch import VectorBatch
 from trilithon_server.knowledge.dense import FlatIndex
@@ -208,7 +210,9 @@ class KeptIndex:
             path = index_file(self._run_dir, step)
             part = path.with_suffix(".part")
             save_file({"vectors": vectors_MH}, part)
+            sync(part)  # a checkpoint of this step may outlive what is not on the disk
             part.replace(path)
+            sync(path.parent)
             self._forget(step)
         barrier(model.grid.world, label="index")
         return vectors_MH
@@ -217,7 +221,7 @@ class KeptIndex:
         path = index_file(self._run_dir, step)
         try:
             vectors_MH: Vectors = load_file(path)["vectors"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             message = f"the index of step {step}, which the run goes on with, cannot be read ({error})."
             raise refuse("checkpoint_corrupt", message, hint="Begin a new job.") from None
         return vectors_MH
