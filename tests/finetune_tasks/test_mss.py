@@ -228,6 +228,36 @@ def test_a_sentences_own_passage_is_no_evidence(tmp_path: Path) -> None:
     assert found[1] > 0.0
 
 
+def test_spans_are_looked_for_one_by_one(tmp_path: Path) -> None:
+    """
+    Two spans of a sentence, of which no passage has one behind the other: a passage that holds either is found. Inverse
+    seen: both looked for as one text, which is found nowhere.
+    """
+    folder = tmp_path / "two"
+    rows = [{"doc_id": "elsewhere", "sent_text": two_spans(item["text"])} for item in facts.passages()[:24]]
+    for row in rows:
+        words = {word: row["sent_text"].index(word) for word in row["sent_text"].split() if word != "hold"}
+        row["linguistic_ent"] = [[word, "ORG", at, at + len(word)] for word, at in words.items()]
+    made = facts.reader_job(
+        folder, facts.new_reader(tmp_path / "reader"),
+        retriever=facts.write_model(tmp_path / "retriever", facts.RETRIEVER, seed=2, sigma=0.2),
+        train=rows[8:], valid=rows[:8], again=False, task="mss",
+        options={"top_k": 3, "max_question_tokens": 8, "max_spans": 2, "max_answer_tokens": 8},
+        training={"max_steps": 1, "batch_size": 8},
+    ).walk()  # fmt: skip
+    work = open_work(read_job(made.root))
+    spans = MSS.looked_for(rows[0], 0, work.context)  # type: ignore[attr-defined]  # of a reader
+
+    assert len(spans) == 2
+    assert MSS.golds(rows[0], 0, work.context) == [" ".join(spans)]  # type: ignore[attr-defined]
+    assert made.events("eval")[-1]["data"]["top_5"] > 0.0
+
+
+def two_spans(text: str) -> str:
+    """The words of a fact from its last to its first, with another word between any two."""
+    return " hold ".join(reversed(text.split()))
+
+
 def masked_facts(folder: Path, **config: Any) -> JobDir:
     """Sentences of the facts whose last two words are masked, each found in its own passage alone."""
     rows = [

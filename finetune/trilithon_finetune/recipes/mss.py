@@ -167,6 +167,10 @@ class MaskedSpans(Reader):
         """The spans, one behind the other."""
         return [" ".join(self._masked(row, context)[part].written)]
 
+    def looked_for(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
+        """Each span by itself: nothing holds them one behind the other but by chance."""
+        return self._masked(row, context)[part].written
+
     def _masked(self, row: Mapping[str, Any], context: Context) -> list[Masked]:
         assert isinstance(context.options, MssOptions)
         most = context.options.max_spans
