@@ -168,6 +168,15 @@ def test_the_exported_retriever_finds_what_the_evaluation_says(small: JobDir) ->
     assert {1: last["top_1"], 5: last["top_5"]} == expected
 
 
+def test_a_checkpoints_size_is_that_of_both_models(small: JobDir) -> None:
+    """As its folder has it, `retriever/` too. Inverse seen: what lies in folders left out."""
+    saved = small.events("checkpoint_saved")[-1]["data"]
+    files = [path for path in (small.run / saved["directory"]).rglob("*") if path.is_file()]
+
+    assert "retriever" in {path.parent.name for path in files}
+    assert saved["bytes"] == sum(path.stat().st_size for path in files)
+
+
 def test_E4_the_export_says_what_the_trainer_said(small: JobDir) -> None:
     """Answers and passages alike, within 1e-4. Inverse: the next test."""
     data = small.outcome("verify")["data"]
