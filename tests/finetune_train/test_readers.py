@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from trilithon_finetune.metrics.retrieval import top_k_accuracy
 from trilithon_finetune.setup import read_job
 from trilithon_finetune.train import evidence
+from trilithon_finetune.train.building import costs_of
 from trilithon_finetune.train.evidence import Evidence
 from trilithon_finetune.train.work import open_work
 from trilithon_parallel.config import load_config
+from trilithon_parallel.costs import model_flops
 from trilithon_parallel.grid import Grid
 from trilithon_server.knowledge.dense import FlatIndex
 from trilithon_server.knowledge.passages import Passage
@@ -201,6 +203,28 @@ def test_verification_sees_what_is_wrong(small: JobDir, models: tuple[Path, Path
     assert outcome["error"]["code"] == "verify_mismatch"
 
 
+def read_by_a_question(task: str) -> int:
+    """Tokens of three passages with question, box, lid, coin, ring; of its answer; of what the retriever reads."""
+    reads, answer, query, sought = 3 * 8, 3, 5, 3 * 6
+    return reads + answer * (3 if task == "reader_individual" else 1) + query + sought
+
+
+def test_a_step_tells_what_was_read(small: JobDir) -> None:
+    """
+    Not what passages as long as may be would have: those are 32 tokens long. A token's cost is that of both models over
+    what they read, answers of three tokens counted. Inverse seen: the lengths that micro-batches are cut by; the
+    reader's cost alone, as if each token went through both of its stacks.
+    """
+    last = small.events("step")[-1]["data"]
+    reader = model_flops(facts.READER, batch=3, seq_len=32, target_len=1)
+    retriever = model_flops(facts.RETRIEVER, batch=4, seq_len=64)  # a question and three passages, at most
+
+    assert last["tokens"] == 8 * read_by_a_question("reader_joint") < 8 * 3 * 32
+    assert last["tokens_per_second"] == pytest.approx(last["tokens"] / last["step_seconds"])
+    costs = costs_of(open_work(read_job(small.root)), 1.0)
+    assert costs.flops_per_token == pytest.approx((reader + retriever) / (3 * 33 + 4 * 64))
+
+
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}], ids=["tp2", "dp2"])
 @pytest.mark.parametrize("task", ["reader_joint", "reader_individual"])
 def test_E8_a_reader_learns_the_same_at_every_layout(
@@ -223,6 +247,7 @@ def test_E8_a_reader_learns_the_same_at_every_layout(
     weights = [state_of(made.checkpoints()[-1]) for made in (alone, other)]
 
     assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert alone.numbers("tokens") == other.numbers("tokens") == [8 * read_by_a_question(task)] * 2
     assert alone.numbers("grad_norm") == pytest.approx(other.numbers("grad_norm"), rel=1e-4)
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
     assert weights[0].keys() == weights[1].keys()
@@ -232,8 +257,8 @@ def test_E8_a_reader_learns_the_same_at_every_layout(
 
 def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_path: Path) -> None:
     """
-    From a checkpoint whose index is a step older, the run goes on with the proposals that it would have had. Inverse
-    seen: the index made anew on a resume.
+    From a checkpoint whose index is a step older, the run goes on with the proposals that it would have had, and with
+    the tokens that it had read. Inverse seen: the index made anew on a resume.
     """
     again = twin(small, tmp_path)
     shutil.rmtree(again.run / "step_00000006")
@@ -242,6 +267,9 @@ def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_
     again.train_here()
 
     assert small.losses() == again.losses()
+    assert small.numbers("tokens") == again.numbers("tokens")
+    trained = [made.events("step")[-1]["data"]["trained_tokens"] for made in (small, again)]
+    assert trained == [6 * 8 * read_by_a_question("reader_joint")] * 2
     assert again.events("running")[0]["data"]["step"] == 3
     ours, theirs = (state_of(made.run / "step_00000006") for made in (small, again))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
