@@ -159,7 +159,7 @@ def ict(folder: Path, seed: int, epochs: int, limit: int | None) -> dict[str, An
     pool_as_minilm(start, shape["hidden_size"])
     train = write_rows(folder / "ict.jsonl", rows)
     config = {
-        "task": "ict", "seed": seed, "data": {"max_tokens": 128}, "options": {"shared": False},
+        "task": "ict", "seed": seed, "data": {"max_tokens": 128, "bad_rows_allowed": 0.1}, "options": {"shared": False},
         "training": {"epochs": epochs, "batch_size": 64}, "optimizer": {"lr": 1e-3},
     }  # fmt: skip
     result = run_job(folder, start, train, None, config)

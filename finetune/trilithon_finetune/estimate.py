@@ -16,6 +16,7 @@ from typing import Any
 
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest
+from trilithon_finetune.data.evidence import KEPT_TOKENS, NO_EVIDENCE, EvidenceSize
 from trilithon_finetune.resolve import lora_spec
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.costs import PlannedLayout, model_flops
@@ -45,6 +46,17 @@ PACKED = 1.3
 
 SUPERVISED_MARGIN = 1.1
 """By how much more than the data's mean of a micro-batch's tokens may count."""
+
+PASSAGE_BYTES = 450
+"""Of a passage beside its texts: the object, and the rows that are found by its id and by its text."""
+
+REMEMBERED = 2
+"""Bytes of remembered tokens, of reader and retriever, by byte of the texts; and for each passage what holds them."""
+
+REMEMBERED_BYTES = 450
+
+INDICES = {"cpu": 2.5, "cuda": 1.5}
+"""Vectors of all passages that are held at once: the index, that of an evaluation, and the share that is gathered."""
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -84,6 +96,7 @@ class Workload:
         valid_tokens: of one evaluation.
         steps: of the whole run.
         heaviest: the largest micro-batch of the run.
+        evidence: what a reader's retriever finds; nothing without one.
     """
 
     tokens: int
@@ -93,6 +106,7 @@ class Workload:
     valid_tokens: int
     steps: int
     heaviest: Heaviest
+    evidence: EvidenceSize = NO_EVIDENCE
 
 
 @dataclass(frozen=True)
@@ -201,10 +215,11 @@ def by_measurement(estimate: Estimate, *, peak_bytes: int, tokens_per_s: float) 
     The estimate with what steps of the job have taken.
 
     Args:
-        peak_bytes: of the fullest rank, no checkpoint in the making.
+        peak_bytes: of the fullest rank, no checkpoint in the making and no index made.
         tokens_per_s: of training, all ranks together.
     """
-    memory = {"measured": peak_bytes, "checkpoints": estimate.memory["checkpoints"]}
+    later = {name: estimate.memory[name] for name in ("checkpoints", "index") if name in estimate.memory}
+    memory = {"measured": peak_bytes, **later}
     memory["allocator"] = round(GROWTH_SHARE * sum(memory.values()))
     seconds = (estimate.train_tokens + EVALUATION_COST * estimate.evaluated_tokens) / tokens_per_s
     needed = sum(memory.values())
@@ -279,10 +294,23 @@ def rank_memory(config: JobConfig, model: ModelConfig, work: Workload) -> dict[s
         "head": head,
         "checkpoints": (element + states) * trained / dp,
     }
+    if beside is not None:
+        parts |= {
+            "passages": _passage_bytes(work.evidence),
+            "index": INDICES[config.parallel.device] * 4 * work.evidence.passages * beside.hidden_size,
+        }
     if config.parallel.device == "cuda":
         parts |= {"framework": CONTEXT_BYTES, "packed": 0, "checkpoints": 0}
+        parts |= {"passages": 0} if beside is not None else {}
     parts["allocator"] = ALLOCATOR_SHARE * sum(parts.values())
     return {name: round(size) for name, size in parts.items()}
+
+
+def _passage_bytes(evidence: EvidenceSize) -> float:
+    """Passages as every rank holds them, with the tokens that it remembers."""
+    kept = min(1.0, KEPT_TOKENS / max(1, evidence.passages))
+    held = evidence.text_bytes + PASSAGE_BYTES * evidence.passages
+    return held + kept * (REMEMBERED * evidence.text_bytes + REMEMBERED_BYTES * evidence.passages)
 
 
 def _capacity(config: JobConfig, work: Workload) -> int:

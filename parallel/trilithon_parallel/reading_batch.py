@@ -69,6 +69,14 @@ class ReadingBatch(PackedBatch):
         """Questions."""
         return self.num_sequences if self.counts else 0
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that go through the stacks: the encoder's, the decoder's as often as it reads, the retriever's."""
+        passages = (len(self.encoder_cu_seqlens) - 1) // self.num_sequences
+        decoded = len(self.tokens_T) * (passages if self.kind == "individual" else 1)
+        sought = 0 if self.vectors is None else len(self.vectors.tokens_T)
+        return len(self.encoder_tokens_E) + decoded + sought
+
     def run(self, stage: nn.Module, received: Tensor | None, *, dropout: Dropout | None) -> Tensor:
         """What the encoder makes of the passages, [E, H]; nothing is dropped."""
         assert isinstance(stage, ReaderStage)

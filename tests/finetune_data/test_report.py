@@ -223,6 +223,18 @@ def test_the_first_findings_are_kept_and_all_are_counted(lines: list[int], most:
     assert findings.counts.total() == len(lines)
 
 
+def test_R11_rows_that_all_make_nothing_are_refused(
+    make_context: MakeContext, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the recipe: there is nothing to divide by. Inverse seen: the file was sound."""
+    recipe = RECIPES["sft"]
+    monkeypatch.setattr(type(recipe), "encode", lambda *args, **named: [])
+    report = check_file(write_rows([_chat("a", "b")]), recipe=recipe, context=make_context())
+
+    assert not report.ok
+    assert [(item.code, item.line) for item in report.findings] == [("E-DATA-022", 0)]
+
+
 def test_R11_an_error_behind_many_warnings_is_shown(make_context: MakeContext, write_rows: WriteRows) -> None:
     """Thirty doubled rows, then a broken one: the lines for people have the error, and room for warnings before it."""
     rows = [{"text": f"row {i}"} for i in range(30)] * 2 + [{"txt": "x"}]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from finetune_jobs import JobDir, twin
 from safetensors.numpy import load_file
 
 from trilithon_finetune.data.salient import salient_spans
+from trilithon_finetune.errors import FinetuneError
 from trilithon_finetune.phases.verify_reader import loaded_reader
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Context, Retriever, Sample
@@ -24,8 +29,10 @@ from trilithon_finetune.train.work import open_work
 from trilithon_parallel.tokenizer import Tokenizer, load_tokenizer
 from trilithon_server.tasks.reader_format import passage_tokens
 from trilithon_server.tasks.retrieval import RetrievalFormat
+from trilithon_server.tasks.writing import special
 
 MSS = RECIPES["mss"]
+SharedData = Callable[[str], Path]
 TEXT = "key0 box1 lid2 coin3 ring4"
 ENTITIES = [["box1", "ORG", 5, 9], ["coin3", "ORG", 15, 20], ["ring4", "ORG", 21, 26]]
 ROW: dict[str, Any] = {"doc_id": 7, "sent_text": TEXT, "linguistic_ent": ENTITIES}
@@ -108,6 +115,58 @@ def test_several_spans_have_marks_of_their_own(tokenizer: Tokenizer) -> None:
     assert question.index("<extra_id_0>") < question.index("<extra_id_1>") < question.index("<extra_id_2>")
 
 
+def long_row(tokenizer: Tokenizer, *, spans: int) -> dict[str, Any]:
+    """A sentence of 200 words, the first of its names far behind what a question has room for."""
+    words = ["hold"] * 200
+    for number in range(2 * spans):
+        words[90 + 50 * number // spans] = f"key{number}"
+    text = " ".join(words)
+    names = [f"key{number}" for number in range(2 * spans)]
+    entities = [[name, "ORG", text.index(name), text.index(name) + len(name)] for name in names]
+    return {"doc_id": "a", "sent_text": text, "linguistic_ent": entities}
+
+
+@pytest.mark.parametrize("spans", [1, 3])
+def test_a_long_sentence_is_cut_around_its_masks(tokenizer: Tokenizer, spans: int) -> None:
+    """Reader and retriever see every mask, and what stands beside it. Inverse seen: the sentence cut at its end."""
+    (sample,) = samples_of(long_row(tokenizer, spans=spans), context_of(tokenizer, max_spans=spans))
+    query = shown(sample.tokens[: sample.columns["query"]], tokenizer).split()
+    question = shown(sample.tokens[sample.columns["query"] :][: sample.columns["question"]], tokenizer).split()
+
+    assert (len(query), len(question)) == (64, 66)
+    assert query.count("[MASK]") == spans
+    assert [question.count(f"<extra_id_{number}>") for number in range(spans)] == [1] * spans
+    assert [question[0], question[-1]] == ["[CLS]", "[SEP]"]
+    assert spans > 1 or query.index("[MASK]") in (31, 32)
+
+
+def test_a_short_cut_keeps_the_masks_alone(tokenizer: Tokenizer) -> None:
+    """A place for each mask is enough; with fewer the option is refused by its name."""
+    row, options = long_row(tokenizer, spans=3), {"max_spans": 3}
+    (sample,) = samples_of(row, context_of(tokenizer, max_question_tokens=3, **options))
+    question = shown(sample.tokens[sample.columns["query"] :][: sample.columns["question"]], tokenizer)
+
+    assert question == "[CLS] <extra_id_0> <extra_id_1> <extra_id_2> [SEP]"
+    with pytest.raises(FinetuneError, match="max_question_tokens must be at least 3") as caught:
+        MSS.encode(row, 1, context_of(tokenizer, max_question_tokens=2, **options), file="f")
+    assert caught.value.error.param == "options.max_question_tokens"
+
+
+def test_no_real_sentence_loses_its_mask(
+    tokenizer: Tokenizer, minilm_tokenizer: Tokenizer, shared_data: SharedData
+) -> None:
+    """Of real articles, whose longest sentences have hundreds of words. Inverse seen: sentences cut at their end."""
+    marks = [special(name, held) for name, held in (("[MASK]", minilm_tokenizer), ("<extra_id_0>", tokenizer))]
+    retriever = Retriever(minilm_tokenizer, RetrievalFormat(), facts.RETRIEVER)
+    context, seen = replace(context_of(tokenizer), retriever=retriever), 0
+    with shared_data("pretrain/wikipedia_en_articles.jsonl").open(encoding="utf-8") as file:
+        for line in islice(file, 12):
+            for asked in MSS.asked({"text": json.loads(line)["text"]}, context):  # type: ignore[attr-defined]
+                assert [list(asked.query).count(marks[0]), list(asked.question).count(marks[1])] == [1, 1]
+                seen += 1
+    assert seen > 1000
+
+
 def test_a_passage_gives_a_question_for_each_sentence(tokenizer: Tokenizer) -> None:
     """Those that have a salient span; all are of the same passage."""
     row = {"title": "t", "text": "Hold key1 hold. Hold it all. Then hold box2 here."}
@@ -167,6 +226,36 @@ def test_a_sentences_own_passage_is_no_evidence(tmp_path: Path) -> None:
 
     assert found[0] == 0.0
     assert found[1] > 0.0
+
+
+def test_spans_are_looked_for_one_by_one(tmp_path: Path) -> None:
+    """
+    Two spans of a sentence, of which no passage has one behind the other: a passage that holds either is found. Inverse
+    seen: both looked for as one text, which is found nowhere.
+    """
+    folder = tmp_path / "two"
+    rows = [{"doc_id": "elsewhere", "sent_text": two_spans(item["text"])} for item in facts.passages()[:24]]
+    for row in rows:
+        words = {word: row["sent_text"].index(word) for word in row["sent_text"].split() if word != "hold"}
+        row["linguistic_ent"] = [[word, "ORG", at, at + len(word)] for word, at in words.items()]
+    made = facts.reader_job(
+        folder, facts.new_reader(tmp_path / "reader"),
+        retriever=facts.write_model(tmp_path / "retriever", facts.RETRIEVER, seed=2, sigma=0.2),
+        train=rows[8:], valid=rows[:8], again=False, task="mss",
+        options={"top_k": 3, "max_question_tokens": 8, "max_spans": 2, "max_answer_tokens": 8},
+        training={"max_steps": 1, "batch_size": 8},
+    ).walk()  # fmt: skip
+    work = open_work(read_job(made.root))
+    spans = MSS.looked_for(rows[0], 0, work.context)  # type: ignore[attr-defined]  # of a reader
+
+    assert len(spans) == 2
+    assert MSS.golds(rows[0], 0, work.context) == [" ".join(spans)]  # type: ignore[attr-defined]
+    assert made.events("eval")[-1]["data"]["top_5"] > 0.0
+
+
+def two_spans(text: str) -> str:
+    """The words of a fact from its last to its first, with another word between any two."""
+    return " hold ".join(reversed(text.split()))
 
 
 def masked_facts(folder: Path, **config: Any) -> JobDir:

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finetune_jobs import make_job, write_rows
 from finetune_tasks.encoder_fixtures import CLS, SEP, context_for, samples_of
+from task_rows import rows
 
+from trilithon_finetune.data.findings import Finding
 from trilithon_finetune.recipes import RECIPES
 from trilithon_finetune.recipes.base import Output, Sample
 from trilithon_finetune.recipes.blocks import MAX_SENTENCE_TOKENS, blocks_of
@@ -188,6 +191,35 @@ def test_ict_is_the_same_every_time(tokenizer: Tokenizer) -> None:
     assert [s.tokens for s in samples] == [s.tokens for s in ICT.encode(row, 9, context, file="f")]  # type: ignore[union-attr]
     assert samples[0].tokens == whole[0].tokens
     assert len(whole[1].tokens) - len(samples[1].tokens) == len(samples[0].tokens) - 2
+
+
+NO_BLOCK = ["One sentence alone.", f"Words {'of it ' * MAX_SENTENCE_TOKENS}. And in."]
+"""Too few sentences; one that is too long."""
+
+
+@pytest.mark.parametrize("text", NO_BLOCK, ids=["one sentence", "a long one"])
+def test_R11_a_document_without_a_block_is_a_finding(tokenizer: Tokenizer, text: str) -> None:
+    """Nothing is left out in silence. Inverse seen: no samples and no finding."""
+    (found,) = ICT.encode({"text": text}, 4, context_for(ICT, tokenizer), file="f")
+
+    assert isinstance(found, Finding)
+    assert (found.code, found.line, found.path) == ("E-DATA-022", 4, "text")
+
+
+@pytest.mark.parametrize(("train", "valid", "part"), [(1, 8, "training"), (8, 1, "validation")])
+def test_R11_a_file_without_a_block_is_refused(
+    minilm_dir: Path, tmp_path: Path, train: int, valid: int, part: str
+) -> None:
+    """As the owner's mistake, in either file. Inverse seen: a division by zero; a job without a validation."""
+    files = [
+        write_rows(tmp_path / f"{name}.jsonl", rows("ict", count, first=first) if count > 1 else [{"text": "Alone."}])
+        for name, count, first in (("train", train, 0), ("valid", valid, 20))
+    ]
+    made = make_job(tmp_path, minilm_dir, *files, task="ict", training={"epochs": 1, "batch_size": 4})
+    error = made.try_phase("validate")["error"]
+
+    assert (error["code"], error["param"]) == (f"invalid_{part}_file", f"{part}_file")
+    assert "E-DATA-022" in error["message"]
 
 
 def test_ranks_leave_equal_texts_aside() -> None:

@@ -80,10 +80,11 @@ def test_memory_of_smollm2_is_within_a_tenth_and_never_under(tmp_path: Path, smo
 
 
 def test_a_measurement_takes_the_place_of_what_was_counted() -> None:
-    """Memory is what was measured and the copies of a checkpoint; a job that does not fit says so anew."""
+    """Memory is what was measured and what comes later, checkpoint and index; a job that does not fit says so anew."""
     counted = Estimate(
         train_tokens=1000, supervised_tokens=500, evaluated_tokens=300, steps=4,
-        memory={"weights": 4 << 30, "checkpoints": 1 << 20}, rank_bytes=2 << 30, disk_bytes=1, disk_free_bytes=2,
+        memory={"weights": 4 << 30, "checkpoints": 3 << 18, "index": 1 << 18, "passages": 1 << 30},
+        rank_bytes=2 << 30, disk_bytes=1, disk_free_bytes=2,
         seconds=1.0, seconds_low=1.0, seconds_high=1.0,
         problems=("a rank needs 4.00 GiB of memory. Given: 2.00 GiB.",),
     )  # fmt: skip

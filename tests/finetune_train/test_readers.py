@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import reader_facts as facts
 import torch
@@ -14,7 +19,14 @@ from finetune_jobs import JobDir, make_job, twin, write_rows
 from safetensors.torch import load_file
 
 from trilithon_finetune.metrics.retrieval import top_k_accuracy
+from trilithon_finetune.setup import read_job
+from trilithon_finetune.train import evidence
+from trilithon_finetune.train.building import costs_of
+from trilithon_finetune.train.evidence import Evidence
+from trilithon_finetune.train.work import open_work
 from trilithon_parallel.config import load_config
+from trilithon_parallel.costs import model_flops
+from trilithon_parallel.grid import Grid
 from trilithon_server.knowledge.dense import FlatIndex
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.local_index import LocalEncoder
@@ -158,6 +170,15 @@ def test_the_exported_retriever_finds_what_the_evaluation_says(small: JobDir) ->
     assert {1: last["top_1"], 5: last["top_5"]} == expected
 
 
+def test_a_checkpoints_size_is_that_of_both_models(small: JobDir) -> None:
+    """As its folder has it, `retriever/` too. Inverse seen: what lies in folders left out."""
+    saved = small.events("checkpoint_saved")[-1]["data"]
+    files = [path for path in (small.run / saved["directory"]).rglob("*") if path.is_file()]
+
+    assert "retriever" in {path.parent.name for path in files}
+    assert saved["bytes"] == sum(path.stat().st_size for path in files)
+
+
 def test_E4_the_export_says_what_the_trainer_said(small: JobDir) -> None:
     """Answers and passages alike, within 1e-4. Inverse: the next test."""
     data = small.outcome("verify")["data"]
@@ -182,6 +203,28 @@ def test_verification_sees_what_is_wrong(small: JobDir, models: tuple[Path, Path
     assert outcome["error"]["code"] == "verify_mismatch"
 
 
+def read_by_a_question(task: str) -> int:
+    """Tokens of three passages with question, box, lid, coin, ring; of its answer; of what the retriever reads."""
+    reads, answer, query, sought = 3 * 8, 3, 5, 3 * 6
+    return reads + answer * (3 if task == "reader_individual" else 1) + query + sought
+
+
+def test_a_step_tells_what_was_read(small: JobDir) -> None:
+    """
+    Not what passages as long as may be would have: those are 32 tokens long. A token's cost is that of both models over
+    what they read, answers of three tokens counted. Inverse seen: the lengths that micro-batches are cut by; the
+    reader's cost alone, as if each token went through both of its stacks.
+    """
+    last = small.events("step")[-1]["data"]
+    reader = model_flops(facts.READER, batch=3, seq_len=32, target_len=1)
+    retriever = model_flops(facts.RETRIEVER, batch=4, seq_len=64)  # a question and three passages, at most
+
+    assert last["tokens"] == 8 * read_by_a_question("reader_joint") < 8 * 3 * 32
+    assert last["tokens_per_second"] == pytest.approx(last["tokens"] / last["step_seconds"])
+    costs = costs_of(open_work(read_job(small.root)), 1.0)
+    assert costs.flops_per_token == pytest.approx((reader + retriever) / (3 * 33 + 4 * 64))
+
+
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2}], ids=["tp2", "dp2"])
 @pytest.mark.parametrize("task", ["reader_joint", "reader_individual"])
 def test_E8_a_reader_learns_the_same_at_every_layout(
@@ -204,6 +247,7 @@ def test_E8_a_reader_learns_the_same_at_every_layout(
     weights = [state_of(made.checkpoints()[-1]) for made in (alone, other)]
 
     assert alone.losses() == pytest.approx(other.losses(), rel=1e-5)
+    assert alone.numbers("tokens") == other.numbers("tokens") == [8 * read_by_a_question(task)] * 2
     assert alone.numbers("grad_norm") == pytest.approx(other.numbers("grad_norm"), rel=1e-4)
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
     assert weights[0].keys() == weights[1].keys()
@@ -213,8 +257,8 @@ def test_E8_a_reader_learns_the_same_at_every_layout(
 
 def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_path: Path) -> None:
     """
-    From a checkpoint whose index is a step older, the run goes on with the proposals that it would have had. Inverse
-    seen: the index made anew on a resume.
+    From a checkpoint whose index is a step older, the run goes on with the proposals that it would have had, and with
+    the tokens that it had read. Inverse seen: the index made anew on a resume.
     """
     again = twin(small, tmp_path)
     shutil.rmtree(again.run / "step_00000006")
@@ -223,21 +267,104 @@ def test_E9_a_reader_goes_on_bit_for_bit_between_two_indexes(small: JobDir, tmp_
     again.train_here()
 
     assert small.losses() == again.losses()
+    assert small.numbers("tokens") == again.numbers("tokens")
+    trained = [made.events("step")[-1]["data"]["trained_tokens"] for made in (small, again)]
+    assert trained == [6 * 8 * read_by_a_question("reader_joint")] * 2
     assert again.events("running")[0]["data"]["step"] == 3
     ours, theirs = (state_of(made.run / "step_00000006") for made in (small, again))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path) -> None:
-    """A resume between two indexes needs the vectors of the first."""
+@pytest.mark.parametrize("kept", [None, 0, 40, -1], ids=["gone", "empty", "cut in its head", "a byte short"])
+def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path, kept: int | None) -> None:
+    """A resume between two indexes needs the vectors of the first, whole. Inverse seen: a damaged file was a bug."""
     again = twin(small, tmp_path)
     shutil.rmtree(again.run / "step_00000006")
-    (again.run / "index_00000002.safetensors").unlink()
+    path = again.run / "index_00000002.safetensors"
+    if kept is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:kept])
     again.attempt = 2
     again.train_here(expect=1)
 
     assert again.outcome("train-0")["error"]["code"] == "checkpoint_corrupt"
     assert "the index of step 2" in again.outcome("train-0")["error"]["message"]
+
+
+def test_R10_an_index_is_on_the_disk_before_it_has_its_name(
+    small: JobDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file first, then its name, as for a checkpoint that needs it. Inverse seen: neither of them."""
+    told: list[str] = []
+
+    def noted(path: Path) -> None:
+        told.append(f"{path.name}: {sorted(item.name for item in tmp_path.glob('index*'))}")
+
+    job = replace(read_job(small.root), paths=SimpleNamespace(run=tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setattr(evidence, "sync", noted)
+    monkeypatch.setattr(evidence, "make_index", lambda *args, **named: np.ones((3, 4), np.float32))
+    kept = evidence.KeptIndex(job, Evidence(open_work(read_job(small.root))), every=2, capacity=64)
+    kept.at(2, SimpleNamespace(grid=Grid.single()))  # type: ignore[arg-type]  # its grid alone
+
+    assert told == [
+        "index_00000002.part: ['index_00000002.part']",
+        f"{tmp_path.name}: ['index_00000002.safetensors']",
+    ]
+
+
+def many_passages(folder: Path, count: int) -> Path:
+    """Evidence of so many passages of a hundred words."""
+    told = [f"box{i % facts.SIDE} lid{i // facts.SIDE % facts.SIDE}" for i in range(count)]
+    rows = [{"id": f"p{i}", "title": told[i], "text": " ".join([*[told[i]] * 49, f"n{i}"])} for i in range(count)]
+    return write_rows(folder / "many.jsonl", rows)
+
+
+def test_an_index_is_made_by_slices(small: JobDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    So few passages' tokens are there together, and every passage gets its own vector. Inverse seen: all tokens made
+    before the first vector.
+    """
+    made: list[int] = []
+
+    def first_tokens(model: object, sequences: list[tuple[int, ...]], **named: object) -> np.ndarray[Any, Any]:
+        made.append(len(sequences))
+        return np.array([[sum(tokens), *tokens[1:4]] for tokens in sequences], np.float32)
+
+    known = Evidence(open_work(read_job(small.root)))
+    monkeypatch.setattr(known, "retriever", replace(known.retriever, model=replace(facts.RETRIEVER, hidden_size=4)))
+    monkeypatch.setattr(evidence, "vectors_of", first_tokens)
+    monkeypatch.setattr(evidence, "ENCODED_AT_ONCE", 10)
+    model = SimpleNamespace(grid=Grid.single())
+    vectors = evidence.make_index(model, known, capacity=64)  # type: ignore[arg-type]  # its grid alone
+
+    assert made == [10] * 6 + [4]
+    assert vectors.tolist() == [[sum(known.sought(row)), *known.sought(row)[1:4]] for row in range(len(known))]
+
+
+def test_the_estimate_counts_the_evidence(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """
+    Texts with what is remembered of them, and vectors: not under what they take, nor twice as much. Inverse seen:
+    neither of them counted.
+    """
+    made = small_job(tmp_path / "job", models)
+    made.change({"passages_path": str(many_passages(tmp_path, 2000))})
+    parts = made.phase("validate")["estimate"]["memory_parts"]
+    made.phase("prepare")
+    work = open_work(read_job(made.root))
+    tracemalloc.start()
+    try:
+        known = Evidence(work)
+        for row in range(len(known)):
+            known.read(row)
+            known.sought(row)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert held <= parts["passages"] < 2 * held
+    assert parts["index"] == 2.5 * 4 * 2000 * facts.RETRIEVER.hidden_size
 
 
 REFUSED = [

@@ -76,6 +76,15 @@ def test_what_is_served_are_two_models(pair: JobDir, base: Path) -> None:
     assert len({tuple(found[name].flatten()[:4].tolist()) for found in (began, *ended)}) == 3
 
 
+def test_a_checkpoints_size_is_that_of_both(pair: JobDir) -> None:
+    """As its folder has it, `query/` too. Inverse seen: what lies in folders left out."""
+    saved = pair.events("checkpoint_saved")[-1]["data"]
+    files = [path for path in (pair.run / saved["directory"]).rglob("*") if path.is_file()]
+
+    assert "query" in {path.parent.name for path in files}
+    assert saved["bytes"] == sum(path.stat().st_size for path in files)
+
+
 def test_E4_each_export_says_what_the_trainer_said(pair: JobDir) -> None:
     """Questions by one, passages by the other, within 1e-4. Inverse: the next test."""
     data = pair.outcome("verify")["data"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from trilithon_finetune.data.duplicates import RowKeys
@@ -81,7 +82,11 @@ def check_file(
         shared = list(keys.shared(validation, recipe, file=file, validation_file=theirs, limits=limits))
         judge.findings.add(*shared)
     shared_too_much = any(item.severity == "error" for item in shared)
-    for extra in (_suspicious(labels, context, file), too_many_bad_rows(judge, bad_rows_allowed, file=file)):
+    for extra in (
+        _suspicious(labels, context, file),
+        too_many_bad_rows(judge, bad_rows_allowed, file=file),
+        _nothing(judge, lengths, file),
+    ):
         judge.findings.add(*([extra] if extra else []))
     few_enough = judge.bad_rows <= allowed_rows(bad_rows_allowed, judge.num_rows)
     capacity = max(context.max_tokens, max(lengths, default=1))
@@ -90,7 +95,7 @@ def check_file(
     return Report(
         file=file,
         task=recipe.task,
-        ok=judge.whole and few_enough and judge.usable_rows > 0 and not shared_too_much,
+        ok=judge.whole and few_enough and len(lengths) > 0 and not shared_too_much,
         rows=judge.num_rows,
         usable_rows=judge.usable_rows,
         bad_rows=judge.bad_rows,
@@ -124,6 +129,13 @@ def file_digest(path: Path) -> str:
 
 def _labels(judged: Judged) -> list[int]:
     return [sample.columns["label"] for sample in judged.samples[:1] if "label" in sample.columns]
+
+
+def _nothing(judge: Judge, lengths: Sequence[int], file: str) -> Finding | None:
+    """Rows that all make no sample, so that there is nothing to count or to judge by."""
+    if len(lengths) or not judge.usable_rows:
+        return None
+    return finding("E-DATA-022", "no row of it makes a sample.", file=file, hint="Look at the rows' texts.")
 
 
 def _suspicious(labels: Counter[int], context: Context, file: str) -> Finding | None:

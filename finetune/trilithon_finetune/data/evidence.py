@@ -6,6 +6,9 @@ the columns id, text and title under a line that names them, as DPR publishes it
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from trilithon.errors import InvalidArgument
@@ -17,8 +20,28 @@ from trilithon_server.knowledge.passages import Passage, check_passages, read_pa
 
 HEADER = ("id", "text", "title")
 
+KEPT_TOKENS = 65_536
+"""Passages whose tokens a rank remembers, of the reader and of the retriever."""
+
 MAX_PASSAGES = 1 << 24
 """Outputs that are kept to verify with name passages in fp32, which counts so far."""
+
+
+@dataclass(frozen=True)
+class EvidenceSize:
+    """How many passages there are, and the bytes of their texts in memory."""
+
+    passages: int = 0
+    text_bytes: int = 0
+
+    @classmethod
+    def of(cls, passages: Sequence[Passage]) -> EvidenceSize:
+        """Counted."""
+        texts = (text for passage in passages for text in (passage.id, passage.title, passage.text))
+        return cls(len(passages), sum(map(sys.getsizeof, texts)))
+
+
+NO_EVIDENCE = EvidenceSize()
 
 
 def read_evidence(job: JobFile) -> list[Passage]:

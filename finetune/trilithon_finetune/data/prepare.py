@@ -22,7 +22,7 @@ from trilithon_finetune.errors import FinetuneError, JobError, refuse
 from trilithon_finetune.recipes.base import Context, Recipe, Sample
 from trilithon_server.text.template import template_digest
 
-SAMPLES_VERSION = 1
+SAMPLES_VERSION = 2
 """Raised when the same rows give other samples than before."""
 
 _KEPT_FINDINGS = 100

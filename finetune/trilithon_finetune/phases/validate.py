@@ -17,7 +17,7 @@ import numpy.typing as npt
 from trilithon_finetune.config import JobConfig
 from trilithon_finetune.data.batches import Heaviest, heaviest
 from trilithon_finetune.data.check import check_file
-from trilithon_finetune.data.evidence import check_evidence, read_evidence
+from trilithon_finetune.data.evidence import NO_EVIDENCE, EvidenceSize, check_evidence, read_evidence
 from trilithon_finetune.data.findings import reason
 from trilithon_finetune.data.report import Report
 from trilithon_finetune.errors import FinetuneError, JobError, UserCode
@@ -87,14 +87,16 @@ def run(
     if (tokens := base.recipe.unit_tokens(base.context)) is not None:
         lengths, longest = np.full_like(lengths, tokens), base.context.max_tokens
     grown = int(lengths.sum()) / report.tokens
+    evidence = _evidence(job, base)
     work = Workload(
         tokens=int(lengths.sum()),
         supervised=report.supervised_tokens,
         longest=longest,
         units=schedule.order.num_units,
-        valid_tokens=round(valid_tokens * grown) + _evidence_tokens(job, base),
+        valid_tokens=round(valid_tokens * grown) + _index_tokens(evidence, base),
         steps=schedule.num_steps,
         heaviest=_heaviest(config, lengths, schedule),
+        evidence=evidence,
     )
     machine = this_machine(config, job.store.root)
     needs = estimate(config, task_model(config, base.recipe, base.model, report.labels), work, machine)
@@ -132,18 +134,24 @@ def _require(report: Report, field: str, code: UserCode, told: dict[str, Any]) -
     )
 
 
-def _evidence_tokens(job: JobFile, base: Base) -> int:
+def _evidence(job: JobFile, base: Base) -> EvidenceSize:
     """
-    What a retriever reads to make an index, at most; 0 without one.
+    What a retriever finds; nothing without one.
 
     Raises:
         FinetuneError: `invalid_config`, of the passages.
     """
     if base.context.retriever is None:
-        return 0
+        return NO_EVIDENCE
     passages = read_evidence(job)
     check_evidence(passages, base.context.options)
-    return len(passages) * base.context.retriever.format.max_passage_tokens
+    return EvidenceSize.of(passages)
+
+
+def _index_tokens(evidence: EvidenceSize, base: Base) -> int:
+    """What a retriever reads to make an index, at most; 0 without one."""
+    retriever = base.context.retriever
+    return 0 if retriever is None else evidence.passages * retriever.format.max_passage_tokens
 
 
 def _schedule(config: JobConfig, unit: int, report: Report) -> EpochSchedule:

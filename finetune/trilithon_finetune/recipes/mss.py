@@ -12,6 +12,8 @@ likelier they make the spans than that one does (`retriever_utility`).
 
 Places in `linguistic_ent` are characters; `bert_ent_pos` counts pieces of a tokenizer that may be another one, and is
 not read. Without entities spans are told by their looks (`data/salient.py`).
+
+Of a sentence that is too long what stands nearest to its masks is kept: without them there would be nothing to ask.
 """
 
 from __future__ import annotations
@@ -139,11 +141,13 @@ class MaskedSpans(Reader):
         own = row.get("doc_id", row.get("id", f"{row.get('title', '')}\0{row.get('text', '')}"))
         begin = [] if frame(context.tokenizer)[0] else literal("question: ", context.tokenizer)
         end = frame(context.tokenizer)[1]
+        room, query_room = format_.max_question_tokens - len(begin), retriever.format.max_query_tokens - 2
+        _check_room(room, len(begin), context)
         asked = []
         for masked in self._masked(row, context):
             marks = [special(mark(number), context.tokenizer) for number in range(len(masked.spans))]
-            query = _joined(masked.between(), _mask_of(retriever.tokenizer), retriever.tokenizer)
-            question = _joined(masked.between(), [[token] for token in marks], context.tokenizer)
+            query = _joined(masked.between(), _mask_of(retriever.tokenizer), retriever.tokenizer, query_room)
+            question = _joined(masked.between(), [[token] for token in marks], context.tokenizer, room)
             answer = [
                 token
                 for number, text in zip(marks, masked.written, strict=True)
@@ -162,6 +166,10 @@ class MaskedSpans(Reader):
     def golds(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
         """The spans, one behind the other."""
         return [" ".join(self._masked(row, context)[part].written)]
+
+    def looked_for(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
+        """Each span by itself: nothing holds them one behind the other but by chance."""
+        return self._masked(row, context)[part].written
 
     def _masked(self, row: Mapping[str, Any], context: Context) -> list[Masked]:
         assert isinstance(context.options, MssOptions)
@@ -208,9 +216,34 @@ def _mask_of(tokenizer: Tokenizer) -> list[list[int]]:
     return [ids] if len(ids) == 1 and ids[0] in tokenizer.special_ids else [[]]
 
 
-def _joined(texts: Sequence[str], marks: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[int]:
-    """Texts with a mark between two; the last mark stands for all that follow."""
-    tokens = literal(texts[0], tokenizer)
+def _check_room(room: int, begin: int, context: Context) -> None:
+    """
+    Every mask has a place in a question.
+
+    Raises:
+        FinetuneError: `invalid_config`.
+    """
+    assert isinstance(context.options, MssOptions)
+    if room < context.options.max_spans:
+        least, given = context.options.max_spans + begin, room + begin
+        message = f"options.max_question_tokens must be at least {least}, for options.max_spans masks. Given: {given}."
+        raise refuse("invalid_config", message, param="options.max_question_tokens", hint="Mask fewer, or allow more.")
+
+
+def _joined(texts: Sequence[str], marks: Sequence[Sequence[int]], tokenizer: Tokenizer, room: int) -> list[int]:
+    """
+    Texts with a mark between two; the last mark stands for all that follow. Of more than `room` tokens those nearest to
+    a mark are kept.
+    """
+    tokens, places = literal(texts[0], tokenizer), []
     for number, text in enumerate(texts[1:]):
-        tokens += [*marks[min(number, len(marks) - 1)], *literal(text, tokenizer)]
-    return tokens
+        start = len(tokens)
+        tokens += marks[min(number, len(marks) - 1)]
+        places.append((start, len(tokens)))
+        tokens += literal(text, tokenizer)
+
+    def distance(at: int) -> int:
+        return min(max(start - at, at - stop + 1, 0) for start, stop in places)
+
+    kept = sorted(range(len(tokens)), key=distance)[:room]
+    return [tokens[at] for at in sorted(kept)]

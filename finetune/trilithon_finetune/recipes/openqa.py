@@ -179,6 +179,10 @@ class Reader(Recipe):
     def golds(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
         """What is right to answer to the question that is a row's sample number `part`."""
 
+    def looked_for(self, row: Mapping[str, Any], part: int, context: Context) -> list[str]:
+        """What a passage that helps holds one of: an answer."""
+        return self.golds(row, part, context)
+
     def metrics(
         self, outputs: Sequence[Output], rows: Mapping[int, Mapping[str, Any]], context: Context
     ) -> Mapping[str, float]:

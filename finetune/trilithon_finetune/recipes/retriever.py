@@ -23,10 +23,10 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from trilithon_finetune.config import Section
-from trilithon_finetune.data.findings import Finding, shown
+from trilithon_finetune.data.findings import Finding, finding, shown
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.base import Context, Defaults, Head, Output, Recipe, Sample
-from trilithon_finetune.recipes.blocks import Block, blocks_of
+from trilithon_finetune.recipes.blocks import MAX_SENTENCE_TOKENS, MIN_SENTENCES, Block, blocks_of
 from trilithon_finetune.recipes.fields import Best, RowCheck
 from trilithon_parallel.config import ModelConfig
 from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY, Contrast
@@ -193,6 +193,13 @@ class InverseCloze(_Retriever):
             query, passage = format_.query(sentence, tokenizer), format_.passage(title, rest, tokenizer)
             samples.append(_sample(query, QUERY, line, first, "", pair=part))
             samples.append(_sample(passage, ANSWER, line, first + 1, f"{title}\0{rest}", pair=part))
+        if not samples:
+            rule = (
+                f"makes no block: it needs at least {MIN_SENTENCES} sentences, none of them above "
+                f"{MAX_SENTENCE_TOKENS} tokens."
+            )
+            hint = "Remove the row, or allow some in data.bad_rows_allowed."
+            return [finding("E-DATA-022", rule, file=file, line=line, path="text", hint=hint)]
         return samples
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.estimate import EFFICIENCY
-from trilithon_finetune.recipes.openqa import JointOptions
+from trilithon_finetune.recipes.openqa import JointOptions, Reader, ReaderOptions
 from trilithon_finetune.resolve import layout_of, lora_spec
 from trilithon_finetune.setup import read_rows_of
 from trilithon_finetune.train.evaluation import JobEvaluator, outputs_of
@@ -170,16 +170,39 @@ def _goal(work: Work) -> Goal:
 
 def costs_of(work: Work, peak: float) -> Costs:
     """FLOPs of a token by the model's formula; of frozen weights no gradient is computed, a third less."""
-    longest = max(1, work.prepared.facts.train.longest)
-    flops = model_flops(work.base, batch=1, seq_len=longest) / longest
+    flops = _reading_flops(work) if work.recipe.head == "reading" else _flops(work)
     return Costs(flops if work.config.tuning.kind == "full" else flops * 2 / 3, 0.0, peak)
+
+
+def _flops(work: Work) -> float:
+    """Of a token, as if the longest sample were any; an encoder-decoder's goes through both stacks."""
+    longest = max(1, work.prepared.facts.train.longest)
+    return model_flops(work.base, batch=1, seq_len=longest) / longest
+
+
+def _reading_flops(work: Work) -> float:
+    """Of a token that a reader or its retriever reads, on average: by a question with passages as long as may be."""
+    recipe, options, retriever = work.recipe, work.context.options, work.context.retriever
+    assert isinstance(recipe, Reader)
+    assert isinstance(options, ReaderOptions)
+    train, count, length = work.prepared.train, options.top_k, work.context.max_tokens
+    answer = max(1, work.prepared.facts.train.supervised // max(1, train.num_units))
+    decoded = answer if recipe.kind == "individual" else -(-answer // count)  # for each passage
+    flops = model_flops(work.base, batch=count, seq_len=length, target_len=decoded)
+    tokens = count * (length + decoded)
+    if retriever is not None:
+        texts = [(1, retriever.format.max_query_tokens), (count, retriever.format.max_passage_tokens)]
+        flops += sum(model_flops(retriever.model, batch=number, seq_len=size) for number, size in texts)
+        tokens += sum(number * size for number, size in texts)
+    return flops / tokens
 
 
 def seconds_of(work: Work, tokens: int, peak: float) -> float:
     """What forward and backward of so many tokens take as a rule on a rank that reaches `peak` FLOP/s at most."""
     sizes = work.config.parallel
     _, likely, _ = EFFICIENCY[sizes.device]
-    return costs_of(work, peak).flops_per_token * tokens / (sizes.tp * sizes.pp * likely * peak)
+    flops = _flops(work) if work.config.tuning.kind == "full" else _flops(work) * 2 / 3
+    return flops * tokens / (sizes.tp * sizes.pp * likely * peak)
 
 
 def stream_of(work: Work, grid: Grid) -> JobStream:

@@ -11,6 +11,7 @@ Shapes: M passages, N questions, H width of the vectors, K results.
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from trilithon_finetune.data.evidence import read_evidence
+from trilithon_finetune.data.evidence import KEPT_TOKENS, read_evidence
 from trilithon_finetune.errors import refuse
 from trilithon_finetune.recipes.openqa import own_key
 from trilithon_finetune.setup import JobFile
@@ -28,6 +30,7 @@ from trilithon_finetune.train.work import Work
 from trilithon_parallel.checkpoint.run_dir import steps
 from trilithon_parallel.collectives import all_gather, barrier
 from trilithon_parallel.contrast_terms import QUERY, Contrast
+from trilithon_parallel.data.publish import sync
 from trilithon_parallel.step import TrainingModel
 from trilithon_parallel.vector_batch import VectorBatch
 from trilithon_server.knowledge.dense import FlatIndex
@@ -36,8 +39,8 @@ from trilithon_server.tasks.reader_format import passage_tokens
 
 Vectors = npt.NDArray[np.float32]
 
-KEPT_TOKENS = 65_536
-"""Passages whose tokens are remembered, of the reader and of the retriever."""
+ENCODED_AT_ONCE = 1_024
+"""Passages whose tokens are there together while an index is made."""
 
 
 class Evidence:
@@ -51,8 +54,8 @@ class Evidence:
         for row, passage in enumerate(self.passages):
             for key in {own_key(passage.id), own_key(f"{passage.title}\0{passage.text}")}:
                 self._keys.setdefault(key, []).append(row)
-        self.read = functools.lru_cache(maxsize=KEPT_TOKENS)(self._read)
-        self.sought = functools.lru_cache(maxsize=KEPT_TOKENS)(self._sought)
+        self._kept_read = functools.lru_cache(maxsize=KEPT_TOKENS)(lambda row: array("i", self._read(row)))
+        self._kept_sought = functools.lru_cache(maxsize=KEPT_TOKENS)(lambda row: array("i", self.seek(row)))
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -70,11 +73,20 @@ class Evidence:
         """So many passages with the most characters: what memory must hold."""
         return sorted(range(len(self)), key=lambda row: (-len(self.passages[row].text), row))[:count]
 
-    def _read(self, row: int) -> tuple[int, ...]:
-        passage = self._at(row)
-        return tuple(passage_tokens(passage.title, passage.text, self._tokenizer))
+    def read(self, row: int) -> tuple[int, ...]:
+        """A passage's tokens as the reader has them."""
+        return tuple(self._kept_read(row))
 
-    def _sought(self, row: int) -> tuple[int, ...]:
+    def sought(self, row: int) -> tuple[int, ...]:
+        """The same of the retriever."""
+        return tuple(self._kept_sought(row))
+
+    def _read(self, row: int) -> list[int]:
+        passage = self._at(row)
+        return passage_tokens(passage.title, passage.text, self._tokenizer)
+
+    def seek(self, row: int) -> tuple[int, ...]:
+        """`sought`, not remembered: where all passages have their turn, one would push out the other."""
         passage, retriever = self._at(row), self.retriever
         return retriever.format.passage(passage.title, passage.text, retriever.tokenizer).tokens
 
@@ -150,10 +162,13 @@ def make_index(model: TrainingModel, evidence: Evidence, *, capacity: int) -> Ve
     dp = model.grid.dp
     each = -(-len(evidence) // dp.size)
     mine = range(min(dp.rank * each, len(evidence)), min((dp.rank + 1) * each, len(evidence)))
-    sought = [evidence.sought(row) for row in mine]
-    made = torch.from_numpy(vectors_of(model, sought, are_queries=False, capacity=capacity))
-    padded = torch.cat((made, made.new_zeros(each - len(made), made.shape[1]))).to(model.grid.device)
-    vectors: Vectors = all_gather(padded, dp, dim=0, label="index").cpu().numpy()[: len(evidence)]
+    share_MH = np.zeros((each, evidence.retriever.model.hidden_size), np.float32)
+    for first in range(0, len(mine), ENCODED_AT_ONCE):  # all tokens together would need more than the vectors do
+        rows = mine[first : first + ENCODED_AT_ONCE]
+        sought = [evidence.seek(row) for row in rows]
+        share_MH[first : first + len(rows)] = vectors_of(model, sought, are_queries=False, capacity=capacity)
+    share = torch.from_numpy(share_MH).to(model.grid.device)
+    vectors: Vectors = all_gather(share, dp, dim=0, label="index").cpu().numpy()[: len(evidence)]
     return vectors
 
 
@@ -181,6 +196,7 @@ class KeptIndex:
         """
         wanted = self._step_of(step)
         if self._index is None or wanted != self._made_at:
+            self._index = None  # two would be held together
             vectors_MH = self._make(step, model) if wanted == step else self._load(wanted)
             self._index, self._made_at = PassageIndex(vectors_MH), wanted
         return self._index
@@ -194,7 +210,9 @@ class KeptIndex:
             path = index_file(self._run_dir, step)
             part = path.with_suffix(".part")
             save_file({"vectors": vectors_MH}, part)
+            sync(part)  # a checkpoint of this step may outlive what is not on the disk
             part.replace(path)
+            sync(path.parent)
             self._forget(step)
         barrier(model.grid.world, label="index")
         return vectors_MH
@@ -203,7 +221,7 @@ class KeptIndex:
         path = index_file(self._run_dir, step)
         try:
             vectors_MH: Vectors = load_file(path)["vectors"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             message = f"the index of step {step}, which the run goes on with, cannot be read ({error})."
             raise refuse("checkpoint_corrupt", message, hint="Begin a new job.") from None
         return vectors_MH

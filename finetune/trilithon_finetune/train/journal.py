@@ -115,7 +115,7 @@ class Journal:
     def saved(self, directory: Path) -> None:
         """A checkpoint is complete."""
         manifest = json.loads((directory / "manifest.json").read_text("utf-8"))
-        num_bytes = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+        num_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         step = int(manifest["step"])
         told = {"step": step, "digest": self._digest_of(directory), "bytes": num_bytes, "directory": directory.name}
         data = {**told, "metrics": _given(self._latest)}

@@ -27,6 +27,7 @@ from trilithon_finetune.recipes.openqa import (
 from trilithon_finetune.train.evidence import Evidence, KeptIndex, PassageIndex, vector_batch, vectors_of
 from trilithon_finetune.train.stream import JobStream
 from trilithon_finetune.train.work import Work
+from trilithon_parallel.collectives import all_reduce
 from trilithon_parallel.data.ramp import Step
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.objective import PackedBatch
@@ -182,6 +183,8 @@ class ReadingStream(JobStream):
     """
     Batches for one rank, whose passages are looked up as their step comes: all ranks ask for a step's together.
 
+    Micro-batches are cut as if every passage were as long as may be; what a step is said to have read is counted.
+
     Attributes:
         model: whose retriever looks them up; set before the first step.
     """
@@ -195,6 +198,7 @@ class ReadingStream(JobStream):
         self.model: TrainingModel | None = None
         self._kept: KeptIndex | None = None
         self._index: PassageIndex | None = None
+        self._read: tuple[int, int] | None = None
         if readings.evidence is not None:
             every = options.reload_every if options.refresh else 0
             self._kept = KeptIndex(work.job, readings.evidence, every=every, capacity=readings.capacity)
@@ -204,7 +208,16 @@ class ReadingStream(JobStream):
         if self._kept is not None:
             assert self.model is not None
             self._index = self._kept.at(step.step, self.model)
-        return super().micro_batches(step)
+        batches = super().micro_batches(step)
+        self._read = step.step, sum(b.num_read for b in batches if isinstance(b, ReadingBatch) and b.counts)
+        return batches
+
+    def tokens(self, step: Step) -> int:
+        """Tokens that the step has read over all ranks; its micro-batches were the last that were asked for."""
+        assert self._read is not None
+        assert self._read[0] == step.step
+        count = torch.tensor(self._read[1], device=self._grid.device)
+        return int(all_reduce(count, self._grid.dp, label="tokens"))
 
     @property
     def silent_tokens(self) -> int:

@@ -9,7 +9,8 @@ Shapes: B questions, K passages of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch
 from trilithon_finetune.data.prepared import Part
 from trilithon_finetune.metrics.retrieval import top_k_accuracy
 from trilithon_finetune.metrics.squad import best_of, exact_match, token_f1
-from trilithon_finetune.recipes.base import Sample
+from trilithon_finetune.recipes.base import Context, Sample
 from trilithon_finetune.recipes.openqa import Reader
 from trilithon_finetune.setup import read_rows_of
 from trilithon_finetune.train.evaluation import Values, probe_units
@@ -45,7 +46,8 @@ class ReadingEvaluator:
     """
 
     def __init__(self, work: Work, readings: Readings) -> None:
-        self._work, self._readings = work, readings
+        assert isinstance(work.recipe, Reader)
+        self._work, self._readings, self._recipe = work, readings, work.recipe
         self._valid = work.prepared.valid
         self._probes = self._valid if len(self._valid) else work.prepared.train
         lines = {self._valid.sample(index).row for index in range(len(self._valid))}
@@ -129,7 +131,7 @@ class ReadingEvaluator:
         for unit, tokens in said.items():
             ids = [int(token) for token in tokens if token != NOTHING]
             text = read_answer(tokenizer.decode(ids, skip_special_tokens=True))
-            golds = self._golds(unit)
+            golds = self._of_row(unit, self._recipe.golds)
             scores.append((best_of(exact_match, text, golds), best_of(token_f1, text, golds)))
         em, f1 = np.mean(scores, axis=0).tolist()
         return {"em": em, "f1": f1, "written_answers": float(len(said))}
@@ -142,13 +144,13 @@ class ReadingEvaluator:
             [evidence.passages[int(row)].text for row in values[: max(TOP)] if row != NOTHING]
             for values in found.values()
         ]
-        shares = top_k_accuracy(texts, [self._golds(unit) for unit in found], TOP)
+        shares = top_k_accuracy(texts, [self._of_row(unit, self._recipe.looked_for) for unit in found], TOP)
         return {f"top_{k}": share for k, share in shares.items()}
 
-    def _golds(self, unit: int) -> list[str]:
-        sample, recipe = self._valid.sample(self._valid.samples_of(unit)[0]), self._work.recipe
-        assert isinstance(recipe, Reader)
-        return recipe.golds(self._rows[sample.row], sample.part, self._work.context)
+    def _of_row(self, unit: int, told: Callable[[Mapping[str, Any], int, Context], list[str]]) -> list[str]:
+        """What the recipe tells of a unit's row."""
+        sample = self._valid.sample(self._valid.samples_of(unit)[0])
+        return told(self._rows[sample.row], sample.part, self._work.context)
 
 
 def _of_all(model: TrainingModel, units: Sequence[int], rows_BW: torch.Tensor) -> dict[int, Values]:
