@@ -1,5 +1,6 @@
 /** Stories: a sentence at a time, with the keywords and the facts that it was written from, which can be changed. */
 
+import { ApiError } from "./api.js";
 import { byId, h, seconds } from "./dom.js";
 import { chooseModel, TaskPage, usageFacts } from "./task_page.js";
 import { Announcer } from "./turns.js";
@@ -91,11 +92,22 @@ async function tell(path, body, from) {
       else finished = document;
     }
   });
+  if (ended !== "done" && from > 1) await showKept();
   byId("notes").replaceChildren(...factsOf(finished, ended, (performance.now() - started) / 1000).map((fact) => h("span", {}, fact)));
   announcer.finish(ended === "done" ? "Story complete." : ended === "stopped" ? "Stopped." : "");
 }
 
-/** The server has the sentences before `from` and no others from now on, however this ends; so has the page. */
+/** What the server has of the story, where it can be asked: a rewrite takes its place with its first new sentence. */
+async function showKept() {
+  try {
+    const { sentences } = await page.api.json(`/v1/stories/${encodeURIComponent(state.id)}`);
+    if (!page.busy) show(sentences);
+  } catch (error) {
+    if (!(error instanceof ApiError)) throw error;
+  }
+}
+
+/** What comes before `from` stands; the rest is to be written. */
 function begin({ story_id: id }, from) {
   state.id = id;
   show(state.sentences.filter(({ index }) => index < from));

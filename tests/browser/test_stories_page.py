@@ -125,8 +125,12 @@ def cut_off(page: Page, path: str) -> None:
 def lose(page: Page, path: str) -> None:
     """The engine is lost behind the first event of the next request there."""
     lost = event("error", error={"message": "The engine was lost.", "code": "engine_lost"})
-    events = event("started", story_id="story_1") + lost
-    page.route(path, lambda route: route.fulfill(body=events, content_type="text/event-stream"), times=1)
+
+    def begin(route: Route) -> None:
+        started = event("started", story_id=route.request.url.split("/")[-2])
+        route.fulfill(body=started + lost, content_type="text/event-stream")
+
+    page.route(path, begin, times=1)
 
 
 def event(name: str, **document: Any) -> str:
@@ -135,8 +139,8 @@ def event(name: str, **document: Any) -> str:
 
 def test_a_rewrite_that_fails_leaves_what_the_server_has(teller: Server, visit: Visit) -> None:
     """
-    What a rewrite took away is gone on the server: the page shows no more of it, and can be written on from what it
-    shows. Seen to fail with the old sentences shown again, where the next rewrite of the last one is refused.
+    A rewrite that fails before its first new sentence changes nothing on the server: the page shows the whole story
+    again, and it can be rewritten. Seen to fail where the page keeps what the rewrite began with.
     """
     watched = visit(teller, "/stories")
     page = watched.page
@@ -146,13 +150,15 @@ def test_a_rewrite_that_fails_leaves_what_the_server_has(teller: Server, visit: 
     page.fill("#keywords-3", "boat")
     page.press("#keywords-3", "Enter")
     expect(page.locator(".failure .error-code")).to_have_text("timeout")
-    assert texts(page) == before[:2]
+    expect(page.locator("#story .sentence")).to_have_count(len(before))
+    assert texts(page) == before
     page.locator("#story .sentence").last.locator("input").fill("dog")
     page.locator("#story .sentence").last.locator("input").press("Enter")
     whole(page, 4)
 
     expect(page.locator(".failure")).to_have_count(0)
-    expect(page.locator("#keywords-2")).to_have_value("dog")
+    expect(page.locator('#story [data-index="3"]')).to_have_attribute("data-reused", "true")
+    expect(page.locator("#keywords-4")).to_have_value("dog")
 
 
 def test_a_story_that_is_refused_takes_nothing_away(teller: Server, visit: Visit) -> None:
@@ -171,7 +177,8 @@ def test_a_story_that_is_refused_takes_nothing_away(teller: Server, visit: Visit
     page.press("#keywords-4", "Enter")
     expect(page.locator(".failure .error-code")).to_have_text("engine_lost")
 
-    assert texts(page) == before[:3]
+    expect(page.locator("#story .sentence")).to_have_count(len(before))
+    assert texts(page) == before
 
 
 STREAM = """() => {
