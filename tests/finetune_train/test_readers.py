@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reader_facts as facts
 import torch
@@ -14,7 +15,15 @@ from finetune_jobs import JobDir, make_job, twin, write_rows
 from safetensors.torch import load_file
 
 from trilithon_finetune.metrics.retrieval import top_k_accuracy
+from trilithon_finetune.setup import read_job
+from trilithon_finetune.train.building import build_model, fill_weights, stream_of
+from trilithon_finetune.train.evidence import index_file, make_index, vectors_of
+from trilithon_finetune.train.reading import ReadingStream
+from trilithon_finetune.train.work import open_work
 from trilithon_parallel.config import load_config
+from trilithon_parallel.data.ramp import Step
+from trilithon_parallel.grid import Grid
+from trilithon_parallel.reading_batch import ReadingBatch
 from trilithon_server.knowledge.dense import FlatIndex
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.local_index import LocalEncoder
@@ -238,6 +247,55 @@ def test_a_run_without_its_index_says_so(small: JobDir, tmp_path: Path) -> None:
 
     assert again.outcome("train-0")["error"]["code"] == "checkpoint_corrupt"
     assert "the index of step 2" in again.outcome("train-0")["error"]["message"]
+
+
+def test_acc_A04_an_old_index_proposes_and_fresh_vectors_weigh(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """
+    Between two indexes the retriever moves: what is found stays what the old vectors say, and log p(z|q) is that of
+    vectors made now. With the next index what is found is theirs, too.
+
+    Inverse check: seen to fail with an index made at every step, with one that is never made again, and with passages
+    weighed by the first vectors that were made of them.
+    """
+    made = small_job(tmp_path / "job", models)
+    made.phase("validate")
+    made.phase("prepare")
+    work, grid = open_work(read_job(made.root)), Grid.single()
+    model, stream = build_model(work, grid, torch.float32), stream_of(work, grid)
+    assert isinstance(stream, ReadingStream)
+    evidence, capacity = stream.readings.evidence, stream.readings.capacity
+    assert evidence is not None
+    fill_weights(work, model, grid)
+    made.run.mkdir()
+    stream.model = model
+    row_of = {evidence.sought(row): row for row in range(len(evidence))}
+    proposed = []
+    for step in range(3):
+        batches = stream.micro_batches(Step(step, 8 * step, 8))
+        index = load_file(index_file(made.run, step - step % 2))["vectors"].numpy()
+        fresh = make_index(model, evidence, capacity=capacity)
+        assert np.allclose(index, fresh, atol=1e-6) == (step != 1)
+        for batch, told in zip(batches, model.predict(batches), strict=True):
+            assert isinstance(batch, ReadingBatch)
+            assert batch.vectors is not None
+            texts = [tuple(text.tolist()) for text in batch.vectors.tokens_T.split(list(batch.vectors.lengths))]
+            num = batch.num_sequences
+            queries = vectors_of(model, texts[:num], are_queries=True, capacity=capacity)
+            rows = np.array([row_of[text] for text in texts[num:]]).reshape(num, -1)
+            by_index, by_fresh = (
+                [ranking.rows.tolist() for ranking in FlatIndex(vectors).search(queries, rows.shape[1])]
+                for vectors in (index, fresh)
+            )
+            proposed.append((step, by_index != by_fresh))
+            assert rows.tolist() == by_index
+            weighed, stale = (
+                torch.from_numpy(work.contrast.scale * np.einsum("bh,bkh->bk", queries, vectors[rows])).log_softmax(1)
+                for vectors in (fresh, index)
+            )
+            torch.testing.assert_close(told[:, 1 : 1 + rows.shape[1]], weighed, rtol=0, atol=1e-5)
+            assert step != 1 or float((weighed - stale).abs().max()) > 1e-2
+        model.train_step(batches, learning_rate=2e-2, step=step)
+    assert (1, True) in proposed
 
 
 REFUSED = [
