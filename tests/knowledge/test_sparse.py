@@ -153,7 +153,7 @@ def test_passages_without_a_word_are_no_index() -> None:
         SparseIndex.build(["?!", "..."])
 
 
-def holds(text: str, answers: list[str]) -> bool:
+def holds(text: str, answers: Sequence[str]) -> bool:
     words = search_words(text)
     return any(contains(words, search_words(answer)) for answer in answers)
 
