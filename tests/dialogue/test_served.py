@@ -247,6 +247,7 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         ({"conversation": TALK, "echo": True}, "echo", "unknown parameter"),
         ({"conversation": TALK, "topic": "Mills"}, "topic", "this model is not prompted by examples"),
         (by([{"id": "big", "text": "a " * 600_000}]), "knowledge.documents", "bytes in all"),
+        (by([{"id": "deep", "html": "<div>" * 100_000}]), "knowledge.documents[0].html", "at most 100 levels"),
     ],
 )
 def test_R11_what_cannot_be_answered_is_told(
@@ -261,6 +262,64 @@ def test_R11_what_cannot_be_answered_is_told(
     if field is not None:
         assert error["param"] == field
     assert answer(server)["candidates"]
+
+
+def test_acc_B07_S8_ten_thousand_sentences_are_one_tenant_s(model_dir: Path, tmp_path: Path) -> None:
+    """
+    Of a stored base of 10,000 sentences a turn stands on the one that it asks for, by either scorer, over either
+    protocol; another tenant has no such base, and with one of the same name is told what its own says.
+    `benchmarks/knowledge.py` says how fast.
+
+    Inverse check: seen to fail with a shelf that all tenants share.
+    """
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    said = [f"Stone number {n} stands {n * 7} steps from the river." for n in range(10_000)]
+    pages = [{"id": f"page{first}", "text": " ".join(said[first : first + 500])} for first in range(0, 10_000, 500)]
+    turns = [{"speaker": "other", "text": "How far from the river is stone number 7531?"}]
+    own = "Stone number 7531 fell into the sea."
+    request = dialogue_pb2.RespondRequest(
+        conversation=dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=turns[0]["text"])]),
+        knowledge=dialogue_pb2.KnowledgeOptions(kb_id="stones", top_k=1, return_knowledge=True),
+        sampling=common_pb2.Sampling(temperature=0.0),
+        stopping=common_pb2.Stopping(max_tokens=2),
+    )
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    with (
+        serving(model_dir, *flags) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
+        stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+
+        def stands_on(headers: dict[str, str], scorer: str = "tfidf") -> list[str]:
+            knowledge = {"kb_id": "stones", "top_k": 1, "scorer": scorer}
+            body = {"conversation": turns, "knowledge": knowledge, "temperature": 0, "max_tokens": 2}
+            response = http.post("/v1/dialogue", json=body, headers=headers)
+            assert response.status_code == 200, response.text
+            return [item["text"] for item in response.json()["knowledge"]]
+
+        def stands_on_by_grpc(headers: dict[str, str]) -> list[str]:
+            return [item.text for item in stub.Respond(request, metadata=tuple(headers.items())).knowledge]
+
+        kept = http.put("/v1/knowledge/stones", json={"documents": pages}, headers=alice).json()
+        found = [stands_on(alice), stands_on(alice, "bm25"), stands_on_by_grpc(alice)]
+        body = {"conversation": turns, "knowledge": {"kb_id": "stones"}}
+        refused = http.post("/v1/dialogue", json=body, headers=bob)
+        with pytest.raises(grpc.RpcError) as gone:
+            stands_on_by_grpc(bob)
+        http.put("/v1/knowledge/stones", json={"documents": [{"id": "own", "text": own}]}, headers=bob)
+        others = [stands_on(bob), stands_on_by_grpc(bob)]
+        again = stands_on(alice)
+
+    assert (kept["documents"], kept["sentences"]) == (20, 10_000)
+    assert found == [[said[7531]]] * 3
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "knowledge_not_found")
+    assert gone.value.code() == grpc.StatusCode.NOT_FOUND
+    assert others == [[own]] * 2
+    assert again == [said[7531]]
 
 
 def test_nothing_found_is_no_error(server: Server) -> None:
