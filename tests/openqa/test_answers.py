@@ -250,7 +250,7 @@ def test_acc_A12_the_layout_does_not_matter(tmp_path: Path, request: pytest.Fixt
     The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2), over HTTP and over
     gRPC; and an engine of that layout without a server writes the same behind each passage's prompt.
 
-    Inverse check: seen to fail with another passage's prompt.
+    Inverse check: seen to fail with prompts without titles.
     """
     model = request.getfixturevalue("smollm2_dir") if real else tiny_llama(tmp_path / WRITER, context=2048)
     tokenizer = load_tokenizer(model)

@@ -172,7 +172,7 @@ def test_acc_A12_the_layout_does_not_matter(tmp_path: Path) -> None:
     Both readers say the same at (tp, pp) of (1, 1), (2, 1) and (1, 2), over HTTP and over gRPC; so does an engine of
     that layout without a server, asked for what the server asks a joint reader for.
 
-    Inverse check: seen to fail with biases that the second tp rank leaves out.
+    Inverse check: seen to fail with biases that do not reach the ranks, and with a passage less over gRPC.
     """
     joint, individual = (reader_model(tmp_path / kind, kind) for kind in (JOINT, INDIVIDUAL))
     body = {"question": QUESTION, "documents": DOCUMENTS, "mode": "bm25", "top_k": 3, "return_evidence": True}
