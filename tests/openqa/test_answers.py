@@ -15,8 +15,10 @@ from served import serving
 from tiny import tiny_llama
 from under_load import wait_until
 
+from trilithon import Client
 from trilithon.api.v1 import common_pb2, dialogue_pb2, openqa_pb2
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server import LLM, SamplingParams
 from trilithon_server.tasks.answer_format import read_answer
 from trilithon_server.tasks.reading import answer_tokens, log_sum, pack
 
@@ -268,18 +270,39 @@ def test_R11_what_cannot_be_answered_is_told(
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tiny", "smollm2"])
 def test_acc_A12_the_layout_does_not_matter(tmp_path: Path, request: pytest.FixtureRequest, real: bool) -> None:
-    """The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2)."""
+    """
+    The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2), over HTTP and over
+    gRPC; and an engine of that layout without a server writes the same behind each passage's prompt.
+
+    Inverse check: seen to fail with prompts without titles.
+    """
     model = request.getfixturevalue("smollm2_dir") if real else tiny_llama(tmp_path / WRITER, context=2048)
-    body = {
+    tokenizer = load_tokenizer(model)
+    body: dict[str, Any] = {
         "question": QUESTION, "documents": DOCUMENTS, "mode": "bm25", "top_k": 3, "sampling": SHORT,
         "return_evidence": True,
     }  # fmt: skip
     told = []
     for tp, pp in ((1, 1), (2, 1), (1, 2)):
-        with serving(model, "--dtype", "float32", "--tp", str(tp), "--pp", str(pp)) as server:
+        with (
+            serving(model, "--dtype", "float32", "--tp", str(tp), "--pp", str(pp)) as server,
+            Client(server.grpc_target) as client,
+        ):
             response = httpx.post(server.url + ASK, json=body, timeout=300)
             assert response.status_code == 200, response.text
             told.append(response.json())
+            by_grpc = client.openqa.answer(**body)
+        places = told[-1]["evidence"]
+        passages = [place["passage"] for place in places]
+        prompts = [list(pack(QUESTION, p["title"], p["text"], tokenizer, room=1000).tokens) for p in passages]
+        with LLM(model, tp=tp, pp=pp, num_threads=1, kv_cache_bytes=64 << 20, dtype="float32") as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0, stop=["\n"], **SHORT))
+        assert [read_answer(output.choices[0].text) for output in outputs] == [place["candidate"] for place in places]
+        assert (by_grpc.answer, by_grpc.reader) == (told[-1]["answer"], told[-1]["reader"])
+        assert by_grpc.logprob == pytest.approx(told[-1]["logprob"], abs=FLOAT32)
+        for found, place in zip(by_grpc.evidence, places, strict=True):
+            assert (found.passage.id, found.candidate) == (place["passage"]["id"], place["candidate"])
+            assert found.answer_logprob == pytest.approx(place["answer_logprob"], abs=FLOAT32)
     one = told[0]
 
     assert one["answer"]
