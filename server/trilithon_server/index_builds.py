@@ -25,7 +25,6 @@ from trilithon.errors import (
     Unavailable,
 )
 from trilithon_server.auth import Principal
-from trilithon_server.dialogue_requests import check_documents
 from trilithon_server.encoders import check_side, default_encoder, described, encoder_of
 from trilithon_server.knowledge.dense import BACKENDS
 from trilithon_server.knowledge.indexes import Build, Facts, Work
@@ -35,7 +34,7 @@ from trilithon_server.knowledge.manifest import Encoder
 from trilithon_server.knowledge.passages import Passage, read_passages
 from trilithon_server.knowledge.stored import Settings
 from trilithon_server.metrics import RequestRecord
-from trilithon_server.retrieval import Vectors, cut_documents, encode_passages, kept_indexes
+from trilithon_server.retrieval import Vectors, check_sources, cut_documents, encode_passages, kept_indexes
 from trilithon_server.served import Call, ServedModel, request_id
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
@@ -232,7 +231,7 @@ def _stored(live: LiveIndex) -> list[Passage]:
 
 
 def _check(source: Source, backend: str, found: Violations) -> None:
-    check_documents("documents", source.documents, found)
+    check_sources("documents", source.documents, found)
     if bool(source.file_id) == bool(source.documents):
         found.add("file_id", "or `documents` must be set, one of the two", code="missing_parameter")
     if backend and backend not in BACKENDS:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
-from trilithon_server.dialogue_requests import check_documents
 from trilithon_server.encoders import both_of, check_side, default_encoder, format_of
 from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.knowledge.local import Document
@@ -37,6 +36,7 @@ from trilithon_server.retrieval import (
     Wanted,
     check_line,
     check_mode,
+    check_sources,
     cut_documents,
     encode_passages,
     encode_queries,
@@ -241,7 +241,7 @@ async def _read(
 
 def _check(asked: Asked, service: Service, values: Mapping[str, Any], found: Violations) -> None:
     check_line("question", asked.question, MAX_QUERY_CHARS, found)
-    check_documents("documents", asked.documents, found)
+    check_sources("documents", asked.documents, found)
     if bool(asked.index) == bool(asked.documents):
         found.add("index", "or `documents` must be set, one of the two", code="missing_parameter")
     if asked.documents and asked.min_version:

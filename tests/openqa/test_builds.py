@@ -125,6 +125,8 @@ def test_while_it_is_built_an_index_says_so(served: Open) -> None:
         ({"name": "n", "documents": DOCUMENTS, "backend": "tree"}, "backend", "flat"),
         ({"name": "n", "documents": [{"id": "a", "text": " "}]}, None, "at least one word"),
         ({"name": "n", "documents": [DOCUMENTS[0]] * 2}, None, "must be given once"),
+        ({"name": "n", "documents": [{"id": "a" * 251, "text": "x"}]}, "documents[0].id", "at most 250 bytes"),
+        ({"name": "n", "documents": [{"id": "a", "text": "x\n\n" * 20_000}]}, None, "at most 16,384 passages"),
         ({"name": "n", "documents": DOCUMENTS, "model": "writer"}, None, "cannot embed"),
     ],
 )

@@ -49,7 +49,9 @@ class Passage:
 _KEYS = tuple(field.name for field in fields(Passage))
 
 
-def passages_of(document_id: str, title: str, text: str, *, words: int = PASSAGE_WORDS) -> list[Passage]:
+def passages_of(
+    document_id: str, title: str, text: str, *, words: int = PASSAGE_WORDS, most: int | None = None
+) -> list[Passage]:
     """
     A document in passages of so many words, anew at each paragraph; their ids are `DOCUMENT_ID:NUMBER`, from 0.
 
@@ -57,8 +59,12 @@ def passages_of(document_id: str, title: str, text: str, *, words: int = PASSAGE
 
     >>> [passage.id for passage in passages_of("d", "", "a b c", words=2)]
     ['d:0', 'd:1']
+
+    Args:
+        most: passages; the document's rest is not looked at. None: all.
     """
-    return [Passage(f"{document_id}:{i}", title, piece.text) for i, piece in enumerate(chunks(text, words))]
+    pieces = chunks(text, words, most=most)
+    return [Passage(f"{document_id}:{i}", title, piece.text) for i, piece in enumerate(pieces)]
 
 
 def check_passage(passage: Passage) -> str:

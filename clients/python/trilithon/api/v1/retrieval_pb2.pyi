@@ -324,7 +324,9 @@ class CreateIndexRequest(google.protobuf.message.Message):
     """How vectors are searched."""
     @property
     def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[trilithon.api.v1.dialogue_pb2.Document]:
-        """Cut into passages of 100 words. Range: at most 64, together at most 1 MiB."""
+        """Cut into passages of 100 words.
+        Range: at most 64, together at most 1 MiB and 16384 passages; ids of at most 250 bytes, titles of 512 characters.
+        """
 
     def __init__(
         self,
