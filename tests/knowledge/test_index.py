@@ -90,6 +90,23 @@ def test_an_index_is_deleted(root: Path) -> None:
         assert caught.value.code == "index_not_found"
 
 
+def test_only_indexes_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lock of an index that is called as its pointer is, and not what a killed deletion left behind."""
+    publish(root, 1)
+    publish(root, 1, name="current")
+    publish(root, 1, name="gone")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        IndexStore(root).delete("gone")
+
+    assert [path.name for path in root.glob(".gone.*.tmp/current")] == ["current"]
+    assert IndexStore(root).names() == ["current", "wiki"]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a.b", "-a", "a" * 65, "\u00e9", "a\n", "*"])
 def test_names_that_are_no_folder_are_refused(name: str, root: Path) -> None:
     """No name leads out of the folder, or to a file of another index."""

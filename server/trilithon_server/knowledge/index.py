@@ -51,7 +51,9 @@ class IndexStore:
 
     def names(self) -> list[str]:
         """The indexes that there are, in order."""
-        return sorted(path.parent.name for path in self.root.glob(f"*/{_CURRENT}"))
+        # Locks lie in folders named for indexes, and one may be called `current`; what is half removed has one, too.
+        found = (path.parent.name for path in self.root.glob(f"*/{_CURRENT}"))
+        return sorted(name for name in found if _NAME.fullmatch(name))
 
     def holds(self, name: str) -> bool:
         """Whether there is an index of that name. Raises InvalidArgument: `index_invalid`, it can be no name."""
