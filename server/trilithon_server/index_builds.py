@@ -112,7 +112,7 @@ async def refresh(service: Service, call: Call, name: str, *, encoder: str) -> F
 
 
 async def get(service: Service, call: Call, name: str) -> Facts:
-    """Raises: NotFound: `index_not_found`. DataLoss: `index_corrupt`."""
+    """Raises: NotFound: `index_not_found`."""
     return await kept_indexes(service).facts(call.principal.tenant, name)
 
 

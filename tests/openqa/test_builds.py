@@ -69,6 +69,26 @@ def test_names_are_listed_taken_and_free_again(served: Open) -> None:
     assert [hit["id"] for hit in found["results"][0]["passages"]] == ["d:0"]
 
 
+def test_R11_one_broken_index_does_not_hide_the_others(served: Open) -> None:
+    """Over either protocol it is listed as failed, with what is wrong with it, until it is deleted."""
+    served.create("beside")
+    served.create("broken")
+    (pointer,) = (served.folder / "store" / "indexes").glob("*/broken/current")
+    pointer.write_text("")
+    of_http = {item["name"]: item for item in served.http.get(INDEXES).json()["indexes"]}
+    of_grpc = served.retrieval.ListIndexes(retrieval_pb2.ListIndexesRequest(), metadata=served.metadata)
+    alone = served.http.get(f"{INDEXES}/broken").json()
+    removed = served.http.delete(f"{INDEXES}/broken")
+    again = served.create("broken")
+
+    assert (of_http["beside"]["state"], of_http["broken"]["state"]) == ("ready", "failed")
+    assert "current must hold a version" in of_http["broken"]["error"]
+    assert alone == of_http["broken"]
+    assert {item.name: item.state for item in of_grpc.indexes}["broken"] == retrieval_pb2.Index.STATE_FAILED
+    assert removed.status_code == 200
+    assert again["state"] == "ready"
+
+
 def test_R11_a_bad_file_fails_its_build_with_every_line(served: Open) -> None:
     """The build's error has the file's id and each line; the name is there to be looked at, and can be used again."""
     file_id = served.upload(b'{"id": "a", "title": "", "text": "x"}\n{"id": "a", "title": "", "text": " "}\nnot json\n')

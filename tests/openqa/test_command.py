@@ -82,6 +82,25 @@ def test_an_index_is_built_searched_refreshed_and_removed(
     assert gone["error"]["code"] == "index_not_found"
 
 
+def test_R11_a_folder_with_a_broken_index_is_listed(
+    served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It failed, and can be removed; the others are told as ever."""
+    place = ["--dir", str(tmp_path / "indexes")]
+    for name in ("broken", "whole"):
+        told(capsys, "build", name, file, *place, *encoder(place, served))
+    (tmp_path / "indexes" / "broken" / "current").write_text("")
+    listed = told(capsys, "ls", *place)
+    told(capsys, "rm", "broken", *place)
+
+    assert [(item["name"], item["state"], item["passages"]) for item in listed] == [
+        ("broken", "failed", 0),
+        ("whole", "ready", 3),
+    ]
+    assert "current must hold a version" in listed[0]["error"]
+    assert [item["name"] for item in told(capsys, "ls", *place)] == ["whole"]
+
+
 def test_E3_a_folder_finds_what_a_server_finds(
     served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

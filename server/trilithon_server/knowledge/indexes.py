@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trilithon.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, TrilithonError
+from trilithon.errors import AlreadyExists, Conflict, DataLoss, FailedPrecondition, NotFound, TrilithonError
 from trilithon_server.knowledge.index import IndexStore, not_found
 from trilithon_server.knowledge.live import LiveIndex
 from trilithon_server.knowledge.manifest import Encoder, Manifest
@@ -46,7 +46,7 @@ class Facts:
     Attributes:
         manifest: of the version that is served; None: none yet.
         progress: share of the passages that are encoded, 0 to 1.
-        error: why the last build failed; empty where it did not.
+        error: why the last build failed, or no version can be told of: its files are broken; empty where neither.
     """
 
     name: str
@@ -164,17 +164,21 @@ class Indexes:
 
     async def facts(self, tenant: str, name: str) -> Facts:
         """
+        What is known of an index; of one whose files are broken, that it failed, and why.
+
         Raises:
-            NotFound: `index_not_found`. DataLoss: `index_corrupt`.
+            NotFound: `index_not_found`.
         """
         held = self._held.get((tenant, name))
+        manifest, broken = None, ""
         try:
             manifest = await asyncio.to_thread(self.store(tenant).manifest, name)
         except NotFound:
             if held is None or (held.build is None and not held.error):
                 raise
-            manifest = None
-        return _facts(name, held, manifest)
+        except (DataLoss, FailedPrecondition) as error:
+            broken = str(error)
+        return _facts(name, held, manifest, broken)
 
     async def names(self, tenant: str) -> list[str]:
         """Indexes that are there, are being built, or could not be built, in order."""
@@ -259,10 +263,10 @@ class Indexes:
         await asyncio.gather(*map(_ended, held))
 
 
-def _facts(name: str, held: _Held | None, manifest: Manifest | None) -> Facts:
+def _facts(name: str, held: _Held | None, manifest: Manifest | None, broken: str) -> Facts:
     if held is not None and held.build is not None:
         return Facts(name=name, state="building", manifest=manifest, progress=held.build.progress, error="")
-    error = held.error if held is not None else ""
+    error = broken or (held.error if held is not None else "")
     state: State = "failed" if manifest is None else "ready"
     return Facts(name=name, state=state, manifest=manifest, progress=0.0 if manifest is None else 1.0, error=error)
 

@@ -14,7 +14,7 @@ from trilithon.cli import _extra
 from trilithon.cli._connect import connect
 from trilithon.cli._output import Progress
 from trilithon.cli._parser import UsageError
-from trilithon.errors import AlreadyExists, FailedPrecondition, NotFound
+from trilithon.errors import AlreadyExists, DataLoss, FailedPrecondition, NotFound
 
 POLL_S = 0.2
 """Between two looks at a build on a server."""
@@ -148,7 +148,7 @@ class FolderDoor:
 
     def list(self) -> Sequence[Index]:
         """Read the folder."""
-        return [self._index(name) for name in self._store.names()]
+        return [self._listed(name) for name in self._store.names()]
 
     def delete(self, name: str) -> None:
         """Remove its files."""
@@ -173,6 +173,13 @@ class FolderDoor:
             return self._local.LocalEncoder(directory, name=model)
         except (NotFound, self._model_error) as error:
             raise UsageError(f"--model must be an encoder of this machine. {error}") from None
+
+    def _listed(self, name: str) -> Index:
+        """`_index`; a broken one is told as a server tells it."""
+        try:
+            return self._index(name)
+        except (DataLoss, FailedPrecondition) as error:
+            return Index(name=name, state="failed", error=str(error))
 
     def _index(self, name: str) -> Index:
         manifest = self._store.manifest(name)

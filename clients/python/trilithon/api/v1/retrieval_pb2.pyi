@@ -431,7 +431,7 @@ class Index(google.protobuf.message.Message):
         STATE_READY: Index._State.ValueType  # 2
         """Served, and nothing is being built."""
         STATE_FAILED: Index._State.ValueType  # 3
-        """The first version could not be built; `error` says why."""
+        """The first version could not be built, or what is kept of the index cannot be read; `error` says why."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Index.State.ValueType  # 0
@@ -440,7 +440,7 @@ class Index(google.protobuf.message.Message):
     STATE_READY: Index.State.ValueType  # 2
     """Served, and nothing is being built."""
     STATE_FAILED: Index.State.ValueType  # 3
-    """The first version could not be built; `error` says why."""
+    """The first version could not be built, or what is kept of the index cannot be read; `error` says why."""
 
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
@@ -464,7 +464,7 @@ class Index(google.protobuf.message.Message):
     progress: builtins.float
     """Share of the passages that are encoded, 0 to 1; 1 where nothing is being built."""
     error: builtins.str
-    """Why the last build or refresh failed. Empty where it did not."""
+    """Why the last build or refresh failed, or what is kept cannot be read. Empty where neither."""
     model: builtins.str
     """The name under which that encoder was served."""
     backend: builtins.str
