@@ -18,7 +18,6 @@ import numpy as np
 from trilithon.errors import (
     DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     Overloaded,
     RateLimited,
@@ -40,7 +39,7 @@ from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
 
 MAX_PASSAGES = 1 << 20
-"""Of an index: their vectors lie in memory while it is built."""
+"""Of a file, and so of an index: their vectors lie in memory while it is built."""
 
 BATCH = 32
 """Passages that a build has in the engine at once."""
@@ -141,9 +140,6 @@ def _work(
 ) -> Work:
     async def work(build: Build) -> None:
         passages = await asyncio.to_thread(read)
-        if len(passages) > MAX_PASSAGES:
-            rule = f"an index must have at most {MAX_PASSAGES} passages"
-            raise InvalidArgument(f"{rule}. Given: {len(passages)}. Make several.", code="passages_invalid")
         parts: list[Vectors] = []
         makers: list[Encoder] = []
         for first in range(0, len(passages), BATCH):
@@ -217,7 +213,7 @@ async def _file_reader(service: Service, file_id: str, tenant: str) -> Callable[
 
     def read() -> Sequence[Passage]:
         try:
-            return read_passages(path, name=file_id)
+            return read_passages(path, name=file_id, most=MAX_PASSAGES)
         except FileNotFoundError:
             message = f"file {file_id} was deleted before it was read."
             raise NotFound(message, code="file_not_found", hint="Upload it again.") from None

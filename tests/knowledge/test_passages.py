@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,35 @@ def test_all_findings_are_said_at_once(tmp_path: Path) -> None:
     assert lines[1] == 'p.jsonl:3 id must not repeat. Given: "a", as in p.jsonl:1.'
     assert lines[2] == "p.jsonl:4 must be UTF-8. Given: byte 0 is not."
     assert lines[-1] == "... and 13 more."
+
+
+def test_R11_findings_are_counted_not_kept(tmp_path: Path) -> None:
+    """A file of nothing but newlines is told in as little memory as one with twenty of them."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n" * 20_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match=r"\.\.\. and 19980 more\.$"):
+            read_passages(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 500_000
+
+
+def test_R11_a_file_with_too_many_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
+    """What is behind the last that may be is not looked at: it would be a finding, too."""
+    path = tmp_path / "p.jsonl"
+    lines = [passage_line(Passage(f"p{i}", "", "x")) for i in range(3)]
+    path.write_bytes(b"".join(lines))
+    assert len(read_passages(path, most=3)) == 3
+    path.write_bytes(b"".join([*lines, b"\n" * 10]))
+    with pytest.raises(InvalidArgument) as caught:
+        read_passages(path, name="file-1", most=3)
+
+    assert caught.value.code == "passages_invalid"
+    assert caught.value.message == "file-1 must hold at most 3 passages. Given: more lines. Make several files."
 
 
 def test_a_line_without_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

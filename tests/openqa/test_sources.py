@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from trilithon.errors import InvalidArgument
+from trilithon_server import index_builds
 from trilithon_server.knowledge.local import Document
-from trilithon_server.knowledge.passages import MAX_ID_BYTES, check_passages
+from trilithon_server.knowledge.passages import MAX_ID_BYTES, Passage, check_passages, write_passages
 from trilithon_server.retrieval import MAX_CUT, MAX_DOCUMENT_ID_BYTES, MAX_TITLE_CHARS, check_sources, cut_documents
 from trilithon_server.validation import Violations
 
@@ -66,3 +71,19 @@ def test_a_page_s_own_title_is_cut() -> None:
 
     assert passage.title == ("t " * 5000)[:MAX_TITLE_CHARS]
     assert passage.text == "A mill stands here."
+
+
+async def test_R11_a_build_reads_no_more_lines_than_an_index_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may be as large as an upload, and its passages lie in the server's memory."""
+    monkeypatch.setattr(index_builds, "MAX_PASSAGES", 2)
+    write_passages(tmp_path / "p", [Passage(f"p{i}", "", "x") for i in range(3)])
+
+    async def find_file(_id: str, _tenant: str) -> Path:
+        return tmp_path / "p"
+
+    service: Any = SimpleNamespace(find_file=find_file)
+    read = await index_builds._file_reader(service, "file-1", "acme")
+    with pytest.raises(InvalidArgument, match="file-1 must hold at most 2 passages"):
+        read()

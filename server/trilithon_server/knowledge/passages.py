@@ -121,39 +121,44 @@ def check_passages(passages: Iterable[Passage]) -> None:
     Raises:
         InvalidArgument: `passages_invalid`, none at all, a malformed one, or an id that repeats; lists the findings.
     """
-    findings: list[str] = []
+    findings = _Findings()
     seen: dict[str, str] = {}
     for i, passage in enumerate(passages):
         where = f"passages[{i}]"
-        wrong = check_passage(passage) or _repeated(passage, where, seen)
-        findings += [f"{where} {wrong}"] if wrong else []
-    _raise(findings, what="an index", is_empty=not seen)
+        if wrong := check_passage(passage) or _repeated(passage, where, seen):
+            findings.add(f"{where} {wrong}")
+    findings.raise_if_any(what="an index", is_empty=not seen)
 
 
-def read_passages(path: Path, *, name: str = "") -> list[Passage]:
+def read_passages(path: Path, *, name: str = "", most: int | None = None) -> list[Passage]:
     """
     The passages of a file in order.
 
     Args:
         name: what messages call the file; empty: its own name.
+        most: lines that the file may have; what is behind them is not read. None: any number.
     Raises:
         InvalidArgument: `passages_invalid`, with file, line and value of everything that is wrong.
         OSError: the file cannot be read.
     """
+    what = name or path.name
     passages: list[Passage] = []
-    findings: list[str] = []
+    findings = _Findings()
     seen: dict[str, str] = {}
     for number, line in _lines(path):
-        where = f"{name or path.name}:{number}"
+        where = f"{what}:{number}"
+        if most is not None and number > most:
+            findings.add(f"{what} must hold at most {most:,} passages. Given: more lines. Make several files.")
+            break
         try:
             passage = parse_passage(line)
         except InvalidArgument as error:
-            findings.append(f"{where} {error.message}")
+            findings.add(f"{where} {error.message}")
             continue
-        wrong = _repeated(passage, where, seen)
-        findings += [f"{where} {wrong}"] if wrong else []
+        if wrong := _repeated(passage, where, seen):
+            findings.add(f"{where} {wrong}")
         passages.append(passage)
-    _raise(findings, what=name or path.name, is_empty=not passages)
+    findings.raise_if_any(what=what, is_empty=not passages)
     return passages
 
 
@@ -188,11 +193,21 @@ def _repeated(passage: Passage, where: str, seen: dict[str, str]) -> str:
     return "" if first == where else f"id must not repeat. Given: {shown(passage.id)}, as in {first}."
 
 
-def _raise(findings: list[str], *, what: str, is_empty: bool) -> None:
-    if is_empty and not findings:
-        findings = [f"{what} must hold at least one passage."]
-    if findings:
-        listed = findings[:MAX_SHOWN]
-        if len(findings) > MAX_SHOWN:
-            listed.append(f"... and {len(findings) - MAX_SHOWN} more.")
-        raise InvalidArgument("\n".join(listed), code="passages_invalid")
+class _Findings:
+    """What is wrong: the first of it, and how much there is; a file may have no good line at all."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, finding: str) -> None:
+        self._count += 1
+        if self._count <= MAX_SHOWN:
+            self._shown.append(finding)
+
+    def raise_if_any(self, *, what: str, is_empty: bool) -> None:
+        if is_empty and not self._count:
+            self.add(f"{what} must hold at least one passage.")
+        if self._count:
+            more = [f"... and {self._count - MAX_SHOWN} more."] if self._count > MAX_SHOWN else []
+            raise InvalidArgument("\n".join([*self._shown, *more]), code="passages_invalid")
