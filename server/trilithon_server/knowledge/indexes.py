@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ MAX_INDEXES = 64
 """Of one tenant."""
 
 State = Literal["building", "ready", "failed"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +88,13 @@ class Build:
             return store.open(self._name, model_digest=encoder.model_digest)
 
         # Once begun it is brought to its end: a deletion that comes meanwhile must find a whole index.
-        version = await _to_its_end(asyncio.create_task(asyncio.to_thread(write)))
+        task = asyncio.create_task(asyncio.to_thread(write))
+        try:
+            version = await _to_its_end(task)
+        except asyncio.CancelledError:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                task.result().close()
+            raise
         self._indexes.serve(self._tenant, self._name, version)
 
 
@@ -246,8 +254,12 @@ class Indexes:
         held = self._held.setdefault((tenant, name), _Held())
         if held.deleting:
             raise not_found(name)
-        begun = held.build is not None or bool(held.error)
         held.deleting = True
+        # Once begun it is brought to its end: whoever asks meanwhile must not find again what is being removed.
+        await _to_its_end(asyncio.create_task(self._delete(held, tenant, name)))
+
+    async def _delete(self, held: _Held, tenant: str, name: str) -> None:
+        begun = held.build is not None or bool(held.error)
         try:
             await _ended(held)
             await asyncio.to_thread(self.store(tenant).delete, name)
@@ -284,12 +296,12 @@ async def _ended(held: _Held) -> None:
         held.live.close()
 
 
-async def _to_its_end(task: asyncio.Task[IndexVersion]) -> IndexVersion:
+async def _to_its_end(task: asyncio.Task[T]) -> T:
     """The result of a task that nothing interrupts; who is cancelled meanwhile learns it when the task is done."""
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
-        if not task.cancelled() and task.exception() is None:
-            task.result().close()
+        if not task.cancelled():
+            task.exception()  # nobody else asks for it
         raise
