@@ -24,7 +24,7 @@ from trilithon_server.generation import NO_TOKENS, Usage
 from trilithon_server.knowledge.html import read_html, read_text
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.knowledge.local import Document
-from trilithon_server.knowledge.passages import MAX_ID_BYTES, Passage, passages_of
+from trilithon_server.knowledge.passages import MAX_ID_BYTES, Passage, check_size, passages_of
 from trilithon_server.knowledge.version import Hit, IndexVersion, Mode, Queries
 from trilithon_server.prompts import Sequenced
 from trilithon_server.served import Call, ServedModel
@@ -256,8 +256,8 @@ def cut_documents(documents: Sequence[Document]) -> list[Passage]:
     Args:
         documents: as `check_sources` lets them pass.
     Raises:
-        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats; `passages_invalid`, no word at all, or
-            too many passages.
+        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats; `passages_invalid`, no word at all,
+            too many passages, or too large a one.
     """
     seen: set[str] = set()
     passages: list[Passage] = []
@@ -272,7 +272,11 @@ def cut_documents(documents: Sequence[Document]) -> list[Passage]:
         else:
             page = read_text(document.text, field=f"{field}.text")
         title = document.title or page.title[:MAX_TITLE_CHARS]
-        passages += passages_of(document.id, title, page.text, most=MAX_CUT + 1 - len(passages))
+        cut = passages_of(document.id, title, page.text, most=MAX_CUT + 1 - len(passages))
+        if wrong := next(filter(None, map(check_size, cut)), ""):
+            hint = "Put spaces between its words, or empty lines: a passage has up to 100 words of one paragraph."
+            raise InvalidArgument(f"{field}: a passage {wrong}", code="passages_invalid", hint=hint)
+        passages += cut
         if len(passages) > MAX_CUT:
             message = f"the documents must make at most {MAX_CUT:,} passages. Given: more, in {field}."
             hint = "Send fewer of them, or longer paragraphs: an empty line ends a passage."

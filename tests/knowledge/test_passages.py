@@ -143,6 +143,20 @@ def test_a_line_without_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert MAX_LINE_BYTES == 4 << 20
 
 
+@pytest.mark.parametrize("char", ["x", "\u00e9", "\U0001f600", "\x01", "\n", '"', "\u2028"])
+def test_R11_a_passage_that_could_not_be_read_again_is_refused(char: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes count as they are written: the longest line that is accepted is read, one more character is refused."""
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 200)
+    empty, size = len(passage_line(Passage("a", "", "."))), len(passage_line(Passage("a", "", "." + char)))
+    fits = (200 - empty) // (size - empty)
+    longest = Passage("a", "", "." + char * fits)
+    check_passages([longest])
+    with pytest.raises(InvalidArgument, match=r"passages\[0\] must have at most 200 bytes as JSON"):
+        check_passages([Passage("a", "", "." + char * (fits + 1))])
+
+    assert parse_passage(passage_line(longest)) == longest
+
+
 def test_no_passage_is_no_index(tmp_path: Path) -> None:
     """An empty file, and an empty list."""
     path = tmp_path / "p.jsonl"

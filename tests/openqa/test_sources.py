@@ -10,6 +10,7 @@ import pytest
 
 from trilithon.errors import InvalidArgument
 from trilithon_server import index_builds
+from trilithon_server.knowledge import passages as passages_module
 from trilithon_server.knowledge.local import Document
 from trilithon_server.knowledge.passages import MAX_ID_BYTES, Passage, check_passages, write_passages
 from trilithon_server.retrieval import MAX_CUT, MAX_DOCUMENT_ID_BYTES, MAX_TITLE_CHARS, check_sources, cut_documents
@@ -71,6 +72,16 @@ def test_a_page_s_own_title_is_cut() -> None:
 
     assert passage.title == ("t " * 5000)[:MAX_TITLE_CHARS]
     assert passage.text == "A mill stands here."
+
+
+def test_R11_a_passage_that_no_index_can_hold_is_refused_as_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document may be one long word, or of characters that grow in JSON."""
+    monkeypatch.setattr(passages_module, "MAX_LINE_BYTES", 600)
+    long = [Document(id="good", text="a mill"), Document(id="long", text="word " + "\x01" * 100)]
+    with pytest.raises(InvalidArgument, match=r"documents\[1\]: a passage must have at most 600 bytes as JSON"):
+        cut_documents(long)
+
+    check_passages(cut_documents([Document(id="good", text="word " + "x" * 500)]))
 
 
 async def test_R11_a_build_reads_no_more_lines_than_an_index_may_have(

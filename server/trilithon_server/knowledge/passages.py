@@ -82,6 +82,12 @@ def check_passage(passage: Passage) -> str:
     return ""
 
 
+def check_size(passage: Passage) -> str:
+    """What is wrong with the size of a passage, as the end of a sentence: its line must be one that is read again."""
+    size = len(passage_line(passage))  # in JSON a control character has six bytes
+    return "" if size <= MAX_LINE_BYTES else f"must have at most {MAX_LINE_BYTES:,} bytes as JSON. Given: {size:,}."
+
+
 def passage_line(passage: Passage) -> bytes:
     """A passage as a line of the file."""
     return json.dumps(asdict(passage), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -125,7 +131,7 @@ def check_passages(passages: Iterable[Passage]) -> None:
     seen: dict[str, str] = {}
     for i, passage in enumerate(passages):
         where = f"passages[{i}]"
-        if wrong := check_passage(passage) or _repeated(passage, where, seen):
+        if wrong := check_passage(passage) or check_size(passage) or _repeated(passage, where, seen):
             findings.add(f"{where} {wrong}")
     findings.raise_if_any(what="an index", is_empty=not seen)
 
