@@ -36,7 +36,11 @@ MODES: tuple[str, ...] = get_args(Mode)
 MAX_QUERIES = 64
 MAX_TOP_K = 1000
 MAX_FOUND = 8192
-"""Passages of one answer, over all of its questions: 100 words each are some megabytes."""
+"""Passages of one answer, over all of its questions."""
+
+MAX_FOUND_BYTES = 12 << 20
+"""Of those passages; twice as many as they have with 100 words each, and less than a gRPC message may have."""
+
 DEFAULT_TOP_K = 10
 MAX_QUERY_CHARS = 4096
 
@@ -90,6 +94,11 @@ class Found:
     index_version: int
     model: ServedModel | None
     usage: Usage
+
+    @property
+    def chars(self) -> int:
+        """Of all passages."""
+        return sum(len(hit.passage.title) + len(hit.passage.text) for hits in self.hits for hit in hits)
 
 
 async def encode(
@@ -202,7 +211,7 @@ async def look_up(service: Service, call: Call, wanted: Wanted, values: Mapping[
             vectors_NH=None if encoded is None else encoded.vectors_NH,
             model_digest="" if encoded is None else encoded.model_digest,
         )
-        hits = await asyncio.to_thread(index.search, queries, top_k, mode=mode)
+        hits = await asyncio.to_thread(index.search, queries, top_k, mode=mode, most_bytes=MAX_FOUND_BYTES)
         usage = NO_TOKENS if encoded is None else encoded.usage
         model = None if encoded is None else encoded.model
         return Found(hits=hits, index_version=index.version, model=model, usage=usage)

@@ -140,7 +140,7 @@ def test_a_line_without_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
         "p.jsonl:1 must have at most 100 bytes.",
         'p.jsonl:3 id must not repeat. Given: "a", as in p.jsonl:2.',
     ]
-    assert MAX_LINE_BYTES == 4 << 20
+    assert MAX_LINE_BYTES == 64 << 10
 
 
 @pytest.mark.parametrize("char", ["x", "\u00e9", "\U0001f600", "\x01", "\n", '"', "\u2028"])

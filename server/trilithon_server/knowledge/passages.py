@@ -18,8 +18,8 @@ from trilithon_server.knowledge.words import PASSAGE_WORDS, chunks
 from trilithon_server.validation import nearest, shown
 
 MAX_ID_BYTES = 256
-MAX_LINE_BYTES = 4 << 20
-"""Of one line; a passage has some hundred words."""
+MAX_LINE_BYTES = 64 << 10
+"""Of one line; a passage has some hundred words, and an encoder reads no more of it than some thousand characters."""
 
 MAX_SHOWN = 20
 """Findings that a message lists; the rest are counted."""

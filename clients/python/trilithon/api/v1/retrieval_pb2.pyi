@@ -169,7 +169,9 @@ class SearchRequest(google.protobuf.message.Message):
     index: builtins.str
     """Range: a stored index."""
     top_k: builtins.int
-    """Passages for each question at most. Unset: 10. Range: 1 to 1000, and 8192 over all questions. Zero: same as unset."""
+    """Passages for each question at most. Unset: 10. Range: 1 to 1000, and 8192 passages of together 12 MiB over all
+    questions. Zero: same as unset.
+    """
     min_version: builtins.int
     """FAILED_PRECONDITION where an older version than this is served. Zero: any version."""
     mode: Global___SearchRequest.Mode.ValueType
@@ -317,7 +319,9 @@ class CreateIndexRequest(google.protobuf.message.Message):
     name: builtins.str
     """Range: 1 to 64 letters, digits, _ and -, the first a letter or a digit; not taken."""
     file_id: builtins.str
-    """An uploaded file of purpose evidence: JSON lines of {"id", "title", "text"}. Zero: same as unset."""
+    """An uploaded file of purpose evidence: at most 1048576 JSON lines of {"id", "title", "text"}, each of at most 64 KiB.
+    Zero: same as unset.
+    """
     model: builtins.str
     """The encoder. Unset: the first that is served. Zero: same as unset."""
     backend: Global___CreateIndexRequest.Backend.ValueType
