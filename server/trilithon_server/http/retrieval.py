@@ -154,7 +154,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST", path=_INDEXES, handler=create_index, request=CreateIndexRequest, answer="IndexAnswer",
-        counted=False, more_errors=("409",), summary="Begin to build an index.",
+        more_errors=("409",), summary="Begin to build an index.",
     ),
     Route(
         method="GET", path=_INDEXES, handler=list_indexes, answer="IndexesAnswer", counted=False,
@@ -166,7 +166,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST", path=f"{_INDEXES}/{{name}}/refresh", handler=refresh_index, request=RefreshIndexRequest,
-        answer="IndexAnswer", counted=False, more_errors=("409",), summary="Begin to encode an index again.",
+        answer="IndexAnswer", more_errors=("409",), summary="Begin to encode an index again.",
     ),
     Route(
         method="DELETE", path=f"{_INDEXES}/{{name}}", handler=delete_index, answer="Nothing", counted=False,
