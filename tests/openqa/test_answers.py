@@ -206,6 +206,15 @@ def test_acc_A12_a_refresh_fails_no_running_answer(served: Open) -> None:
             assert stands_on == pytest.approx(expected[answer["index_version"]], abs=FLOAT32)
 
 
+def test_a_whole_number_is_one_however_it_is_spelt(served: Open, index: str) -> None:
+    """JSON does not tell 100.0 from 100: an answer of so many tokens is weighed. Inverse seen: it was none."""
+    body = {"model": WRITER, "index": index, "question": QUESTION, "top_k": 1, "mode": "bm25"}
+    whole, spelt = (served.post(ASK, **body, sampling={"max_tokens": n, "ignore_eos": True}) for n in (100, 100.0))
+
+    assert whole["usage"]["generated_tokens"] > 64
+    assert whole["answer"] == spelt["answer"] != ""
+
+
 def test_time_that_runs_out_is_told(served: Open, index: str) -> None:
     """What was scored by then, or a refusal that says that time passed; never a half-written answer as a whole one."""
     body = {"model": WRITER, "index": index, "question": QUESTION, "sampling": {"max_tokens": 900, "ignore_eos": True}}
@@ -244,10 +253,13 @@ def test_without_a_name_the_first_model_that_reads_so_answers(served: Open, inde
         ({"question": "x", "index": "asked", "model": SPANS, "sampling": SHORT}, "max_tokens", "found, not drawn"),
         ({"question": "x", "index": "asked", "sampling": {"echo": True}}, "sampling.echo", "unknown parameter"),
         ({"question": "x", "index": "asked", "model": WRITER, "sampling": {"top_p": 7}}, "top_p", "at most 1"),
-        (
-            {"question": "x", "index": "asked", "model": WRITER, "sampling": {"n": 20, "temperature": 1}},
-            "n",
-            "times `top_k`",
+        *(
+            (
+                {"question": "x", "index": "asked", "model": WRITER, "sampling": {"n": n, "temperature": 1}},
+                "n",
+                "times `top_k` must be at most 64. Given: 80",
+            )
+            for n in (16, 16.0)
         ),
         ({"question": "x", "index": "asked", "min_version": 9}, None, "version 1 is served"),
         ({"question": "x", "documents": DOCUMENTS, "min_version": 1}, "min_version", "must be unset"),
