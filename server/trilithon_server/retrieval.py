@@ -253,8 +253,6 @@ def check_sources(name: str, documents: Sequence[Document], found: Violations) -
         if len(document.title) > MAX_TITLE_CHARS:
             given = len(document.title)
             found.add(f"{name}[{i}].title", f"must have at most {MAX_TITLE_CHARS} characters", given=given)
-        elif not is_text(document.title):
-            found.add(f"{name}[{i}].title", "must be sound Unicode (it holds half of a surrogate pair)")
 
 
 def cut_documents(documents: Sequence[Document]) -> list[Passage]:
