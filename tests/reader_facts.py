@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import tokenizers
 import torch
 from finetune_jobs import JobDir, make_job, write_rows
 from tiny_configs import BERT, T5
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from trilithon_parallel.backend import select
 from trilithon_parallel.config import ModelConfig
@@ -65,11 +66,16 @@ RETRIEVER = replace(
 OPTIONS: dict[str, Any] = {"max_question_tokens": 1, "max_answer_tokens": 4, "written_answers": 16}
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A word is a token; texts stand between [CLS] and [SEP]."""
+def write_tokenizer(folder: Path, texts: Sequence[str] = (), *, vocab_size: int = 0, longest: int = 64) -> None:
+    """A word is a token; texts stand between [CLS] and [SEP]. With `texts` its pieces are learned from these."""
     words = [*SPECIAL, "hold", *(f"{kind}{i}" for kind in KINDS for i in range(SIDE)), *SENTINELS]
     tokenizer = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if texts:
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        special = [*SPECIAL, *SENTINELS]
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -78,18 +84,18 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-    document = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, **named}
+    document = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, **named}
     (folder / "tokenizer_config.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def write_model(folder: Path, config: ModelConfig, *, seed: int, sigma: float) -> Path:
-    """A model directory of new weights."""
+def write_model(folder: Path, config: ModelConfig, *, seed: int, sigma: float, texts: Sequence[str] = ()) -> Path:
+    """A model directory of new weights; its vocabulary is that of the facts, or learned from `texts`."""
     grid = Grid.single()
     build = build_seq2seq if config.is_seq2seq else build_stage
     stage = build(config, grid=grid, backend=select("torch"), dtype=torch.float32)
     initialise(stage, config=config, grid=grid, seed=seed, sigma=sigma)
     side = folder.with_name(f"{folder.name}-tokenizer")
-    write_tokenizer(side)
+    write_tokenizer(side, texts, vocab_size=config.vocab_size, longest=config.max_context)
     export_model(full_state([(stage, grid)], config), config, folder, side_files_from=side)
     return folder
 

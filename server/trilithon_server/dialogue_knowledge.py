@@ -98,7 +98,7 @@ async def choose(service: Service, call: Call, asked: Asked, values: Mapping[str
     if grounds.kb_id:
         sentences = await sentences_of(service, call, grounds.kb_id)
     else:
-        sentences = list(await asyncio.to_thread(read_documents, grounds.documents))
+        sentences = list(await asyncio.to_thread(read_documents, grounds.documents, field="knowledge.documents"))
     if not sentences:
         return []
     scorer = grounds.scorer or "tfidf"

@@ -18,14 +18,12 @@ import numpy as np
 from trilithon.errors import (
     DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     Overloaded,
     RateLimited,
     Unavailable,
 )
 from trilithon_server.auth import Principal
-from trilithon_server.dialogue_requests import check_documents
 from trilithon_server.encoders import check_side, default_encoder, described, encoder_of
 from trilithon_server.knowledge.dense import BACKENDS
 from trilithon_server.knowledge.indexes import Build, Facts, Work
@@ -35,13 +33,13 @@ from trilithon_server.knowledge.manifest import Encoder
 from trilithon_server.knowledge.passages import Passage, read_passages
 from trilithon_server.knowledge.stored import Settings
 from trilithon_server.metrics import RequestRecord
-from trilithon_server.retrieval import Vectors, cut_documents, encode_passages, kept_indexes
+from trilithon_server.retrieval import Vectors, check_sources, cut_documents, encode_passages, kept_indexes
 from trilithon_server.served import Call, ServedModel, request_id
 from trilithon_server.service import Service
 from trilithon_server.validation import Violations, nearest
 
 MAX_PASSAGES = 1 << 20
-"""Of an index: their vectors lie in memory while it is built."""
+"""Of a file, and so of an index: their vectors lie in memory while it is built."""
 
 BATCH = 32
 """Passages that a build has in the engine at once."""
@@ -113,7 +111,7 @@ async def refresh(service: Service, call: Call, name: str, *, encoder: str) -> F
 
 
 async def get(service: Service, call: Call, name: str) -> Facts:
-    """Raises: NotFound: `index_not_found`. DataLoss: `index_corrupt`."""
+    """Raises: NotFound: `index_not_found`."""
     return await kept_indexes(service).facts(call.principal.tenant, name)
 
 
@@ -142,9 +140,6 @@ def _work(
 ) -> Work:
     async def work(build: Build) -> None:
         passages = await asyncio.to_thread(read)
-        if len(passages) > MAX_PASSAGES:
-            rule = f"an index must have at most {MAX_PASSAGES} passages"
-            raise InvalidArgument(f"{rule}. Given: {len(passages)}. Make several.", code="passages_invalid")
         parts: list[Vectors] = []
         makers: list[Encoder] = []
         for first in range(0, len(passages), BATCH):
@@ -218,7 +213,7 @@ async def _file_reader(service: Service, file_id: str, tenant: str) -> Callable[
 
     def read() -> Sequence[Passage]:
         try:
-            return read_passages(path, name=file_id)
+            return read_passages(path, name=file_id, most=MAX_PASSAGES)
         except FileNotFoundError:
             message = f"file {file_id} was deleted before it was read."
             raise NotFound(message, code="file_not_found", hint="Upload it again.") from None
@@ -232,7 +227,7 @@ def _stored(live: LiveIndex) -> list[Passage]:
 
 
 def _check(source: Source, backend: str, found: Violations) -> None:
-    check_documents("documents", source.documents, found)
+    check_sources("documents", source.documents, found)
     if bool(source.file_id) == bool(source.documents):
         found.add("file_id", "or `documents` must be set, one of the two", code="missing_parameter")
     if backend and backend not in BACKENDS:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from trilithon.errors import InvalidArgument
 from trilithon_parallel.config import QUERY_DIR, load_config
 from trilithon_server.knowledge.index import IndexStore
+from trilithon_server.knowledge.live import Found
 from trilithon_server.knowledge.manifest import Encoder
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.knowledge.stored import Settings
-from trilithon_server.knowledge.version import Hit, IndexVersion, Mode, Queries
+from trilithon_server.knowledge.version import IndexVersion, Mode, Queries
 from trilithon_server.llm import LLM
 from trilithon_server.tasks import read_task
 from trilithon_server.tasks.retrieval import RetrievalFormat
@@ -153,9 +154,9 @@ def stored(store: IndexStore, name: str) -> tuple[list[Passage], Settings]:
 
 def search(
     store: IndexStore, name: str, queries: Sequence[str], encoder: LocalEncoder | None, *, top_k: int, mode: Mode
-) -> list[tuple[Hit, ...]]:
+) -> Found:
     """
-    The passages that go with each question.
+    The passages that go with each question, and the version that they are of.
 
     Args:
         encoder: the one that built the index; None with `bm25`.
@@ -166,7 +167,8 @@ def search(
     index = _opened(store, name)
     vectors_NH = None if encoder is None else encoder.queries(queries)
     digest = "" if encoder is None else encoder.facts.model_digest
-    return index.search(Queries(texts=queries, vectors_NH=vectors_NH, model_digest=digest), top_k, mode=mode)
+    hits = index.search(Queries(texts=queries, vectors_NH=vectors_NH, model_digest=digest), top_k, mode=mode)
+    return Found(tuple(hits), index.version)
 
 
 def _opened(store: IndexStore, name: str) -> IndexVersion:

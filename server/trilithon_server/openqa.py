@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
-from trilithon_server.dialogue_requests import check_documents
 from trilithon_server.encoders import both_of, check_side, default_encoder, format_of
 from trilithon_server.generation import NO_TOKENS, Timings, Usage
 from trilithon_server.knowledge.local import Document
@@ -37,6 +36,7 @@ from trilithon_server.retrieval import (
     Wanted,
     check_line,
     check_mode,
+    check_sources,
     cut_documents,
     encode_passages,
     encode_queries,
@@ -47,7 +47,7 @@ from trilithon_server.sampling import validate
 from trilithon_server.sampling_rules import META_NAMES
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
-from trilithon_server.validation import Violations, nearest
+from trilithon_server.validation import Violations, invalid, nearest
 
 Reader = Literal["span", "joint", "individual", "causal"]
 READERS: tuple[Reader, ...] = get_args(Reader)
@@ -126,9 +126,9 @@ async def answer(
         TrilithonError: refused, or an engine could not finish.
     """
     violations = found if found is not None else Violations()
-    _check(asked, service, values, violations)
+    _check(asked, service, violations)
     violations.raise_if_any()
-    model, reader = await _reader(service, call, model_name, asked.reader, values)
+    model, reader = await _reader(service, call, model_name, asked, values)
     meta = {name: value for name, value in values.items() if name in META_NAMES}
     hits, version, searched = await _passages(service, call, asked, meta)
     reading = await _read(service, call, model, reader, asked.question, hits, values)
@@ -151,9 +151,10 @@ async def answer(
 
 
 async def _reader(
-    service: Service, call: Call, name: str, wanted: str, values: Mapping[str, Any]
+    service: Service, call: Call, name: str, asked: Asked, values: Mapping[str, Any]
 ) -> tuple[ServedModel, Reader]:
     """The model that reads, and how."""
+    wanted = asked.reader
     if not name:
         able = {reader_of(model): model.name for model in reversed(service.models.values())}
         name = next((able[kind] for kind in READERS if kind in able and wanted in ("", kind)), "")
@@ -174,8 +175,11 @@ async def _reader(
     for given in values if reader == "span" else ():
         if given not in META_NAMES:
             violations.add(given, "is for readers that write: a span is found, not drawn", given=values[given])
-    validate(as_written(model, values), model.bounds(call.principal, model.ready()), violations)
+    params = validate(as_written(model, values), model.bounds(call.principal, model.ready()), violations)
     violations.raise_if_any()
+    most = service.limits.max_prompts
+    if (total := params.n * (asked.top_k or DEFAULT_TOP_K)) > most:
+        raise invalid("n", f"times `top_k` must be at most {most}", given=total)
     return model, reader
 
 
@@ -239,19 +243,16 @@ async def _read(
     return await _READ[reader](service, call, model, question, hits, values)
 
 
-def _check(asked: Asked, service: Service, values: Mapping[str, Any], found: Violations) -> None:
+def _check(asked: Asked, service: Service, found: Violations) -> None:
     check_line("question", asked.question, MAX_QUERY_CHARS, found)
-    check_documents("documents", asked.documents, found)
+    check_sources("documents", asked.documents, found)
     if bool(asked.index) == bool(asked.documents):
         found.add("index", "or `documents` must be set, one of the two", code="missing_parameter")
     if asked.documents and asked.min_version:
         found.add("min_version", "must be unset with `documents`", given=asked.min_version)
     most = min(MAX_TOP_K, service.limits.max_prompts)
-    drawn = values.get("n")
     if not 0 <= asked.top_k <= most:
         found.add("top_k", f"must be from 1 to {most}", given=asked.top_k)
-    elif isinstance(drawn, int) and (total := drawn * (asked.top_k or DEFAULT_TOP_K)) > service.limits.max_prompts:
-        found.add("n", f"times `top_k` must be at most {service.limits.max_prompts}", given=total)
     if asked.reader and asked.reader not in READERS:
         hint = nearest(asked.reader, READERS).strip()
         found.add("reader", f"must be one of {', '.join(READERS)}", given=asked.reader, todo=hint)

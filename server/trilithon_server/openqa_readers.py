@@ -21,6 +21,7 @@ from trilithon_server.generation import Timings, Usage
 from trilithon_server.knowledge.version import Hit
 from trilithon_server.openqa_writing import Weighed, Writing, weigh
 from trilithon_server.prompts import Sequenced
+from trilithon_server.sampling import validate
 from trilithon_server.served import Call, ServedModel
 from trilithon_server.service import Service
 from trilithon_server.task_run import TaskRun, off_loop
@@ -124,7 +125,9 @@ async def write_answers(
     Raises:
         TrilithonError: refused, or the engine could not finish; DeadlineExceeded: before any answer was scored.
     """
-    prompts, longest, truncated = await _prompts(model, question, hits, values)
+    values = as_written(model, values)
+    params = validate(values, model.bounds(call.principal, model.ready()))
+    prompts, longest, truncated = await _prompts(model, question, hits, params.max_tokens or DEFAULT_TOKENS)
     writing = Writing(
         prompts=[Sequenced(ids=ids) for ids in prompts],
         logprobs=[hit.logprob for hit in hits],
@@ -134,7 +137,7 @@ async def write_answers(
         ends=answer_ends(model.tokenizer),
         longest=longest,
     )
-    weighed = await weigh(service, call, model, writing, as_written(model, values), field="top_k")
+    weighed = await weigh(service, call, model, writing, values, field="top_k")
     return _apart(weighed, hits, truncated)
 
 
@@ -233,14 +236,13 @@ def _reader_writing(
 
 
 async def _prompts(
-    model: ServedModel, question: str, hits: Sequence[Hit], values: Mapping[str, Any]
+    model: ServedModel, question: str, hits: Sequence[Hit], max_tokens: int
 ) -> tuple[list[list[int]], int, list[bool]]:
     """What is read of each passage, how many tokens an answer may have there, and which passages were cut."""
     hello = model.ready()
     window = min(hello.max_context_tokens, hello.kv_capacity_tokens or hello.max_context_tokens)
-    wanted = values.get("max_tokens")
     # An answer that is read back may have some tokens more than it was written with.
-    longest = 2 * (wanted if isinstance(wanted, int) and wanted > 0 else DEFAULT_TOKENS)
+    longest = 2 * max_tokens
     end = max(map(len, answer_ends(model.tokenizer)))
 
     def work() -> list[tuple[list[int], bool]]:

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilithon.errors import FailedPrecondition, InvalidArgument
+from trilithon_server.dialogue_requests import MAX_DOCUMENTS, check_documents
 from trilithon_server.embedding import embed
 from trilithon_server.encoders import check_side, default_encoder, encoder_of, format_of, space_of
 from trilithon_server.generation import NO_TOKENS, Usage
 from trilithon_server.knowledge.html import read_html, read_text
 from trilithon_server.knowledge.indexes import Indexes
 from trilithon_server.knowledge.local import Document
-from trilithon_server.knowledge.passages import Passage, passages_of
+from trilithon_server.knowledge.passages import MAX_ID_BYTES, Passage, check_size, passages_of
 from trilithon_server.knowledge.version import Hit, IndexVersion, Mode, Queries
 from trilithon_server.prompts import Sequenced
 from trilithon_server.served import Call, ServedModel
@@ -35,9 +36,22 @@ MODES: tuple[str, ...] = get_args(Mode)
 MAX_QUERIES = 64
 MAX_TOP_K = 1000
 MAX_FOUND = 8192
-"""Passages of one answer, over all of its questions: 100 words each are some megabytes."""
+"""Passages of one answer, over all of its questions."""
+
+MAX_FOUND_BYTES = 12 << 20
+"""Of those passages; twice as many as they have with 100 words each, and less than a gRPC message may have."""
+
 DEFAULT_TOP_K = 10
 MAX_QUERY_CHARS = 4096
+
+MAX_CUT = 1 << 14
+"""Passages that documents are cut into: those of 1 MiB, if a paragraph has 64 bytes."""
+
+MAX_DOCUMENT_ID_BYTES = MAX_ID_BYTES - len(f":{MAX_CUT - 1}")
+"""Its passages have it in their own ids."""
+
+MAX_TITLE_CHARS = 512
+"""Of a document: each of its passages repeats it."""
 
 Vectors = NDArray[np.float32]
 
@@ -80,6 +94,11 @@ class Found:
     index_version: int
     model: ServedModel | None
     usage: Usage
+
+    @property
+    def chars(self) -> int:
+        """Of all passages."""
+        return sum(len(hit.passage.title) + len(hit.passage.text) for hits in self.hits for hit in hits)
 
 
 async def encode(
@@ -192,7 +211,7 @@ async def look_up(service: Service, call: Call, wanted: Wanted, values: Mapping[
             vectors_NH=None if encoded is None else encoded.vectors_NH,
             model_digest="" if encoded is None else encoded.model_digest,
         )
-        hits = await asyncio.to_thread(index.search, queries, top_k, mode=mode)
+        hits = await asyncio.to_thread(index.search, queries, top_k, mode=mode, most_bytes=MAX_FOUND_BYTES)
         usage = NO_TOKENS if encoded is None else encoded.usage
         model = None if encoded is None else encoded.model
         return Found(hits=hits, index_version=index.version, model=model, usage=usage)
@@ -224,12 +243,28 @@ def kept_indexes(service: Service) -> Indexes:
     return service.indexes
 
 
+def check_sources(name: str, documents: Sequence[Document], found: Violations) -> None:
+    """`check_documents`, and that ids and titles are such as passages may have."""
+    check_documents(name, documents, found)
+    for i, document in enumerate(documents[:MAX_DOCUMENTS]):
+        if document.id and not (document.id.isprintable() and len(document.id.encode()) <= MAX_DOCUMENT_ID_BYTES):
+            rule = f"must have at most {MAX_DOCUMENT_ID_BYTES} bytes, all printable"
+            found.add(f"{name}[{i}].id", rule, given=document.id)
+        if len(document.title) > MAX_TITLE_CHARS:
+            given = len(document.title)
+            found.add(f"{name}[{i}].title", f"must have at most {MAX_TITLE_CHARS} characters", given=given)
+
+
 def cut_documents(documents: Sequence[Document]) -> list[Passage]:
     """
-    Documents in passages of 100 words, in order; what is around a page's article is left out.
+    Documents in passages of 100 words, in order; what is around a page's article is left out, and a page's own title is
+    cut where it is too long.
 
+    Args:
+        documents: as `check_sources` lets them pass.
     Raises:
-        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats; `passages_invalid`, no word at all.
+        InvalidArgument: as `read_html`; `knowledge_invalid`, an id that repeats; `passages_invalid`, no word at all,
+            too many passages, or too large a one.
     """
     seen: set[str] = set()
     passages: list[Passage] = []
@@ -243,7 +278,16 @@ def cut_documents(documents: Sequence[Document]) -> list[Passage]:
             page = read_html(document.html, field=f"{field}.html")
         else:
             page = read_text(document.text, field=f"{field}.text")
-        passages += passages_of(document.id, document.title or page.title, page.text)
+        title = document.title or page.title[:MAX_TITLE_CHARS]
+        cut = passages_of(document.id, title, page.text, most=MAX_CUT + 1 - len(passages))
+        if wrong := next(filter(None, map(check_size, cut)), ""):
+            hint = "Put spaces between its words, or empty lines: a passage has up to 100 words of one paragraph."
+            raise InvalidArgument(f"{field}: a passage {wrong}", code="passages_invalid", hint=hint)
+        passages += cut
+        if len(passages) > MAX_CUT:
+            message = f"the documents must make at most {MAX_CUT:,} passages. Given: more, in {field}."
+            hint = "Send fewer of them, or longer paragraphs: an empty line ends a passage."
+            raise InvalidArgument(message, code="passages_invalid", hint=hint)
     if not passages:
         raise InvalidArgument("the documents must hold at least one word.", code="passages_invalid")
     return passages

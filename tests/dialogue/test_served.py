@@ -23,6 +23,7 @@ from trilithon_server.tasks.dialogue_format import DialogueFormat, Turn
 TARGET, OTHER = dialogue_pb2.Turn.SPEAKER_TARGET, dialogue_pb2.Turn.SPEAKER_OTHER
 TALK = [{"speaker": "other", "text": "How far is the sea from the old mill?"}]
 PAST = [[{"speaker": "target", "text": "I never leave the mill."}, {"speaker": "other", "text": "Why not?"}]]
+MILLER = [[{"speaker": "target", "text": f"The mill has {n} wheels and {n + 1} doors."}] for n in range(20)]
 DOCUMENTS = [
     {"id": "coast", "text": "The sea is two days from the old mill. Nobody counts the gulls of the coast today."},
     {"id": "town", "html": "<html><body><p>The town has a market on every Friday of the year.</p></body></html>"},
@@ -170,10 +171,9 @@ def test_acc_D08_a_stored_actor_is_the_same_actor_and_hits_the_cache(server: Ser
     A stored actor answers as the same references given with the request, the second time from the prefix cache; and
     the answer doesn't change by it.
     """
-    past = [[{"speaker": "target", "text": f"The mill has {n} wheels and {n + 1} doors."}] for n in range(20)]
-    put = post(server, {"conversations": past}, path="/v1/dialogue/actors/miller", method="PUT").json()
+    put = post(server, {"conversations": MILLER}, path="/v1/dialogue/actors/miller", method="PUT").json()
     first, second = (answer(server, actor_id="miller") for _ in range(2))
-    given = answer(server, references=past, bypass_cache=True)
+    given = answer(server, references=MILLER, bypass_cache=True)
     other = answer(server, actor_id="miller", knowledge={"documents": DOCUMENTS})
 
     assert put == {"actor_id": "miller", "conversations": 20, "turns": 20, "version": 1}
@@ -181,12 +181,61 @@ def test_acc_D08_a_stored_actor_is_the_same_actor_and_hits_the_cache(server: Ser
     assert given["usage"]["cached_tokens"] == 0
     assert second["usage"]["cached_tokens"] >= second["reference_tokens"] // 16 * 16
     assert other["usage"]["cached_tokens"] >= other["reference_tokens"] // 16 * 16
-    assert post(server, {"conversations": past[:3]}, path="/v1/dialogue/actors/miller", method="PUT").json() == {
+    assert post(server, {"conversations": MILLER[:3]}, path="/v1/dialogue/actors/miller", method="PUT").json() == {
         "actor_id": "miller", "conversations": 3, "turns": 3, "version": 2,
     }  # fmt: skip
     assert httpx.delete(f"{server.url}/v1/dialogue/actors/miller").status_code == 200
     assert httpx.get(f"{server.url}/v1/dialogue/actors/miller").status_code == 404
     assert post(server, {"conversation": TALK, "actor_id": "miller"}).json()["error"]["code"] == "actor_not_found"
+
+
+def test_acc_D08_S8_the_second_turn_is_cached_for_its_own_tenant_alone(model_dir: Path, tmp_path: Path) -> None:
+    """
+    Over HTTP and over gRPC the second turn of a stored actor finds the references in the cache, whichever protocol
+    wrote the first; another tenant's actor of the same name, of the same references, and the same conversation finds
+    nothing there, and then what is its own. The replies are all one.
+
+    Inverse check: seen to fail with blocks whose keys leave the tenant out, and with keys that never meet.
+    """
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    request = dialogue_pb2.RespondRequest(
+        conversation=dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=TALK[0]["text"])]),
+        actor_id="miller",
+        sampling=common_pb2.Sampling(temperature=0.0),
+        stopping=common_pb2.Stopping(max_tokens=12),
+    )
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    told: list[list[tuple[str, int, int]]] = []
+    with (
+        serving(model_dir, *flags) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+
+        def by_http(headers: dict[str, str]) -> tuple[str, int, int]:
+            asked = {"conversation": TALK, "actor_id": "miller", **GREEDY}
+            found = http.post("/v1/dialogue", json=asked, headers=headers).json()
+            return found["candidates"][0]["text"], found["usage"]["cached_tokens"], found["reference_tokens"]
+
+        def by_grpc(headers: dict[str, str]) -> tuple[str, int, int]:
+            found = stub.Respond(request, metadata=tuple(headers.items()))
+            return found.candidates[0].text, found.usage.cached_tokens, found.reference_tokens
+
+        for line, ways in zip(KEYS.splitlines(), ([by_http, by_grpc], [by_grpc, by_http]), strict=True):
+            headers = {"authorization": f"Bearer {line.split()[0]}"}
+            stored = http.put("/v1/dialogue/actors/miller", json={"conversations": MILLER}, headers=headers)
+            assert stored.status_code == 200, stored.text
+            told.append([way(headers) for way in (ways[0], *ways)])
+
+    references = told[0][0][2]
+    assert references >= 32
+    assert {(text, count) for turns in told for text, _, count in turns} == {(told[0][0][0], references)}
+    for first, *later in told:
+        assert first[1] == 0
+        assert all(cached >= references // 16 * 16 for _, cached, _ in later)
 
 
 def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
@@ -241,6 +290,7 @@ def test_a_stored_base_grows_and_is_replaced(server: Server) -> None:
         (by([{"id": "a", "text": "x", "title": "\udfff"}]), "knowledge.documents[0].title", "sound Unicode"),
         (by([{"id": "a", "text": "x", "url": "\ud800"}]), "knowledge.documents[0].url", "sound Unicode"),
         ({"conversation": TALK, "max_tokens": 2047}, "max_tokens", "must leave room for a turn in the 2048 tokens"),
+        (by([{"id": "deep", "html": "<div>" * 100_000}]), "knowledge.documents[0].html", "at most 100 levels"),
     ],
 )
 def test_R11_what_cannot_be_answered_is_told(
@@ -288,6 +338,64 @@ def test_of_several_the_best_are_told(server: Server) -> None:
     assert two["candidates"] == best
     assert [one.text for one in unary.candidates] == [one["text"] for one in best]
     assert two["usage"]["generated_tokens"] == three["usage"]["generated_tokens"]
+
+
+def test_acc_B07_S8_ten_thousand_sentences_are_one_tenant_s(model_dir: Path, tmp_path: Path) -> None:
+    """
+    Of a stored base of 10,000 sentences a turn stands on the one that it asks for, by either scorer, over either
+    protocol; another tenant has no such base, and with one of the same name is told what its own says.
+    `benchmarks/knowledge.py` says how fast.
+
+    Inverse check: seen to fail with a shelf that all tenants share.
+    """
+    keys = tmp_path / "keys"
+    keys.write_text(KEYS)
+    keys.chmod(0o600)
+    said = [f"Stone number {n} stands {n * 7} steps from the river." for n in range(10_000)]
+    pages = [{"id": f"page{first}", "text": " ".join(said[first : first + 500])} for first in range(0, 10_000, 500)]
+    turns = [{"speaker": "other", "text": "How far from the river is stone number 7531?"}]
+    own = "Stone number 7531 fell into the sea."
+    request = dialogue_pb2.RespondRequest(
+        conversation=dialogue_pb2.Conversation(turns=[dialogue_pb2.Turn(speaker=OTHER, text=turns[0]["text"])]),
+        knowledge=dialogue_pb2.KnowledgeOptions(kb_id="stones", top_k=1, return_knowledge=True),
+        sampling=common_pb2.Sampling(temperature=0.0),
+        stopping=common_pb2.Stopping(max_tokens=2),
+    )
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    with (
+        serving(model_dir, *flags) as server,
+        httpx.Client(base_url=server.url, timeout=60) as http,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        alice, bob = ({"authorization": f"Bearer {line.split()[0]}"} for line in KEYS.splitlines())
+        stub = dialogue_pb2_grpc.DialogueServiceStub(channel)
+
+        def stands_on(headers: dict[str, str], scorer: str = "tfidf") -> list[str]:
+            knowledge = {"kb_id": "stones", "top_k": 1, "scorer": scorer}
+            body = {"conversation": turns, "knowledge": knowledge, "temperature": 0, "max_tokens": 2}
+            response = http.post("/v1/dialogue", json=body, headers=headers)
+            assert response.status_code == 200, response.text
+            return [item["text"] for item in response.json()["knowledge"]]
+
+        def stands_on_by_grpc(headers: dict[str, str]) -> list[str]:
+            return [item.text for item in stub.Respond(request, metadata=tuple(headers.items())).knowledge]
+
+        kept = http.put("/v1/knowledge/stones", json={"documents": pages}, headers=alice).json()
+        found = [stands_on(alice), stands_on(alice, "bm25"), stands_on_by_grpc(alice)]
+        body = {"conversation": turns, "knowledge": {"kb_id": "stones"}}
+        refused = http.post("/v1/dialogue", json=body, headers=bob)
+        with pytest.raises(grpc.RpcError) as gone:
+            stands_on_by_grpc(bob)
+        http.put("/v1/knowledge/stones", json={"documents": [{"id": "own", "text": own}]}, headers=bob)
+        others = [stands_on(bob), stands_on_by_grpc(bob)]
+        again = stands_on(alice)
+
+    assert (kept["documents"], kept["sentences"]) == (20, 10_000)
+    assert found == [[said[7531]]] * 3
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "knowledge_not_found")
+    assert gone.value.code() == grpc.StatusCode.NOT_FOUND
+    assert others == [[own]] * 2
+    assert again == [said[7531]]
 
 
 def test_nothing_found_is_no_error(server: Server) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -126,29 +127,51 @@ def test_formats_of_titles(tokenizer: Tokenizer) -> None:
         RetrievalFormat.from_task_file({**RetrievalFormat().task_file(), "title": "none"})
 
 
-def test_acc_A02_blocks_partition_their_document(shared_data: SharedData, minilm_tokenizer: Tokenizer) -> None:
+class Remembering:
+    """A tokenizer that cuts a sentence once, however many tests ask for its size."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode = functools.cache(tokenizer.encode)
+
+
+@pytest.fixture(scope="module")
+def sizer(minilm_tokenizer: Tokenizer) -> Tokenizer:
+    """What blocks of these tests are measured with."""
+    return cast("Tokenizer", Remembering(minilm_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def articles(shared_data: SharedData) -> list[tuple[str, str]]:
+    """Titles and texts of real documents."""
+    with shared_data("pretrain/wikipedia_en_articles.jsonl").open(encoding="utf-8") as file:
+        return [(document.get("title", ""), document["text"]) for document in map(json.loads, file)]
+
+
+def sentences_of(text: str) -> list[str]:
+    return [" ".join(text[start:end].split()) for start, end in split_sentences(text)]
+
+
+def size_of(text: str, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_acc_A02_blocks_partition_their_document(articles: list[tuple[str, str]], sizer: Tokenizer) -> None:
     """
-    Over real articles: every sentence in one block, in order; at least two a block; full but for the last; long
+    Over all articles: every sentence in one block, in order; at least two a block; full but for the last; long
     sentences leave their document out.
 
-    Inverse check: a block that ends although one sentence is left.
+    Inverse check: a block that ends although one sentence is left, and one that goes on where two are left.
     """
-    path = shared_data("pretrain/wikipedia_en_articles.jsonl")
-    kept = left_out = 0
-    with path.open(encoding="utf-8") as file:
-        documents = [json.loads(line) for line in file][:12]
-    for document in documents:
-        title, text = document.get("title", ""), document["text"]
-        blocks = list(blocks_of(text, title, minilm_tokenizer, room=256))
-        spans = split_sentences(text)
-        sentences = [" ".join(text[a:b].split()) for a, b in spans]
-        sizes = [len(minilm_tokenizer.encode(s, add_special_tokens=False)) for s in sentences]
+    left_out = []
+    for title, text in articles:
+        blocks = list(blocks_of(text, title, sizer, room=256))
+        sentences = sentences_of(text)
+        sizes = [size_of(sentence, sizer) for sentence in sentences]
         if max(sizes) > MAX_SENTENCE_TOKENS or len(sentences) < 2:
             assert not blocks
-            left_out += 1
+            left_out.append(max(sizes) > MAX_SENTENCE_TOKENS)
             continue
-        kept += 1
-        room = 256 - 3 - len(minilm_tokenizer.encode(title, add_special_tokens=False))
+        room = 256 - 3 - size_of(title, sizer)
         counts = [len(block.sentences) for block in blocks]
         bounds = np.cumsum([0, *counts]).tolist()
         assert [s for block in blocks for s in block.sentences] == sentences
@@ -156,27 +179,44 @@ def test_acc_A02_blocks_partition_their_document(shared_data: SharedData, minilm
         for first, last in list(pairwise(bounds))[:-1]:
             assert sum(sizes[first:last]) >= room
             assert last - first == 2 or sum(sizes[first : last - 1]) < room
-    assert kept > 5
+        last = bounds[-2]
+        assert len(sentences) - last < 4 or sum(sizes[last:-2]) < room
+
+    assert len(articles) == 104
+    assert 0 < sum(left_out) < 20
+
+
+def test_acc_A02_a_sentence_that_is_too_long_leaves_its_document_out(minilm_tokenizer: Tokenizer) -> None:
+    """
+    At 512 tokens a sentence is kept, and its document with it; at one more, nothing of the document is.
+
+    Inverse check: no limit, and one token less.
+    """
+    for size, blocks in ((MAX_SENTENCE_TOKENS, 1), (MAX_SENTENCE_TOKENS + 1, 0)):
+        long = "The" + " mill" * (size - 2) + "."
+        text = f"The river floods. {long} The town is dry."
+        assert max(size_of(sentence, minilm_tokenizer) for sentence in sentences_of(text)) == size
+        assert len(list(blocks_of(text, "", minilm_tokenizer, room=256))) == blocks
 
 
 def test_acc_A02_sentences_are_taken_out_of_nine_blocks_of_ten(
-    shared_data: SharedData, minilm_tokenizer: Tokenizer
+    articles: list[tuple[str, str]], sizer: Tokenizer
 ) -> None:
-    """The share of questions that stay in their block is the option's, within three standard deviations."""
-    path = shared_data("pretrain/wikipedia_en_articles.jsonl")
-    stays, places = [], []
-    with path.open(encoding="utf-8") as file:
-        documents = [json.loads(line) for line in file][:60]
-    for document in documents:
-        for block in blocks_of(document["text"], document.get("title", ""), minilm_tokenizer, room=128):
-            sentence, rest = taken(block, 0.1)
-            stays.append(rest == " ".join(block.sentences))
-            places.append(block.sentences.index(sentence) / (len(block.sentences) - 1))
-            assert stays[-1] or len(rest) < len(" ".join(block.sentences))
-    share = sum(stays) / len(stays)
+    """
+    Of 5,000 questions the share that stays in its block is the option's, within three standard deviations.
 
-    assert len(stays) > 1000
-    assert abs(share - 0.1) <= 3 * (0.1 * 0.9 / len(stays)) ** 0.5
+    Inverse check: a share of 0.13.
+    """
+    blocks = (block for title, text in articles for block in blocks_of(text, title, sizer, room=64))
+    stays, places = [], []
+    for block in islice(blocks, 5000):
+        sentence, rest = taken(block, 0.1)
+        stays.append(rest == " ".join(block.sentences))
+        places.append(block.sentences.index(sentence) / (len(block.sentences) - 1))
+        assert stays[-1] or len(rest) < len(" ".join(block.sentences))
+
+    assert len(stays) == 5000
+    assert abs(sum(stays) / 5000 - 0.1) <= 3 * (0.1 * 0.9 / 5000) ** 0.5
     assert abs(np.mean(places) - 0.5) < 0.05
 
 

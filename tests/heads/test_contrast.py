@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from task_models import CONFIGS, FACTS, MODELS, batches_of, make_model
 
+from trilithon_parallel import vector_batch
 from trilithon_parallel.attention import PackedView
 from trilithon_parallel.contrast import Pool, contrast
 from trilithon_parallel.contrast_terms import ANSWER, NOTHING, OTHER, QUERY, Contrast
-from trilithon_parallel.grid import Grid
+from trilithon_parallel.grid import Axis, Grid
 from trilithon_parallel.layout import Layout
 from trilithon_parallel.models import TwinStage
 from trilithon_parallel.objective import dropout_of
 from trilithon_parallel.step import DropoutRates
-from trilithon_parallel.vector_batch import VectorBatch
+from trilithon_parallel.vector_batch import VectorBatch, pooled
 
 
 def pool_of(vectors: list[list[float]], roles: list[int], pairs: list[int], keys: list[int] | None = None) -> Pool:
@@ -184,6 +189,86 @@ def test_acc_A01_gradients_are_those_of_one_graph(rates: DropoutRates | None, ki
     for told, told_norm in found:
         assert told == pytest.approx(loss.item(), rel=1e-12)
         assert told_norm == pytest.approx(norm, rel=1e-10)
+
+
+class Threads:
+    """The ranks of a dp axis as threads: an all-gather that waits for all of them."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._barrier = size, threading.Barrier(size, timeout=30)
+        self._given: list[torch.Tensor] = [torch.empty(0)] * size
+
+    def gather(self, x: torch.Tensor, axis: Axis, *, dim: int, label: str) -> torch.Tensor:
+        """What `collectives.all_gather` does."""
+        self._given[axis.rank] = x
+        self._barrier.wait()
+        found = torch.cat(self._given, dim)
+        self._barrier.wait()
+        return found
+
+    def run(self, work: Callable[[Grid], object]) -> list[Any]:
+        """What each rank makes, in their order."""
+        grids = [
+            replace(Grid.single(), dp=Axis("dp", rank, self.size, tuple(range(self.size)))) for rank in range(self.size)
+        ]
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(work, grids))
+
+
+def test_acc_A01_labels_of_three_ranks_with_hard_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    On each of three ranks four questions, their passages and a hard negative of each: among the 24 passages of all
+    ranks the answers are 0..3, 8..11 and 16..19, on every rank, and what a question loses, its gradient and its rank
+    are those of cross-entropy with these labels. Which rank holds which texts doesn't matter.
+
+    Inverse check: seen to fail with places counted within the rank, with passages of this rank alone, and with texts in
+    the order of the ranks.
+    """
+    world, each, labels = 3, 4, [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]
+    vectors = torch.randn(world, 3 * each, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    queries, passages = vectors[:, :each].flatten(0, 1), vectors[:, each:].flatten(0, 1)
+    queries.requires_grad_()
+    expected = torch.nn.functional.cross_entropy(0.5 * queries @ passages.T, torch.tensor(labels), reduction="none")
+    expected.sum().backward()
+    scores = (queries @ passages.T).detach()
+    ranks = (scores > scores[range(world * each), labels].unsqueeze(1)).sum(1) + 1
+
+    def part(share: int) -> VectorBatch:
+        ids = list(range(share * 3 * each, (share + 1) * 3 * each))
+        own = torch.arange(share * each, (share + 1) * each)
+        return VectorBatch(
+            tokens_T=torch.ones(3 * each, dtype=torch.int64),
+            positions_T=torch.zeros(3 * each, dtype=torch.int64),
+            cu_seqlens=range(3 * each + 1),
+            sample_ids=ids,
+            lengths=[1] * (3 * each),
+            is_query_B=[i < each for i in range(3 * each)],
+            roles_B=torch.tensor([QUERY] * each + [ANSWER] * each + [OTHER] * each),
+            pairs_B=own.repeat(3),
+            keys_B=torch.tensor(ids),
+            contrast=Contrast(0.5),
+        )
+
+    for shares in ([0, 1, 2], [2, 0, 1]):
+        threads = Threads(world)
+        monkeypatch.setattr(vector_batch, "all_gather", threads.gather)
+
+        def gathered(grid: Grid, held: Sequence[int] = shares) -> tuple[Pool, torch.Tensor]:
+            share = held[grid.dp.rank]
+            return pooled([part(share)], vectors[share], grid)
+
+        found = threads.run(gathered)
+        for share, (pool, places) in zip(shares, found, strict=True):
+            is_query = pool.roles_N == QUERY
+            answers = torch.where(pool.roles_N == ANSWER, pool.pairs_N, -1)[~is_query].tolist()
+            losses, gradient, told = contrast(pool, Contrast(0.5))
+
+            assert [answers.index(pair) for pair in pool.pairs_N[is_query].tolist()] == labels
+            assert places.tolist() == list(range(share * 3 * each, (share + 1) * 3 * each))
+            assert torch.equal(pool.vectors_NH[places], vectors[share])
+            torch.testing.assert_close(losses[is_query], expected.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(gradient[is_query], queries.grad, rtol=1e-12, atol=1e-12)
+            assert torch.equal(told[is_query], ranks)
 
 
 def test_each_of_two_encoders_reads_its_own() -> None:

@@ -17,7 +17,8 @@ from trilithon.errors import DataLoss, FailedPrecondition, InvalidArgument, NotF
 from trilithon_server.knowledge.dense import Backend
 from trilithon_server.knowledge.index import IndexStore
 from trilithon_server.knowledge.manifest import MANIFEST_FILE, file_entry
-from trilithon_server.knowledge.passages import Passage, write_passages
+from trilithon_server.knowledge.passages import Passage, passage_line, write_passages
+from trilithon_server.knowledge.stored import StoredPassages
 from trilithon_server.knowledge.version import Queries
 
 
@@ -88,6 +89,23 @@ def test_an_index_is_deleted(root: Path) -> None:
         with pytest.raises(NotFound, match='index "wiki" does not exist') as caught:
             call("wiki")
         assert caught.value.code == "index_not_found"
+
+
+def test_only_indexes_are_listed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the lock of an index that is called as its pointer is, and not what a killed deletion left behind."""
+    publish(root, 1)
+    publish(root, 1, name="current")
+    publish(root, 1, name="gone")
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        IndexStore(root).delete("gone")
+
+    assert [path.name for path in root.glob(".gone.*.tmp/current")] == ["current"]
+    assert IndexStore(root).names() == ["current", "wiki"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a.b", "-a", "a" * 65, "\u00e9", "a\n", "*"])
@@ -272,6 +290,34 @@ def test_a_passage_of_another_id_is_not_handed_out(root: Path) -> None:
     index = opened(root)
     with pytest.raises(DataLoss, match=r'passages\.jsonl:1 must be passage "p0"\. Given: "q"'):
         index.search(Queries(texts=["number0"]), 1, mode="bm25")
+
+
+def test_R11_a_search_reads_a_passage_once_and_no_more_than_an_answer_may_have(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question's passages count, though the same were found; what is too much is refused before it is read."""
+    publish(root, 1)
+    index, rows = opened(root), list[int]()
+    plain = StoredPassages.read
+
+    def read(passages: StoredPassages, row: int) -> Passage:
+        rows.append(row)
+        return plain(passages, row)
+
+    monkeypatch.setattr(StoredPassages, "read", read)
+    queries = Queries(texts=["version1"] * 4)
+    size = sum(len(passage_line(passage)) for passage in told(1))
+    found = index.search(queries, COUNT, mode="bm25", most_bytes=4 * size)
+    once = list(rows)
+    with pytest.raises(InvalidArgument, match=r"that are found must have at most [\d,]+ bytes in all") as refused:
+        index.search(queries, COUNT, mode="bm25", most_bytes=4 * size - 1)
+    with pytest.raises(InvalidArgument, match="Lower top_k"):
+        index.search(queries, COUNT, mode="bm25", most_bytes=1)
+
+    assert [[hit.passage for hit in hits] for hits in found] == [told(1)] * 4
+    assert once == list(range(COUNT))
+    assert rows == [*once, *once]
+    assert refused.value.code == "search_invalid"
 
 
 @pytest.mark.parametrize("content", ["", "1", "0\n", "x\n", "-1\n", "1\n2\n"])

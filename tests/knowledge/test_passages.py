@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,35 @@ def test_all_findings_are_said_at_once(tmp_path: Path) -> None:
     assert lines[-1] == "... and 13 more."
 
 
+def test_R11_findings_are_counted_not_kept(tmp_path: Path) -> None:
+    """A file of nothing but newlines is told in as little memory as one with twenty of them."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n" * 20_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match=r"\.\.\. and 19980 more\.$"):
+            read_passages(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 500_000
+
+
+def test_R11_a_file_with_too_many_lines_is_not_read_to_its_end(tmp_path: Path) -> None:
+    """What is behind the last that may be is not looked at: it would be a finding, too."""
+    path = tmp_path / "p.jsonl"
+    lines = [passage_line(Passage(f"p{i}", "", "x")) for i in range(3)]
+    path.write_bytes(b"".join(lines))
+    assert len(read_passages(path, most=3)) == 3
+    path.write_bytes(b"".join([*lines, b"\n" * 10]))
+    with pytest.raises(InvalidArgument) as caught:
+        read_passages(path, name="file-1", most=3)
+
+    assert caught.value.code == "passages_invalid"
+    assert caught.value.message == "file-1 must hold at most 3 passages. Given: more lines. Make several files."
+
+
 def test_a_line_without_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line over the limit is refused, and reading goes on behind it."""
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 100)
@@ -110,7 +140,21 @@ def test_a_line_without_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
         "p.jsonl:1 must have at most 100 bytes.",
         'p.jsonl:3 id must not repeat. Given: "a", as in p.jsonl:2.',
     ]
-    assert MAX_LINE_BYTES == 4 << 20
+    assert MAX_LINE_BYTES == 64 << 10
+
+
+@pytest.mark.parametrize("char", ["x", "\u00e9", "\U0001f600", "\x01", "\n", '"', "\u2028"])
+def test_R11_a_passage_that_could_not_be_read_again_is_refused(char: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes count as they are written: the longest line that is accepted is read, one more character is refused."""
+    monkeypatch.setattr(module, "MAX_LINE_BYTES", 200)
+    empty, size = len(passage_line(Passage("a", "", "."))), len(passage_line(Passage("a", "", "." + char)))
+    fits = (200 - empty) // (size - empty)
+    longest = Passage("a", "", "." + char * fits)
+    check_passages([longest])
+    with pytest.raises(InvalidArgument, match=r"passages\[0\] must have at most 200 bytes as JSON"):
+        check_passages([Passage("a", "", "." + char * (fits + 1))])
+
+    assert parse_passage(passage_line(longest)) == longest
 
 
 def test_no_passage_is_no_index(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from served import serving
 from tiny import tiny_llama
 from under_load import wait_until
 
+from trilithon import Client
 from trilithon.api.v1 import common_pb2, dialogue_pb2, openqa_pb2
 from trilithon_parallel.tokenizer import load_tokenizer
+from trilithon_server import LLM, SamplingParams
 from trilithon_server.tasks.answer_format import read_answer
 from trilithon_server.tasks.reading import answer_tokens, log_sum, pack
 
@@ -204,6 +206,15 @@ def test_acc_A12_a_refresh_fails_no_running_answer(served: Open) -> None:
             assert stands_on == pytest.approx(expected[answer["index_version"]], abs=FLOAT32)
 
 
+def test_a_whole_number_is_one_however_it_is_spelt(served: Open, index: str) -> None:
+    """JSON does not tell 100.0 from 100: an answer of so many tokens is weighed. Inverse seen: it was none."""
+    body = {"model": WRITER, "index": index, "question": QUESTION, "top_k": 1, "mode": "bm25"}
+    whole, spelt = (served.post(ASK, **body, sampling={"max_tokens": n, "ignore_eos": True}) for n in (100, 100.0))
+
+    assert whole["usage"]["generated_tokens"] > 64
+    assert whole["answer"] == spelt["answer"] != ""
+
+
 def test_time_that_runs_out_is_told(served: Open, index: str) -> None:
     """What was scored by then, or a refusal that says that time passed; never a half-written answer as a whole one."""
     body = {"model": WRITER, "index": index, "question": QUESTION, "sampling": {"max_tokens": 900, "ignore_eos": True}}
@@ -242,10 +253,13 @@ def test_without_a_name_the_first_model_that_reads_so_answers(served: Open, inde
         ({"question": "x", "index": "asked", "model": SPANS, "sampling": SHORT}, "max_tokens", "found, not drawn"),
         ({"question": "x", "index": "asked", "sampling": {"echo": True}}, "sampling.echo", "unknown parameter"),
         ({"question": "x", "index": "asked", "model": WRITER, "sampling": {"top_p": 7}}, "top_p", "at most 1"),
-        (
-            {"question": "x", "index": "asked", "model": WRITER, "sampling": {"n": 20, "temperature": 1}},
-            "n",
-            "times `top_k`",
+        *(
+            (
+                {"question": "x", "index": "asked", "model": WRITER, "sampling": {"n": n, "temperature": 1}},
+                "n",
+                "times `top_k` must be at most 64. Given: 80",
+            )
+            for n in (16, 16.0)
         ),
         ({"question": "x", "index": "asked", "min_version": 9}, None, "version 1 is served"),
         ({"question": "x", "documents": DOCUMENTS, "min_version": 1}, "min_version", "must be unset"),
@@ -268,18 +282,39 @@ def test_R11_what_cannot_be_answered_is_told(
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tiny", "smollm2"])
 def test_acc_A12_the_layout_does_not_matter(tmp_path: Path, request: pytest.FixtureRequest, real: bool) -> None:
-    """The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2)."""
+    """
+    The same answer, its log-probability and its evidence at (tp, pp) of (1, 1), (2, 1) and (1, 2), over HTTP and over
+    gRPC; and an engine of that layout without a server writes the same behind each passage's prompt.
+
+    Inverse check: seen to fail with prompts without titles.
+    """
     model = request.getfixturevalue("smollm2_dir") if real else tiny_llama(tmp_path / WRITER, context=2048)
-    body = {
+    tokenizer = load_tokenizer(model)
+    body: dict[str, Any] = {
         "question": QUESTION, "documents": DOCUMENTS, "mode": "bm25", "top_k": 3, "sampling": SHORT,
         "return_evidence": True,
     }  # fmt: skip
     told = []
     for tp, pp in ((1, 1), (2, 1), (1, 2)):
-        with serving(model, "--dtype", "float32", "--tp", str(tp), "--pp", str(pp)) as server:
+        with (
+            serving(model, "--dtype", "float32", "--tp", str(tp), "--pp", str(pp)) as server,
+            Client(server.grpc_target) as client,
+        ):
             response = httpx.post(server.url + ASK, json=body, timeout=300)
             assert response.status_code == 200, response.text
             told.append(response.json())
+            by_grpc = client.openqa.answer(**body)
+        places = told[-1]["evidence"]
+        passages = [place["passage"] for place in places]
+        prompts = [list(pack(QUESTION, p["title"], p["text"], tokenizer, room=1000).tokens) for p in passages]
+        with LLM(model, tp=tp, pp=pp, num_threads=1, kv_cache_bytes=64 << 20, dtype="float32") as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0, stop=["\n"], **SHORT))
+        assert [read_answer(output.choices[0].text) for output in outputs] == [place["candidate"] for place in places]
+        assert (by_grpc.answer, by_grpc.reader) == (told[-1]["answer"], told[-1]["reader"])
+        assert by_grpc.logprob == pytest.approx(told[-1]["logprob"], abs=FLOAT32)
+        for found, place in zip(by_grpc.evidence, places, strict=True):
+            assert (found.passage.id, found.candidate) == (place["passage"]["id"], place["candidate"])
+            assert found.answer_logprob == pytest.approx(place["answer_logprob"], abs=FLOAT32)
     one = told[0]
 
     assert one["answer"]

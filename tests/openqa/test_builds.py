@@ -9,11 +9,11 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from open_questions import DOCUMENTS, ENCODER, INDEXES, Open
+from open_questions import ALICE, BOB, DOCUMENTS, ENCODER, INDEXES, Open, bearer
 from served import serving
 from tiny import tiny_bert
 
-from trilithon.api.v1 import dialogue_pb2, retrieval_pb2
+from trilithon.api.v1 import dialogue_pb2, retrieval_pb2, retrieval_pb2_grpc
 
 SEARCH = "/v1/retrieval/search"
 
@@ -67,6 +67,26 @@ def test_names_are_listed_taken_and_free_again(served: Open) -> None:
     assert again.state == retrieval_pb2.Index.STATE_BUILDING
     assert (rebuilt["version"], rebuilt["passages"]) == (1, 1)
     assert [hit["id"] for hit in found["results"][0]["passages"]] == ["d:0"]
+
+
+def test_R11_one_broken_index_does_not_hide_the_others(served: Open) -> None:
+    """Over either protocol it is listed as failed, with what is wrong with it, until it is deleted."""
+    served.create("beside")
+    served.create("broken")
+    (pointer,) = (served.folder / "store" / "indexes").glob("*/broken/current")
+    pointer.write_text("")
+    of_http = {item["name"]: item for item in served.http.get(INDEXES).json()["indexes"]}
+    of_grpc = served.retrieval.ListIndexes(retrieval_pb2.ListIndexesRequest(), metadata=served.metadata)
+    alone = served.http.get(f"{INDEXES}/broken").json()
+    removed = served.http.delete(f"{INDEXES}/broken")
+    again = served.create("broken")
+
+    assert (of_http["beside"]["state"], of_http["broken"]["state"]) == ("ready", "failed")
+    assert "current must hold a version" in of_http["broken"]["error"]
+    assert alone == of_http["broken"]
+    assert {item.name: item.state for item in of_grpc.indexes}["broken"] == retrieval_pb2.Index.STATE_FAILED
+    assert removed.status_code == 200
+    assert again["state"] == "ready"
 
 
 def test_R11_a_bad_file_fails_its_build_with_every_line(served: Open) -> None:
@@ -125,6 +145,8 @@ def test_while_it_is_built_an_index_says_so(served: Open) -> None:
         ({"name": "n", "documents": DOCUMENTS, "backend": "tree"}, "backend", "flat"),
         ({"name": "n", "documents": [{"id": "a", "text": " "}]}, None, "at least one word"),
         ({"name": "n", "documents": [DOCUMENTS[0]] * 2}, None, "must be given once"),
+        ({"name": "n", "documents": [{"id": "a" * 251, "text": "x"}]}, "documents[0].id", "at most 250 bytes"),
+        ({"name": "n", "documents": [{"id": "a", "text": "x\n\n" * 20_000}]}, None, "at most 16,384 passages"),
         ({"name": "n", "documents": DOCUMENTS, "model": "writer"}, None, "cannot embed"),
     ],
 )
@@ -146,6 +168,54 @@ def test_what_is_not_there_is_not_found(served: Open) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         served.retrieval.RefreshIndex(retrieval_pb2.RefreshIndexRequest(name="nothing"), metadata=served.metadata)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_E3_both_protocols_count_what_begins_a_build(tmp_path: Path) -> None:
+    """
+    Creating and refreshing take one of the key's requests; looking at indexes and deleting them does not, so that a
+    build can be followed to its end. Inverse seen: over HTTP builds were free, over gRPC looking at them was not.
+    """
+    keys = tmp_path / "keys"
+    keys.write_text(f"{ALICE} tenant=alice requests_per_minute=2\n{BOB} tenant=bob requests_per_minute=2\n")
+    keys.chmod(0o600)
+    flags = ("--dtype", "float32", "--api-keys-file", str(keys), "--set", f"server.store={tmp_path / 'store'}")
+    with (
+        serving(tiny_bert(tmp_path / ENCODER), *flags) as server,
+        httpx.Client(base_url=server.url, timeout=60, headers=bearer(ALICE)) as http,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        stub = retrieval_pb2_grpc.RetrieverServiceStub(channel)
+        metadata = tuple(bearer(BOB).items())
+        alice = Open(server, http, stub, None, metadata, tmp_path)  # type: ignore[arg-type]  # asks no questions
+        body = {"model": ENCODER, "documents": DOCUMENTS[:1]}
+        alice.create("a", **body)
+        alice.post(f"{INDEXES}/a/refresh")
+        alice.built("a")
+        looked = [http.get(INDEXES).status_code, http.get(f"{INDEXES}/a").status_code]
+        refused = [alice.refused(INDEXES, name="b", **body), alice.refused(f"{INDEXES}/a/refresh")]
+        looked.append(http.delete(f"{INDEXES}/a").status_code)
+
+        documents = [dialogue_pb2.Document(id="d", text="A stone.")]
+        create = retrieval_pb2.CreateIndexRequest(name="a", model=ENCODER, documents=documents)
+        get, refresh = retrieval_pb2.GetIndexRequest(name="a"), retrieval_pb2.RefreshIndexRequest(name="a")
+        stub.CreateIndex(create, metadata=metadata)
+        while stub.GetIndex(get, metadata=metadata).state == retrieval_pb2.Index.STATE_BUILDING:
+            pass
+        stub.RefreshIndex(refresh, metadata=metadata)
+        while stub.GetIndex(get, metadata=metadata).state == retrieval_pb2.Index.STATE_BUILDING:
+            pass
+        codes = []
+        for call, message in ((stub.CreateIndex, create), (stub.RefreshIndex, refresh)):
+            with pytest.raises(grpc.RpcError) as error:
+                call(message, metadata=metadata)
+            codes.append(error.value.code())
+        listed = stub.ListIndexes(retrieval_pb2.ListIndexesRequest(), metadata=metadata)
+        stub.DeleteIndex(get, metadata=metadata)
+
+    assert looked == [200] * 3
+    assert [error["status"] for error in refused] == [429, 429]
+    assert codes == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 2
+    assert [index.name for index in listed.indexes] == ["a"]
 
 
 def test_R5_a_server_that_ends_forgets_what_it_was_building(tmp_path: Path) -> None:

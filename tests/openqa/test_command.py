@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from open_questions import ALICE, ENCODER, SPANS, Open
 
-from trilithon.cli import main
+from trilithon._jobs import Files
+from trilithon.cli import _index_doors, main
+from trilithon.errors import ConnectionFailed
+from trilithon_server.knowledge.version import IndexVersion
 
 LINES = [
     {"id": "coast", "title": "The coast", "text": "The sea is two days from the old mill."},
@@ -80,6 +83,99 @@ def test_an_index_is_built_searched_refreshed_and_removed(
     assert wrong["error"]["code"] == "index_encoder"
     assert removed == {"deleted": "cli"}
     assert gone["error"]["code"] == "index_not_found"
+
+
+def test_R11_a_folder_with_a_broken_index_is_listed(
+    served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It failed, and can be removed; the others are told as ever."""
+    place = ["--dir", str(tmp_path / "indexes")]
+    for name in ("broken", "whole"):
+        told(capsys, "build", name, file, *place, *encoder(place, served))
+    (tmp_path / "indexes" / "broken" / "current").write_text("")
+    listed = told(capsys, "ls", *place)
+    told(capsys, "rm", "broken", *place)
+
+    assert [(item["name"], item["state"], item["passages"]) for item in listed] == [
+        ("broken", "failed", 0),
+        ("whole", "ready", 3),
+    ]
+    assert "current must hold a version" in listed[0]["error"]
+    assert [item["name"] for item in told(capsys, "ls", *place)] == ["whole"]
+
+
+def test_the_version_that_was_searched_is_told(
+    served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer one may be published while an older one is searched. Inverse seen: the newer one's number was told."""
+    place = ["--dir", str(tmp_path / "indexes")]
+    told(capsys, "build", "moved", file, *place, *encoder(place, served))
+    plain = IndexVersion.search
+
+    def overtaken(index: IndexVersion, *arguments: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        told(capsys, "refresh", "moved", *place)
+        return plain(index, *arguments, **named)
+
+    monkeypatch.setattr(IndexVersion, "search", overtaken)
+    first = told(capsys, "search", "moved", QUESTION, *place, "--mode", "bm25")
+    second = told(capsys, "search", "moved", QUESTION, *place, "--mode", "bm25")
+
+    assert (first["index_version"], second["index_version"]) == (1, 2)
+
+
+def test_an_upload_does_not_outlive_its_build(
+    served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built, failed or refused, no file is left on the server; where the name is taken none is sent at all."""
+    place = flags("server", served, tmp_path, monkeypatch)
+
+    def kept() -> list[Any]:
+        files: list[Any] = served.http.get("/v1/files", params={"purpose": "evidence"}).json()["data"]
+        return files
+
+    before = kept()
+    sent: list[Any] = []
+    plain = Files.upload
+    monkeypatch.setattr(Files, "upload", lambda *given, **named: sent.append(given) or plain(*given, **named))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    told(capsys, "build", "brief", file, *place, *encoder(place, served))
+    after = [kept()]
+    failed = told(capsys, "build", "unsound", str(bad), *place, *encoder(place, served), code=2)
+    after.append(kept())
+    refused = told(capsys, "build", "none", file, *place, "--model", "nobody", code=2)
+    after.append(kept())
+    count = len(sent)
+    taken = told(capsys, "build", "brief", file, *place, *encoder(place, served), code=2)
+    again = told(capsys, "build", "unsound", file, *place, *encoder(place, served))
+    for name in ("brief", "unsound"):
+        told(capsys, "rm", name, *place)
+
+    assert after == [before] * 3
+    assert [error["error"]["code"] for error in (failed, refused)] == ["index_build_failed", "model_not_found"]
+    assert (taken["error"]["code"], count, len(sent)) == ("name_taken", 3, 4)
+    assert again["state"] == "ready"
+    assert kept() == before
+
+
+def test_an_upload_stays_where_its_build_may_go_on(
+    served: Open, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stops waiting does not stop the build, which has yet to read the file."""
+    place = flags("server", served, tmp_path, monkeypatch)
+    removed: list[Any] = []
+    monkeypatch.setattr(Files, "delete", lambda *given: removed.append(given))
+
+    def lost(*_: Any) -> None:
+        raise ConnectionFailed("gone")
+
+    monkeypatch.setattr(_index_doors.ServerDoor, "_followed", lost)
+    code = main(["index", "build", "long", file, *place, *encoder(place, served)])
+    built = served.built("long")
+    told(capsys, "rm", "long", *place)
+
+    assert (code != 0, removed, built["state"]) == (True, [], "ready")
 
 
 def test_E3_a_folder_finds_what_a_server_finds(

@@ -201,6 +201,61 @@ async def test_R11_a_vanished_file_of_an_index_is_told(tmp_path: Path) -> None:
     await indexes.stop()
 
 
+async def test_a_deletion_that_is_cancelled_comes_to_its_end(tmp_path: Path) -> None:
+    """
+    Its caller hangs up while another process holds the index, and somebody searches meanwhile: what is deleted is not
+    found again, and an index of the same name is served. Inverse seen: the old one was, for ever.
+    """
+    indexes = Indexes(tmp_path)
+    await indexes.create(TENANT, NAME, work("a stone"))
+    await ended(indexes)
+    await indexes.refresh(TENANT, NAME, work("the same stone"))
+    await ended(indexes)
+    with indexes.store(TENANT)._writing(NAME):
+        deletion = asyncio.create_task(indexes.delete(TENANT, NAME))
+        await asyncio.sleep(0)
+        deletion.cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(NotFound):
+            await indexes.live(TENANT, NAME)
+        with pytest.raises(NotFound):
+            await indexes.delete(TENANT, NAME)
+    with pytest.raises(asyncio.CancelledError):
+        await deletion
+    with pytest.raises(NotFound):
+        await indexes.live(TENANT, NAME)
+    await indexes.create(TENANT, NAME, work("another stone"))
+    await ended(indexes)
+
+    assert await texts(indexes) == ["another stone"]
+    await indexes.stop()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n", b"7\n", b"9" * 5000 + b"\n"])
+async def test_R11_a_broken_index_is_told_and_makes_room(tmp_path: Path, content: bytes) -> None:
+    """Whatever its pointer holds: it failed, and why; it can be deleted and built again, and others are not touched."""
+    indexes = Indexes(tmp_path)
+    for name in (NAME, "whole"):
+        indexes.store(TENANT).publish(
+            name, [Passage("p", "", "a stone")], np.ones((1, 4), np.float32), encoder=ENCODER, created=0
+        )
+    (indexes.store(TENANT).root / NAME / "current").write_bytes(content)
+    told = {name: await indexes.facts(TENANT, name) for name in await indexes.names(TENANT)}
+    with pytest.raises(DataLoss):
+        await indexes.refresh(TENANT, NAME, work("another stone"))
+    await indexes.delete(TENANT, NAME)
+    with pytest.raises(NotFound):
+        await indexes.facts(TENANT, NAME)
+    await indexes.create(TENANT, NAME, work("another stone"))
+
+    assert {name: facts.state for name, facts in told.items()} == {NAME: "failed", "whole": "ready"}
+    assert 'index "walks"' in told[NAME].error
+    assert (told[NAME].manifest, told["whole"].error) == (None, "")
+    assert await ended(indexes) == "ready"
+    assert await texts(indexes) == ["another stone"]
+    await indexes.stop()
+
+
 async def test_nothing_is_kept_of_names_that_are_not_there(tmp_path: Path) -> None:
     """A hundred questions for indexes that do not exist leave no trace in memory."""
     indexes = Indexes(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from trilithon_server.knowledge.html import read_html
 from trilithon_server.knowledge.passages import Passage, passages_of
 from trilithon_server.knowledge.ranking import Ranking, best
 from trilithon_server.knowledge.sparse import SparseIndex
+from trilithon_server.retrieval import MAX_FOUND_BYTES
 
 SEARCH, ENCODE = "/v1/retrieval/search", "/v1/retrieval/encode"
 QUERIES = [QUESTION, "Who counts the gulls?", "snow in May"]
@@ -178,6 +180,42 @@ def test_acc_A04_versions_swap_under_searchers_and_never_mix(served: Open) -> No
         versions = [answer["index_version"] for answer in mine]
         assert versions == sorted(versions)
         assert all(scores_of(answer) == pytest.approx(scores[answer["index_version"]], abs=FLOAT32) for answer in mine)
+
+
+def test_R11_an_answer_has_an_end(served: Open) -> None:
+    """
+    Passages of 60,000 characters: as many as may be found come over both protocols, the same; one question more is
+    refused by both, and so is a larger passage when the index is built.
+    """
+    text = "stone " * 10_000
+    line = {"id": "a", "title": "", "text": text}
+    built = served.create("large", file_id=served.upload(json.dumps(line).encode()))
+    larger = served.create("larger", file_id=served.upload(json.dumps({**line, "text": text * 2}).encode()))
+    wanted = {"queries": ["stone"] * 64, "index": "large", "mode": "bm25"}
+    told = served.post(SEARCH, **wanted)
+    of_grpc = served.retrieval.Search(
+        retrieval_pb2.SearchRequest(index="large", queries=wanted["queries"], mode=MODES["bm25"]),
+        metadata=served.metadata,
+    )
+
+    assert 64 * len(text) < MAX_FOUND_BYTES < 4 * 64 * len(text)
+    assert (built["state"], larger["state"]) == ("ready", "failed")
+    assert "must have at most 65,536 bytes" in larger["error"]
+    assert [[hit["text"] for hit in hits["passages"]] for hits in told["results"]] == [[text]] * 64
+    assert [[hit.text for hit in hits.passages] for hits in of_grpc.results] == [[text]] * 64
+
+    lines = b"".join(json.dumps({**line, "id": f"p{i}"}).encode() + b"\n" for i in range(4))
+    served.create("several", file_id=served.upload(lines))
+    error = served.refused(SEARCH, **{**wanted, "index": "several"})
+    with pytest.raises(grpc.RpcError) as refused:
+        served.retrieval.Search(
+            retrieval_pb2.SearchRequest(index="several", queries=wanted["queries"], mode=MODES["bm25"]),
+            metadata=served.metadata,
+        )
+
+    assert (error["status"], error["code"]) == (400, "search_invalid")
+    assert "at most 12,582,912 bytes" in error["message"]
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_a_version_is_waited_for_by_name(served: Open, index: str) -> None:

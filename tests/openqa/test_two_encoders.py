@@ -125,7 +125,7 @@ def test_a_folder_finds_what_the_server_finds(two: Two, index: str, tmp_path: Pa
     with LocalEncoder(two.directory, name="mine") as encoder:
         passages = read_passages(tmp_path / "p.jsonl", name="p.jsonl")
         build(store, "mine", passages, encoder, settings=Settings(), created=0, told=lambda done, of: None)
-        (hits,) = search(store, "mine", [QUESTION], encoder, top_k=10, mode="dense")
+        (hits,) = search(store, "mine", [QUESTION], encoder, top_k=10, mode="dense").hits
 
     assert {hit.passage.id: pytest.approx(hit.score, abs=1e-5) for hit in hits} == {
         hit["id"]: hit["score"] for hit in everything(two, index)

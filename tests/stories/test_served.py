@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -26,6 +27,7 @@ FIRST = "The old miller had a dog."
 ASKED = {"model": "writer", "first_sentence": FIRST, "seed": 11, "max_tokens": 12}
 FLOAT32 = 1e-5
 KEYS = "alice-key-0001 tenant=alice\nbob-key-000001 tenant=bob\n"
+TOLD = ("text", "keywords", "unknown_keywords", "unopposed_keywords", "finish_reason")
 
 
 def tell(server: Server, path: str = "/v1/stories", **body: Any) -> dict[str, Any]:
@@ -208,29 +210,38 @@ def test_E5_the_seed_tells_the_same_story_alone_or_in_a_batch(server: Server) ->
     assert len({json.dumps(one) for one in together}) == 6
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_acc_C08_the_same_story_by_every_layout(
     server: Server, decoder: Path, flags: list[str], tp: int, pp: int
 ) -> None:
     """
-    Both models cut over ranks tell what one rank of each tells, with the same facts in the same order. Inverse seen:
-    sums over ranks that are off by two parts in 100,000.
-    """
-    controls = [{"index": 3, "keywords": ["boat", "dog"]}]
-    one = tell(server, controls=controls)
-    layout = [f"engines.{i}.{axis}={size}" for i in (0, 1) for axis, size in (("tp", tp), ("pp", pp))]
-    with serving(decoder, *flags, *(part for setting in layout for part in ("--set", setting))) as other:
-        many = tell(other, controls=controls)
+    Both models cut over ranks tell what one rank of each tells, alone and among other stories: the same sentences, the
+    same keywords, given and predicted, and the same facts in the same order.
 
-    assert texts(many) == texts(one)
-    for ours, theirs in zip(many["sentences"], one["sentences"], strict=True):
-        assert ours["keywords"] == theirs["keywords"]
-        assert [fact["text"] for fact in ours["facts"]] == [fact["text"] for fact in theirs["facts"]]
-        assert [fact["score"] for fact in ours["facts"]] == pytest.approx(
-            [fact["score"] for fact in theirs["facts"]],
-            abs=2 * FLOAT32,  # told in five digits
-        )
-        assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=FLOAT32)
+    Inverse check: seen to fail with vectors of facts that are remembered under another one's text, and with keywords
+    that are drawn without the story's seed.
+    """
+    controls = [{"index": 3, "keywords": ["boat", "dog"]}, {"index": 4, "mode": "append", "keywords": ["lamp"]}]
+    layout = [f"engines.{i}.{axis}={size}" for i in (0, 1) for axis, size in (("tp", tp), ("pp", pp))]
+    expected = {seed: tell(server, seed=seed, controls=controls) for seed in (11, 1)}
+    cut = serving(decoder, *flags, *(part for setting in layout for part in ("--set", setting)))
+    with contextlib.nullcontext(server) if (tp, pp) == (1, 1) else cut as other:
+        told = [(11, tell(other, controls=controls))]
+        with ThreadPoolExecutor(4) as pool:
+            seeds = [1, 11, 11, 1]
+            told += zip(seeds, pool.map(lambda seed: tell(other, seed=seed, controls=controls), seeds), strict=True)
+
+    assert [len(one["facts"]) for one in expected[11]["sentences"]][2:4] == [3, 1]
+    assert expected[11]["sentences"][4]["keywords"] != expected[1]["sentences"][4]["keywords"] != []
+    for seed, story in told:
+        for ours, theirs in zip(story["sentences"], expected[seed]["sentences"], strict=True):
+            assert [ours[name] for name in TOLD] == [theirs[name] for name in TOLD]
+            assert [fact["text"] for fact in ours["facts"]] == [fact["text"] for fact in theirs["facts"]]
+            scores = [fact["score"] for fact in theirs["facts"]]
+            assert [fact["score"] for fact in ours["facts"]] == pytest.approx(
+                scores, abs=2 * FLOAT32
+            )  # told in five digits
+            assert ours["logprob"] == pytest.approx(theirs["logprob"], abs=FLOAT32)
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,9 @@ class Index(_Answer):
 
     Attributes:
         version: that is served; 0: none yet. passages, model_digest, model, backend: of that version.
-        state: building, ready, or failed (the first version could not be built).
+        state: building, ready, or failed (the first version could not be built, or what is kept cannot be read).
         progress: share of the passages that are encoded, 0 to 1.
-        error: why the last build or refresh failed.
+        error: why the last build or refresh failed, or what is kept cannot be read.
     """
 
     name: str = ""

@@ -57,7 +57,7 @@ def read_evidence(job: JobFile) -> list[Passage]:
         if _is_tsv(job.passages_path):
             passages = _read_tsv(job.passages_path, name)
         else:
-            passages = read_passages(job.passages_path, name=name)
+            passages = read_passages(job.passages_path, name=name, most=MAX_PASSAGES)
     except InvalidArgument as error:
         raise _invalid(error.message) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -35,6 +35,11 @@ ADMIN_METHODS = frozenset(
 _UNCOUNTED = ("grpc.reflection.", ADMIN_SERVICE, "trilithon.api.v1.ModelsService")
 """Services whose calls hold no place of the key's requests."""
 
+UNCOUNTED_METHODS = frozenset(
+    f"/trilithon.api.v1.RetrieverService/{name}" for name in ("GetIndex", "ListIndexes", "DeleteIndex")
+)
+"""Methods outside of those services that hold none either, as over HTTP."""
+
 _MAX_DEADLINE_S = 365 * 86400.0  # "no deadline" arrives as a very long one from some clients
 
 
@@ -121,7 +126,7 @@ class _Frame:
         self._service = service
         self._method = method
         self._scope = "admin" if service_name == ADMIN_SERVICE or method in ADMIN_METHODS else "user"
-        self._counted = not service_name.startswith(_UNCOUNTED)
+        self._counted = not service_name.startswith(_UNCOUNTED) and method not in UNCOUNTED_METHODS
         self._metadata = metadata
 
     def rpc(self, raw: bytes | None, decode: Callable[[bytes], Any] | None, context: Any) -> _Rpc:

@@ -13,6 +13,7 @@ from trilithon_server.index_builds import Source
 from trilithon_server.knowledge.indexes import Facts
 from trilithon_server.retrieval import MODES, Wanted
 from trilithon_server.service import Service
+from trilithon_server.task_run import off_loop
 from trilithon_server.validation import Violations
 
 _ROLES: dict[int, Literal["query", "passage"]] = {
@@ -64,7 +65,7 @@ class Retrievals(retrieval_pb2_grpc.RetrieverServiceServicer):
         )
         values = convert.meta_values(request.meta)
         result = await retrieval.search(self._service, current_call(), wanted, values, found=found)
-        return retrieval_pb2.SearchResponse(**retrieval_answers.found(result))
+        return await off_loop(result.chars, lambda: retrieval_pb2.SearchResponse(**retrieval_answers.found(result)))
 
     async def CreateIndex(self, request: retrieval_pb2.CreateIndexRequest, context: Any) -> retrieval_pb2.Index:
         """Begin to build an index."""

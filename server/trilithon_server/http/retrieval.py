@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trilithon_server import index_builds, retrieval, retrieval_answers
 from trilithon_server.http.dialogue import DialogueDocument
 from trilithon_server.http.endpoint import Route
-from trilithon_server.http.exchange import Exchange
+from trilithon_server.http.exchange import Exchange, json_beside
 from trilithon_server.http.native import SCORE_HIDDEN
 from trilithon_server.http.openai import model_header
 from trilithon_server.http.parse import parse
@@ -17,6 +17,7 @@ from trilithon_server.index_builds import Source
 from trilithon_server.retrieval import MAX_TOP_K, Wanted
 from trilithon_server.served import Call
 from trilithon_server.service import Service
+from trilithon_server.task_run import off_loop
 
 _HIDDEN = SCORE_HIDDEN
 _INDEXES = "/v1/retrieval/indexes"
@@ -94,7 +95,8 @@ async def search(service: Service, exchange: Exchange, call: Call) -> None:
         result = await retrieval.search(service, call, wanted, parsed.values, found=parsed.found)
         if result.model is not None:
             exchange.extra_headers.append(model_header(result.model))
-        await exchange.respond_json(retrieval_answers.found(result))
+        body = await off_loop(result.chars, lambda: json_beside(retrieval_answers.found(result)))
+        await exchange.respond(200, body)
 
     await exchange.race(work())
 
@@ -152,7 +154,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST", path=_INDEXES, handler=create_index, request=CreateIndexRequest, answer="IndexAnswer",
-        counted=False, more_errors=("409",), summary="Begin to build an index.",
+        more_errors=("409",), summary="Begin to build an index.",
     ),
     Route(
         method="GET", path=_INDEXES, handler=list_indexes, answer="IndexesAnswer", counted=False,
@@ -164,7 +166,7 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST", path=f"{_INDEXES}/{{name}}/refresh", handler=refresh_index, request=RefreshIndexRequest,
-        answer="IndexAnswer", counted=False, more_errors=("409",), summary="Begin to encode an index again.",
+        answer="IndexAnswer", more_errors=("409",), summary="Begin to encode an index again.",
     ),
     Route(
         method="DELETE", path=f"{_INDEXES}/{{name}}", handler=delete_index, answer="Nothing", counted=False,

@@ -51,7 +51,9 @@ class IndexStore:
 
     def names(self) -> list[str]:
         """The indexes that there are, in order."""
-        return sorted(path.parent.name for path in self.root.glob(f"*/{_CURRENT}"))
+        # Locks lie in folders named for indexes, and one may be called `current`; what is half removed has one, too.
+        found = (path.parent.name for path in self.root.glob(f"*/{_CURRENT}"))
+        return sorted(name for name in found if _NAME.fullmatch(name))
 
     def holds(self, name: str) -> bool:
         """Whether there is an index of that name. Raises InvalidArgument: `index_invalid`, it can be no name."""
@@ -66,10 +68,10 @@ class IndexStore:
             DataLoss: `index_corrupt`.
         """
         try:
-            content = (self._folder(name) / _CURRENT).read_text()
+            content = (self._folder(name) / _CURRENT).read_text(errors="replace")
         except FileNotFoundError:
             raise not_found(name) from None
-        if not re.fullmatch(r"[1-9]\d*\n", content):
+        if not re.fullmatch(r"[1-9][0-9]{0,17}\n", content):
             raise corrupt(f"index {shown(name)} {_CURRENT} must hold a version. Given: {shown(content)}.")
         return int(content)
 
@@ -162,12 +164,13 @@ class IndexStore:
 
     def delete(self, name: str) -> None:
         """
-        Remove an index; versions that are open stay readable.
+        Remove an index, a broken one too; versions that are open stay readable.
 
         Raises:
             NotFound: `index_not_found`.
         """
-        self.current(name)
+        if not self.holds(name):  # whatever state it is in
+            raise not_found(name)
         with self._writing(name):
             _remove(self._folder(name))
 

@@ -16,12 +16,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trilithon.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, TrilithonError
+from trilithon.errors import AlreadyExists, Conflict, DataLoss, FailedPrecondition, NotFound, TrilithonError
 from trilithon_server.knowledge.index import IndexStore, not_found
 from trilithon_server.knowledge.live import LiveIndex
 from trilithon_server.knowledge.manifest import Encoder, Manifest
@@ -35,6 +35,8 @@ MAX_INDEXES = 64
 
 State = Literal["building", "ready", "failed"]
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class Facts:
     Attributes:
         manifest: of the version that is served; None: none yet.
         progress: share of the passages that are encoded, 0 to 1.
-        error: why the last build failed; empty where it did not.
+        error: why the last build failed, or no version can be told of: its files are broken; empty where neither.
     """
 
     name: str
@@ -86,7 +88,13 @@ class Build:
             return store.open(self._name, model_digest=encoder.model_digest)
 
         # Once begun it is brought to its end: a deletion that comes meanwhile must find a whole index.
-        version = await _to_its_end(asyncio.create_task(asyncio.to_thread(write)))
+        task = asyncio.create_task(asyncio.to_thread(write))
+        try:
+            version = await _to_its_end(task)
+        except asyncio.CancelledError:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                task.result().close()
+            raise
         self._indexes.serve(self._tenant, self._name, version)
 
 
@@ -164,17 +172,21 @@ class Indexes:
 
     async def facts(self, tenant: str, name: str) -> Facts:
         """
+        What is known of an index; of one whose files are broken, that it failed, and why.
+
         Raises:
-            NotFound: `index_not_found`. DataLoss: `index_corrupt`.
+            NotFound: `index_not_found`.
         """
         held = self._held.get((tenant, name))
+        manifest, broken = None, ""
         try:
             manifest = await asyncio.to_thread(self.store(tenant).manifest, name)
         except NotFound:
             if held is None or (held.build is None and not held.error):
                 raise
-            manifest = None
-        return _facts(name, held, manifest)
+        except (DataLoss, FailedPrecondition) as error:
+            broken = str(error)
+        return _facts(name, held, manifest, broken)
 
     async def names(self, tenant: str) -> list[str]:
         """Indexes that are there, are being built, or could not be built, in order."""
@@ -242,8 +254,12 @@ class Indexes:
         held = self._held.setdefault((tenant, name), _Held())
         if held.deleting:
             raise not_found(name)
-        begun = held.build is not None or bool(held.error)
         held.deleting = True
+        # Once begun it is brought to its end: whoever asks meanwhile must not find again what is being removed.
+        await _to_its_end(asyncio.create_task(self._delete(held, tenant, name)))
+
+    async def _delete(self, held: _Held, tenant: str, name: str) -> None:
+        begun = held.build is not None or bool(held.error)
         try:
             await _ended(held)
             await asyncio.to_thread(self.store(tenant).delete, name)
@@ -259,10 +275,10 @@ class Indexes:
         await asyncio.gather(*map(_ended, held))
 
 
-def _facts(name: str, held: _Held | None, manifest: Manifest | None) -> Facts:
+def _facts(name: str, held: _Held | None, manifest: Manifest | None, broken: str) -> Facts:
     if held is not None and held.build is not None:
         return Facts(name=name, state="building", manifest=manifest, progress=held.build.progress, error="")
-    error = held.error if held is not None else ""
+    error = broken or (held.error if held is not None else "")
     state: State = "failed" if manifest is None else "ready"
     return Facts(name=name, state=state, manifest=manifest, progress=0.0 if manifest is None else 1.0, error=error)
 
@@ -280,12 +296,12 @@ async def _ended(held: _Held) -> None:
         held.live.close()
 
 
-async def _to_its_end(task: asyncio.Task[IndexVersion]) -> IndexVersion:
+async def _to_its_end(task: asyncio.Task[T]) -> T:
     """The result of a task that nothing interrupts; who is cancelled meanwhile learns it when the task is done."""
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
-        if not task.cancelled() and task.exception() is None:
-            task.result().close()
+        if not task.cancelled():
+            task.exception()  # nobody else asks for it
         raise

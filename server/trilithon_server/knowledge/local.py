@@ -101,10 +101,14 @@ class Chosen:
     score: float
 
 
-def read_documents(documents: Sequence[Document], *, limits: PageLimits = LIMITS) -> tuple[Sentence, ...]:
+def read_documents(
+    documents: Sequence[Document], *, field: str = "documents", limits: PageLimits = LIMITS
+) -> tuple[Sentence, ...]:
     """
     The sentences of documents, in order; what an earlier document said word for word is left out.
 
+    Args:
+        field: of the request that holds them, for messages.
     Raises:
         InvalidArgument: as `read_html`; `knowledge_invalid`, an id is empty or taken, or a document has both text and
             html.
@@ -112,15 +116,15 @@ def read_documents(documents: Sequence[Document], *, limits: PageLimits = LIMITS
     kept: dict[str, Sentence] = {}
     ids: set[str] = set()
     for i, document in enumerate(documents):
-        field = f"documents[{i}]"
-        _require(bool(document.id), f"{field}.id must not be empty.")
-        _require(document.id not in ids, f"{field}.id must be given once. Given twice: {document.id!r}.")
-        _require(not (document.text and document.html), f"{field} must have text or html. Given: both.")
+        name = f"{field}[{i}]"
+        _require(bool(document.id), f"{name}.id must not be empty.")
+        _require(document.id not in ids, f"{name}.id must be given once. Given twice: {document.id!r}.")
+        _require(not (document.text and document.html), f"{name} must have text or html. Given: both.")
         ids.add(document.id)
         if document.html:
-            page = read_html(document.html, field=f"{field}.html", limits=limits)
+            page = read_html(document.html, field=f"{name}.html", limits=limits)
         else:
-            page = read_text(document.text, field=f"{field}.text", limits=limits)
+            page = read_text(document.text, field=f"{name}.text", limits=limits)
         title = document.title or page.title
         for sentence in sentences_of(page.text, document_id=document.id, title=title, url=document.url):
             kept.setdefault(sentence.text.casefold(), sentence)

@@ -64,7 +64,7 @@ class Manifest(_Strict):
     Attributes:
         format: of this document and of the files; a newer one is refused.
         index: the index's name.
-        version: from 1; a number is never used twice.
+        version: from 1, each one more than the last; an index that was deleted and made again begins at 1 anew.
         encoder: of the vectors.
         backend: how the vectors are searched.
         dim: width of the vectors.

@@ -18,8 +18,8 @@ from trilithon_server.knowledge.words import PASSAGE_WORDS, chunks
 from trilithon_server.validation import nearest, shown
 
 MAX_ID_BYTES = 256
-MAX_LINE_BYTES = 4 << 20
-"""Of one line; a passage has some hundred words."""
+MAX_LINE_BYTES = 64 << 10
+"""Of one line; a passage has some hundred words, and an encoder reads no more of it than some thousand characters."""
 
 MAX_SHOWN = 20
 """Findings that a message lists; the rest are counted."""
@@ -49,7 +49,9 @@ class Passage:
 _KEYS = tuple(field.name for field in fields(Passage))
 
 
-def passages_of(document_id: str, title: str, text: str, *, words: int = PASSAGE_WORDS) -> list[Passage]:
+def passages_of(
+    document_id: str, title: str, text: str, *, words: int = PASSAGE_WORDS, most: int | None = None
+) -> list[Passage]:
     """
     A document in passages of so many words, anew at each paragraph; their ids are `DOCUMENT_ID:NUMBER`, from 0.
 
@@ -57,8 +59,12 @@ def passages_of(document_id: str, title: str, text: str, *, words: int = PASSAGE
 
     >>> [passage.id for passage in passages_of("d", "", "a b c", words=2)]
     ['d:0', 'd:1']
+
+    Args:
+        most: passages; the document's rest is not looked at. None: all.
     """
-    return [Passage(f"{document_id}:{i}", title, piece.text) for i, piece in enumerate(chunks(text, words))]
+    pieces = chunks(text, words, most=most)
+    return [Passage(f"{document_id}:{i}", title, piece.text) for i, piece in enumerate(pieces)]
 
 
 def check_passage(passage: Passage) -> str:
@@ -74,6 +80,12 @@ def check_passage(passage: Passage) -> str:
     if not passage.text.strip():
         return "text must not be blank."
     return ""
+
+
+def check_size(passage: Passage) -> str:
+    """What is wrong with the size of a passage, as the end of a sentence: its line must be one that is read again."""
+    size = len(passage_line(passage))  # in JSON a control character has six bytes
+    return "" if size <= MAX_LINE_BYTES else f"must have at most {MAX_LINE_BYTES:,} bytes as JSON. Given: {size:,}."
 
 
 def passage_line(passage: Passage) -> bytes:
@@ -115,39 +127,44 @@ def check_passages(passages: Iterable[Passage]) -> None:
     Raises:
         InvalidArgument: `passages_invalid`, none at all, a malformed one, or an id that repeats; lists the findings.
     """
-    findings: list[str] = []
+    findings = _Findings()
     seen: dict[str, str] = {}
     for i, passage in enumerate(passages):
         where = f"passages[{i}]"
-        wrong = check_passage(passage) or _repeated(passage, where, seen)
-        findings += [f"{where} {wrong}"] if wrong else []
-    _raise(findings, what="an index", is_empty=not seen)
+        if wrong := check_passage(passage) or check_size(passage) or _repeated(passage, where, seen):
+            findings.add(f"{where} {wrong}")
+    findings.raise_if_any(what="an index", is_empty=not seen)
 
 
-def read_passages(path: Path, *, name: str = "") -> list[Passage]:
+def read_passages(path: Path, *, name: str = "", most: int | None = None) -> list[Passage]:
     """
     The passages of a file in order.
 
     Args:
         name: what messages call the file; empty: its own name.
+        most: lines that the file may have; what is behind them is not read. None: any number.
     Raises:
         InvalidArgument: `passages_invalid`, with file, line and value of everything that is wrong.
         OSError: the file cannot be read.
     """
+    what = name or path.name
     passages: list[Passage] = []
-    findings: list[str] = []
+    findings = _Findings()
     seen: dict[str, str] = {}
     for number, line in _lines(path):
-        where = f"{name or path.name}:{number}"
+        where = f"{what}:{number}"
+        if most is not None and number > most:
+            findings.add(f"{what} must hold at most {most:,} passages. Given: more lines. Make several files.")
+            break
         try:
             passage = parse_passage(line)
         except InvalidArgument as error:
-            findings.append(f"{where} {error.message}")
+            findings.add(f"{where} {error.message}")
             continue
-        wrong = _repeated(passage, where, seen)
-        findings += [f"{where} {wrong}"] if wrong else []
+        if wrong := _repeated(passage, where, seen):
+            findings.add(f"{where} {wrong}")
         passages.append(passage)
-    _raise(findings, what=name or path.name, is_empty=not passages)
+    findings.raise_if_any(what=what, is_empty=not passages)
     return passages
 
 
@@ -182,11 +199,21 @@ def _repeated(passage: Passage, where: str, seen: dict[str, str]) -> str:
     return "" if first == where else f"id must not repeat. Given: {shown(passage.id)}, as in {first}."
 
 
-def _raise(findings: list[str], *, what: str, is_empty: bool) -> None:
-    if is_empty and not findings:
-        findings = [f"{what} must hold at least one passage."]
-    if findings:
-        listed = findings[:MAX_SHOWN]
-        if len(findings) > MAX_SHOWN:
-            listed.append(f"... and {len(findings) - MAX_SHOWN} more.")
-        raise InvalidArgument("\n".join(listed), code="passages_invalid")
+class _Findings:
+    """What is wrong: the first of it, and how much there is; a file may have no good line at all."""
+
+    def __init__(self) -> None:
+        self._shown: list[str] = []
+        self._count = 0
+
+    def add(self, finding: str) -> None:
+        self._count += 1
+        if self._count <= MAX_SHOWN:
+            self._shown.append(finding)
+
+    def raise_if_any(self, *, what: str, is_empty: bool) -> None:
+        if is_empty and not self._count:
+            self.add(f"{what} must hold at least one passage.")
+        if self._count:
+            more = [f"... and {self._count - MAX_SHOWN} more."] if self._count > MAX_SHOWN else []
+            raise InvalidArgument("\n".join([*self._shown, *more]), code="passages_invalid")

@@ -72,6 +72,10 @@ class StoredPassages:
         if (distinct := len(np.unique(self._ids))) != count:
             raise ValueError(f"{_IDS} must hold {count} ids, none of them twice. Given: {distinct} distinct ones")
 
+    def size(self, row: int) -> int:
+        """Bytes of a row's line, which is not read for it."""
+        return int(self._offsets[row + 1] - self._offsets[row])
+
     def read(self, row: int) -> Passage:
         """
         The passage of a row.

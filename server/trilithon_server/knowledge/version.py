@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from trilithon_server.knowledge.manifest import Manifest, corrupt, read_manifest
 from trilithon_server.knowledge.passages import Passage
 from trilithon_server.knowledge.ranking import Ranking
 from trilithon_server.knowledge.sparse import SparseIndex
-from trilithon_server.knowledge.stored import Parts, read_parts
+from trilithon_server.knowledge.stored import Parts, StoredPassages, read_parts
 from trilithon_server.knowledge.words import search_words
 
 Mode = Literal["dense", "bm25", "hybrid"]
@@ -113,7 +114,9 @@ class IndexVersion:
         """The passage of a row."""
         return self._opened().passages.read(row)
 
-    def search(self, queries: Queries, top_k: int, *, mode: Mode) -> list[tuple[Hit, ...]]:
+    def search(
+        self, queries: Queries, top_k: int, *, mode: Mode, most_bytes: int | None = None
+    ) -> list[tuple[Hit, ...]]:
         """
         For each query up to `top_k` passages, best first, of equal ones the earlier; `bm25` finds only passages that
         share a word with the query.
@@ -121,13 +124,15 @@ class IndexVersion:
         Log-probabilities are those of the inner products, times the encoder's `score_scale`, wherever there are query
         vectors; BM25 scores are weights of evidence, and their scale is 1.
 
+        Args:
+            most_bytes: of what is found, over all queries, as lines of the file; None: any number.
         Raises:
-            InvalidArgument: `search_invalid`, `vectors_invalid`.
+            InvalidArgument: `search_invalid`, also where more bytes are found; `vectors_invalid`.
             FailedPrecondition: `index_encoder`, the vectors are another encoder's.
         """
         self._check(queries, top_k, mode)
         parts, scale = self._opened(), self.manifest.encoder.score_scale
-        read = parts.passages.read
+        read = _reader(parts.passages, most_bytes)
         return _find(queries, top_k, mode, dense=parts.dense, sparse=parts.sparse, read=read, scale=scale)
 
     def _opened(self) -> Parts:
@@ -190,6 +195,21 @@ def search_passages(
     sparse = SparseIndex.build([passage.searched for passage in passages]) if has_words else None
     dense = None if vectors_MH is None else FlatIndex(vectors_MH)
     return _find(queries, top_k, mode, dense=dense, sparse=sparse, read=passages.__getitem__, scale=scale)
+
+
+def _reader(passages: StoredPassages, most_bytes: int | None) -> Callable[[int], Passage]:
+    """Reads each row once, however many queries found it, and none where the answer would be too large."""
+    read = cache(passages.read)
+    left = most_bytes
+
+    def bounded(row: int) -> Passage:
+        nonlocal left
+        if left is not None and (left := left - passages.size(row)) < 0:
+            message = f"the passages that are found must have at most {most_bytes:,} bytes in all. Given: more."
+            raise InvalidArgument(message, code="search_invalid", hint="Lower top_k, or ask fewer questions at once.")
+        return read(row)
+
+    return bounded
 
 
 def _find(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 PASSAGE_WORDS = 100
 """Words of a passage (Karpukhin et al. 2020, section 4.1)."""
@@ -79,7 +80,7 @@ class Chunk:
     end: int
 
 
-def chunks(text: str, words: int = PASSAGE_WORDS) -> list[Chunk]:
+def chunks(text: str, words: int = PASSAGE_WORDS, *, most: int | None = None) -> list[Chunk]:
     """
     Cut a text into pieces of so many words, the last of a paragraph shorter; none of a blank text.
 
@@ -91,18 +92,21 @@ def chunks(text: str, words: int = PASSAGE_WORDS) -> list[Chunk]:
 
     Args:
         words: of a piece, at least 1.
+        most: pieces; what is behind them is not looked at. None: all.
     """
     assert words >= 1
-    found: list[Chunk] = []
+    return list(islice(_pieces(text, words), most))
+
+
+def _pieces(text: str, words: int) -> Iterator[Chunk]:
     start = end = held = 0
     for word in _VISIBLE.finditer(text):
         if held == words or (held and text.count("\n", end, word.start()) > 1):
-            found.append(Chunk(text[start:end], start, end))
+            yield Chunk(text[start:end], start, end)
             held = 0
         if not held:
             start = word.start()
         end = word.end()
         held += 1
     if held:
-        found.append(Chunk(text[start:end], start, end))
-    return found
+        yield Chunk(text[start:end], start, end)

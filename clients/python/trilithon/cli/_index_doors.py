@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -14,10 +15,25 @@ from trilithon.cli import _extra
 from trilithon.cli._connect import connect
 from trilithon.cli._output import Progress
 from trilithon.cli._parser import UsageError
-from trilithon.errors import AlreadyExists, FailedPrecondition, NotFound
+from trilithon.errors import (
+    AlreadyExists,
+    Cancelled,
+    ConnectionFailed,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ProtocolError,
+    TrilithonError,
+    Unavailable,
+)
 
 POLL_S = 0.2
 """Between two looks at a build on a server."""
+
+_UNTOLD = (Cancelled, ConnectionFailed, DeadlineExceeded, Internal, ProtocolError, Unavailable)
+"""Errors behind which a build may go on."""
 
 ENCODER = "all-minilm-l6-v2"
 """Of a first local build that names none."""
@@ -68,11 +84,19 @@ class ServerDoor:
         self._options: CallOptions = {"model": model} if model else {}
 
     def build(self, name: str, file: Path, *, backend: str | None) -> Index:
-        """Upload the file, begin the build, and follow it."""
+        """Upload the file, begin the build, and follow it; the upload is removed when nothing will read it any more."""
+        self._check_free(name)
         uploaded = self._client.files.upload(file, purpose="evidence")
         given: Any = backend
-        self._client.retrieval.create_index(name, file=uploaded.id, backend=given, **self._options)
-        return self._followed(name)
+        try:
+            self._client.retrieval.create_index(name, file=uploaded.id, backend=given, **self._options)
+            index = self._followed(name)
+        except TrilithonError as error:
+            if not isinstance(error, _UNTOLD):
+                self._forget(uploaded.id)
+            raise
+        self._forget(uploaded.id)
+        return index
 
     def refresh(self, name: str) -> Index:
         """Begin the refresh, and follow it."""
@@ -95,6 +119,19 @@ class ServerDoor:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+    def _check_free(self, name: str) -> None:
+        """Before a file is uploaded in vain."""
+        try:
+            index = self._client.retrieval.get_index(name)
+        except NotFound:
+            return
+        if index.version or index.state == "building":
+            raise _taken(name)
+
+    def _forget(self, file_id: str) -> None:
+        with suppress(TrilithonError):  # what the build came to matters more
+            self._client.files.delete(file_id)
 
     def _followed(self, name: str) -> Index:
         """The index at the end of its build; raises FailedPrecondition where that failed."""
@@ -120,8 +157,7 @@ class FolderDoor:
     def build(self, name: str, file: Path, *, backend: str | None) -> Index:
         """Read, encode, publish."""
         if self._store.holds(name):
-            hint = "Refresh it, delete it first, or choose another name."
-            raise AlreadyExists(f"index {name!r} is there already.", code="name_taken", hint=hint)
+            raise _taken(name)
         try:
             passages = _load("knowledge.passages").read_passages(file)
         except OSError as error:
@@ -143,12 +179,12 @@ class FolderDoor:
             model = self._known(name)
             with self._encoder(model) as encoder:
                 found = self._local.search(self._store, name, queries, encoder, top_k=top_k, mode=wanted)
-        results = tuple(Hits(passages=tuple(map(_passage, hits))) for hits in found)
-        return SearchResults(results=results, index_version=self._store.current(name), model=model)
+        results = tuple(Hits(passages=tuple(map(_passage, hits))) for hits in found.hits)
+        return SearchResults(results=results, index_version=found.index_version, model=model)
 
     def list(self) -> Sequence[Index]:
         """Read the folder."""
-        return [self._index(name) for name in self._store.names()]
+        return [self._listed(name) for name in self._store.names()]
 
     def delete(self, name: str) -> None:
         """Remove its files."""
@@ -174,6 +210,13 @@ class FolderDoor:
         except (NotFound, self._model_error) as error:
             raise UsageError(f"--model must be an encoder of this machine. {error}") from None
 
+    def _listed(self, name: str) -> Index:
+        """`_index`; a broken one is told as a server tells it."""
+        try:
+            return self._index(name)
+        except (DataLoss, FailedPrecondition) as error:
+            return Index(name=name, state="failed", error=str(error))
+
     def _index(self, name: str) -> Index:
         manifest = self._store.manifest(name)
         return Index(
@@ -186,6 +229,11 @@ class FolderDoor:
             model=manifest.encoder.model,
             backend=manifest.backend,
         )
+
+
+def _taken(name: str) -> AlreadyExists:
+    hint = "Refresh it, delete it first, or choose another name."
+    return AlreadyExists(f"index {name!r} is there already.", code="name_taken", hint=hint)
 
 
 def _passage(hit: Any) -> Passage:

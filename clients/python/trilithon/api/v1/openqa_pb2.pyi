@@ -101,7 +101,9 @@ class AnswerRequest(google.protobuf.message.Message):
 
     @property
     def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[trilithon.api.v1.dialogue_pb2.Document]:
-        """Cut into passages of 100 words and scored with the request. Range: at most 64, together at most 1 MiB."""
+        """Cut into passages of 100 words and scored with the request.
+        Range: at most 64, together at most 1 MiB and 16384 passages; ids of at most 250 bytes, titles of 512 characters.
+        """
 
     @property
     def sampling(self) -> trilithon.api.v1.common_pb2.Sampling:

@@ -169,7 +169,9 @@ class SearchRequest(google.protobuf.message.Message):
     index: builtins.str
     """Range: a stored index."""
     top_k: builtins.int
-    """Passages for each question at most. Unset: 10. Range: 1 to 1000, and 8192 over all questions. Zero: same as unset."""
+    """Passages for each question at most. Unset: 10. Range: 1 to 1000, and 8192 passages of together 12 MiB over all
+    questions. Zero: same as unset.
+    """
     min_version: builtins.int
     """FAILED_PRECONDITION where an older version than this is served. Zero: any version."""
     mode: Global___SearchRequest.Mode.ValueType
@@ -317,14 +319,18 @@ class CreateIndexRequest(google.protobuf.message.Message):
     name: builtins.str
     """Range: 1 to 64 letters, digits, _ and -, the first a letter or a digit; not taken."""
     file_id: builtins.str
-    """An uploaded file of purpose evidence: JSON lines of {"id", "title", "text"}. Zero: same as unset."""
+    """An uploaded file of purpose evidence: at most 1048576 JSON lines of {"id", "title", "text"}, each of at most 64 KiB.
+    Zero: same as unset.
+    """
     model: builtins.str
     """The encoder. Unset: the first that is served. Zero: same as unset."""
     backend: Global___CreateIndexRequest.Backend.ValueType
     """How vectors are searched."""
     @property
     def documents(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[trilithon.api.v1.dialogue_pb2.Document]:
-        """Cut into passages of 100 words. Range: at most 64, together at most 1 MiB."""
+        """Cut into passages of 100 words.
+        Range: at most 64, together at most 1 MiB and 16384 passages; ids of at most 250 bytes, titles of 512 characters.
+        """
 
     def __init__(
         self,
@@ -429,7 +435,7 @@ class Index(google.protobuf.message.Message):
         STATE_READY: Index._State.ValueType  # 2
         """Served, and nothing is being built."""
         STATE_FAILED: Index._State.ValueType  # 3
-        """The first version could not be built; `error` says why."""
+        """The first version could not be built, or what is kept of the index cannot be read; `error` says why."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Index.State.ValueType  # 0
@@ -438,7 +444,7 @@ class Index(google.protobuf.message.Message):
     STATE_READY: Index.State.ValueType  # 2
     """Served, and nothing is being built."""
     STATE_FAILED: Index.State.ValueType  # 3
-    """The first version could not be built; `error` says why."""
+    """The first version could not be built, or what is kept of the index cannot be read; `error` says why."""
 
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
@@ -462,7 +468,7 @@ class Index(google.protobuf.message.Message):
     progress: builtins.float
     """Share of the passages that are encoded, 0 to 1; 1 where nothing is being built."""
     error: builtins.str
-    """Why the last build or refresh failed. Empty where it did not."""
+    """Why the last build or refresh failed, or what is kept cannot be read. Empty where neither."""
     model: builtins.str
     """The name under which that encoder was served."""
     backend: builtins.str
