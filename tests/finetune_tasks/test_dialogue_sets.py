@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,47 @@ def test_acc_D03_a_planted_violation_is_counted_under_its_reason(case: str) -> N
     assert sound[reason] == 0
     assert [row for side in bad for row in side] == []
     assert faulty[reason] == 1
+
+
+UNWANTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "word": ("Heck", {"body": "oh heck, what a day"}, "turns with a blocked word"),
+    "word among signs": ("h*ck", {"body": "what the 'h*ck'?"}, "turns with a blocked word"),
+    "word joined": ("heck", {"body": "a heck-load of words"}, "turns with a blocked word"),
+    "community": ("r/Shouting", {"subreddit": "shouting"}, "comments of a blocked community"),
+}
+
+
+@pytest.mark.parametrize("case", UNWANTED)
+def test_acc_D03_what_a_block_list_names_is_left_out_and_counted(case: str) -> None:
+    """
+    Of the same comments, with and without the list. A word is whole: `heckle` is learned. Inverse seen: a list that is
+    not looked at; words with the signs around them; a word anywhere in another; names that keep their capitals.
+    """
+    line, changes, reason = UNWANTED[case]
+    second = [comment(10, None, "s1", "cem"), comment(11, 10, "s1", "ann", **changes)]
+    third = [comment(20, None, "s2", "dea"), comment(21, 20, "s2", "ann", body="they heckle all day")]
+    comments = [{"subreddit": "Tea", **item} for item in (*earlier(), *second, *third)]
+    without = convert("pushshift", dump(comments))
+    split = convert("pushshift", dump(comments), f"{line}\n\n".encode())
+
+    assert [row["ts"] for row in (*without.train, *without.dev)] == [11, 21]
+    assert [row["ts"] for row in (*split.train, *split.dev)] == [21]
+    assert (without.dropped.get(reason, 0), split.dropped[reason]) == (0, 1)
+
+
+def test_acc_D03_where_communities_are_blocked_a_comment_must_say_its_own() -> None:
+    """A line that does not is one finding. Inverse seen: such a line is read."""
+    comments = [{"subreddit": "Tea", **item} for item in earlier()]
+    split = convert("pushshift", dump([*comments, comment(10, None, "s1", "cem")]), b"r/Shouting")
+
+    assert [(item.line, item.path) for item in split.findings] == [(4, "subreddit")]
+
+
+@pytest.mark.parametrize("line", ["two words", "r/", "r/two words", "?!"])
+def test_a_line_that_blocks_nothing_is_refused(line: str) -> None:
+    """With its number and what is allowed."""
+    with pytest.raises(ValueError, match=re.escape("line 2: a line of what is not wanted must be one word, or r/")):
+        convert("pushshift", dump(earlier()), f"heck\n{line}\n".encode())
 
 
 LEFT_OUT: dict[str, tuple[list[dict[str, Any]], str]] = {

@@ -17,7 +17,7 @@ from trilithon_finetune.converters.dialogues import begin_rows, persona_rows, to
 from trilithon_finetune.converters.dpr import dpr_rows, read_passage_lines
 from trilithon_finetune.converters.drugprot import Labels, read_drugprot, relation_rows
 from trilithon_finetune.converters.pubtator import read_pubtator, tagging_rows
-from trilithon_finetune.converters.pushshift import pushshift_rows
+from trilithon_finetune.converters.pushshift import blocked_of, pushshift_rows
 from trilithon_finetune.converters.questions import fairytale_rows, json_lines, pubmedqa_row, span_row
 from trilithon_finetune.converters.squad import read_squad
 from trilithon_finetune.data.findings import Finding, Findings
@@ -53,13 +53,14 @@ class Converter:
 
     Attributes:
         task: that its rows are for. about: what it reads, in words.
-        read: from the files, `num_files` of them, to rows.
+        read: from the files to rows.
+        num_files: how many they may be.
     """
 
     task: str
     about: str
     read: Callable[..., Split]
-    num_files: int = 1
+    num_files: tuple[int, ...] = (1,)
 
 
 def split_every_fifth(rows: Iterable[T], *, unit: Callable[[T], Hashable] | None = None) -> tuple[list[T], list[T]]:
@@ -147,10 +148,10 @@ def _dialogues(rows: Callable[[bytes, Counter[str]], Iterable[tuple[str, Row]]])
     return read
 
 
-def _pushshift(document: bytes) -> Split:
+def _pushshift(document: bytes, unwanted: bytes = b"") -> Split:
     dropped: Counter[str] = Counter()
     findings = Findings(MAX_FINDINGS)
-    train, dev = pushshift_rows(document, dropped, findings)
+    train, dev = pushshift_rows(document, dropped, findings, blocked_of(unwanted))
     return Split(tuple(train), tuple(dev), _counted(dropped), findings.first)
 
 
@@ -177,7 +178,7 @@ CONVERTERS: Mapping[str, Converter] = {
         "dpr",
         "SQuAD's questions, then their passages as JSON lines; hard negatives by BM25; held out: every fifth article",
         _dpr,
-        num_files=2,
+        num_files=(2,),
     ),
     "qed": Converter("span_qa", "QED as JSON lines; held out: every fifth question", _qed),
     "covidqa": Converter("span_qa", "COVID-QA as JSON lines; held out: every fifth document", _covidqa),
@@ -191,10 +192,14 @@ CONVERTERS: Mapping[str, Converter] = {
         "grounded_dialogue", "BEGIN, attributable replies; held out: every fifth knowledge", _dialogues(begin_rows)
     ),
     "pushshift": Converter(
-        "dialogue", "comments of the Pushshift schema; held out: the last fifth of the submissions", _pushshift
+        "dialogue",
+        "comments of the Pushshift schema, then, if at all, blocked words and r/communities, one a line; held out: the "
+        "last fifth of the submissions",
+        _pushshift,
+        num_files=(1, 2),
     ),
     "fairytaleqa": Converter(
-        "question_gen", "FairytaleQA: the questions, then the stories, as JSON lines", _fairytaleqa, num_files=2
+        "question_gen", "FairytaleQA: the questions, then the stories, as JSON lines", _fairytaleqa, num_files=(2,)
     ),
     "pubmedqa": Converter("classify", "PubMedQA as JSON lines; held out: every fifth question", _pubmedqa),
 }
@@ -213,8 +218,9 @@ def convert(name: str, *documents: bytes) -> Split:
     """
     if name not in CONVERTERS:
         raise ValueError(f"a converter must be one of {', '.join(CONVERTERS)}. Given: {name!r}.")
-    if len(documents) != (wanted := CONVERTERS[name].num_files):
-        raise ValueError(f"{name} is read from {wanted} file{'s' * (wanted > 1)}. Given: {len(documents)}.")
+    if len(documents) not in (numbers := CONVERTERS[name].num_files):
+        wanted = f"{' or '.join(map(str, numbers))} file{'s' * (numbers[-1] > 1)}"
+        raise ValueError(f"{name} is read from {wanted}. Given: {len(documents)}.")
     try:
         return CONVERTERS[name].read(*documents)
     except (KeyError, TypeError, AttributeError) as error:

@@ -10,6 +10,8 @@ held out is judged with older submissions as references, whichever side they are
 
 A turn is learned in one row, and only where it passes the filters; the actor's other turns have the weight 0.
 
+A second file, where there is one, says what is not wanted: a line of it is a word, or `r/NAME`, a community.
+
 Source: arXiv 2005.06114, section 3; the rules on comments are those that DialoGPT (1911.00536) published.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,22 +49,66 @@ _GONE = ("[deleted]", "[removed]", "")
 _URL = re.compile(r"(?:https?://|www\.)\S+")
 _CAPITALS = re.compile(r"\b[A-Z]{5,}\b")
 _THRICE = re.compile(r"\b(\w+)(?:\W+\1\b){2}", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+_EDGES = string.punctuation + "\u2018\u2019\u201c\u201d\u2026"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """
+    What is not wanted, in lower case.
+
+    Attributes:
+        words: no turn that has one is learned.
+        communities: no comment of these is read; without their `r/`.
+    """
+
+    words: frozenset[str] = frozenset()
+    communities: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Comment:
-    """One line of a dump; `parent` is a comment's id, empty where the submission is meant. `created` in seconds."""
+    """
+    One line of a dump; `parent` is a comment's id, empty where the submission is meant. `created` in seconds.
+
+    `unlearnable` is why the turn is not one to learn.
+    """
 
     id: str
     parent: str
     submission: str
     author: str
     text: str
-    score: int
     created: int
+    unlearnable: str | None
 
 
-def comments_of(document: bytes, dropped: Counter[str], findings: Findings) -> list[Comment]:
+def blocked_of(document: bytes) -> Blocked:
+    """
+    Read a list of what is not wanted.
+
+    >>> blocked_of(b"Heck\\nr/Shouting\\n")
+    Blocked(words=frozenset({'heck'}), communities=frozenset({'shouting'}))
+
+    Raises:
+        ValueError: a line is neither a word nor a community.
+    """
+    words: set[str] = set()
+    communities: set[str] = set()
+    for number, line in enumerate(document.decode("utf-8-sig").splitlines(), start=1):
+        entry = line.strip().lower()
+        is_community = entry.startswith("r/")
+        name = entry.removeprefix("r/") if is_community else entry.strip(_EDGES)
+        if entry and (not name or len(entry.split()) > 1):
+            rule = "a line of what is not wanted must be one word, or r/ and a community's name"
+            raise ValueError(f"line {number}: {rule}. Given: {shown(line)}.")
+        if entry:
+            (communities if is_community else words).add(name)
+    return Blocked(frozenset(words), frozenset(communities))
+
+
+def comments_of(document: bytes, dropped: Counter[str], findings: Findings, blocked: Blocked) -> list[Comment]:
     """
     The comments that may be turns, in the order of the file.
 
@@ -73,10 +120,12 @@ def comments_of(document: bytes, dropped: Counter[str], findings: Findings) -> l
     for number, line in enumerate(document.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
-        comment = _read(line, number)
+        comment = _read(line, number, blocked)
         if isinstance(comment, Finding):
             findings.add(comment)
             dropped["lines that are no comments"] += 1
+        elif comment is None:
+            dropped["comments of a blocked community"] += 1
         elif (reason := _unfit(comment)) is not None:
             dropped[reason] += 1
         elif comment.id in found:
@@ -86,14 +135,19 @@ def comments_of(document: bytes, dropped: Counter[str], findings: Findings) -> l
     return list(found.values())
 
 
-def _read(line: bytes, number: int) -> Comment | Finding:
-    """The comment of a line, or the first thing that is wrong with it; whose file it is the caller knows."""
+def _read(line: bytes, number: int, blocked: Blocked) -> Comment | Finding | None:
+    """
+    The comment of a line, or the first thing that is wrong with it; whose file it is the caller knows.
+
+    None: it is of a blocked community.
+    """
     try:
         row = parse_row(line)
     except RowError as error:
         return finding(error.code, error.message, file="", line=number, path=error.path)
     values: dict[str, Any] = {}
-    for key, kind in _FIELDS.items():
+    fields = {**_FIELDS, "subreddit": _text} if blocked.communities else _FIELDS
+    for key, kind in fields.items():
         if key not in row:
             return finding("E-DATA-008", "is missing.", file="", line=number, path=key)
         try:
@@ -101,15 +155,17 @@ def _read(line: bytes, number: int) -> Comment | Finding:
         except (ValueError, TypeError, OverflowError):
             rule = f"must be {'a whole number' if kind is int else 'a text'}. Given: {shown(row[key])}."
             return finding("E-DATA-008", rule, file="", line=number, path=key)
-    parent = values["parent_id"]
+    if values.get("subreddit", "").lower() in blocked.communities:
+        return None
+    parent, text = values["parent_id"], values["body"].strip()
     return Comment(
         id=values["id"],
         parent=parent.removeprefix("t1_") if parent.startswith("t1_") else "",
         submission=values["link_id"].removeprefix("t3_"),
         author=values["author"],
-        text=values["body"].strip(),
-        score=values["score"],
+        text=text,
         created=values["created_utc"],
+        unlearnable=_unlearnable(text, values["score"], blocked.words),
     )
 
 
@@ -144,9 +200,8 @@ def _unfit(comment: Comment) -> str | None:
     return f"comments of more than {MAX_WORDS} words" if words > MAX_WORDS else None
 
 
-def _unlearnable(comment: Comment) -> str | None:
+def _unlearnable(text: str, score: int, blocked: frozenset[str]) -> str | None:
     """Why a turn is not one to learn."""
-    text = comment.text
     if _URL.search(text):
         return "turns with an address"
     if "[" in text or "]" in text:
@@ -157,7 +212,16 @@ def _unlearnable(comment: Comment) -> str | None:
         return "turns with a word of more than 30 letters"
     if _THRICE.search(text):
         return "turns that say a word three times running"
-    return f"turns scored below {MIN_SCORE}" if comment.score < MIN_SCORE else None
+    if blocked and not blocked.isdisjoint(_words(text)):
+        return "turns with a blocked word"
+    return f"turns scored below {MIN_SCORE}" if score < MIN_SCORE else None
+
+
+def _words(text: str) -> Iterator[str]:
+    """What stands between blanks, without the signs around it, and its runs of letters: `well-known` is three words."""
+    for part in text.lower().split():
+        yield part.strip(_EDGES)
+        yield from _WORD.findall(part)
 
 
 def paths_of(comments: Sequence[Comment], dropped: Counter[str]) -> list[list[Comment]]:
@@ -205,17 +269,20 @@ def _path(leaf: Comment, members: Mapping[str, Comment]) -> list[Comment] | None
 
 
 def pushshift_rows(
-    document: bytes, dropped: Counter[str], findings: Findings | None = None
+    document: bytes, dropped: Counter[str], findings: Findings | None = None, blocked: Blocked | None = None
 ) -> tuple[list[Row], list[Row]]:
     """
     Rows to train on and rows held out.
 
     Args:
-        document: JSON lines of comments: id, parent_id, link_id, author, body, score, created_utc.
+        document: JSON lines of comments: id, parent_id, link_id, author, body, score, created_utc; subreddit, where
+            communities are blocked.
         dropped: counts what was left out, under the reason; turns once for each conversation that they stand in.
         findings: takes one for each line that is no comment.
+        blocked: what is not wanted. None: everything is.
     """
-    paths = paths_of(comments_of(document, dropped, findings or Findings(most=1)), dropped)
+    comments = comments_of(document, dropped, findings or Findings(most=1), blocked or Blocked())
+    paths = paths_of(comments, dropped)
     submissions = list(dict.fromkeys(path[0].submission for path in paths))
     held_out = set(submissions[len(submissions) - len(submissions) // HELD_OUT :])
     of_author = _by_author(paths)
@@ -254,7 +321,7 @@ def _rows_of(
         for i, comment in enumerate(path):
             if comment.author != author:
                 continue
-            reason = _unlearnable(comment) if i else "turns that nothing stands before"
+            reason = comment.unlearnable if i else "turns that nothing stands before"
             if reason is None:
                 fit.append(i)
             else:

@@ -41,6 +41,7 @@ def add(parser: Parser) -> None:
         "trilithon data convert --list",
         "trilithon data convert squad dev-v2.0.json -o squad",
         "trilithon data convert conll train.tsv -o entities",
+        "trilithon data convert pushshift RC_2019-01.zst blocked.txt -o conversations",
     )
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return explain(ValueError(f"{told}: {error}"), EXIT_INVALID_DATA, as_json=args.format == "json")
     reading = _extra.load("trilithon_finetune.data.findings", verb="data convert", extra="engine")
-    findings = [dataclasses.replace(item, file=told) for item in split.findings]
+    findings = [dataclasses.replace(item, file=args.input[0].name) for item in split.findings]
     lines = [reading.line_form(item) for item in findings]
     counts = {name: len(rows) for name, rows in (("train", split.train), ("dev", split.dev)) if rows}
     if not counts:
