@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trilithon_server import answers
@@ -10,6 +10,7 @@ from trilithon_server.extraction import Answered, Related
 from trilithon_server.task_run import Told
 from trilithon_server.tasks.classes import Classified
 from trilithon_server.tasks.tagging import Entity
+from trilithon_server.validation import float32
 
 
 def annotated(documents: Sequence[Sequence[Entity]], told: Told) -> dict[str, Any]:
@@ -22,8 +23,8 @@ def related(result: Related) -> dict[str, Any]:
     relations = [
         {
             "label": found.label,
-            "score": found.score,
-            "probs": dict(found.probabilities),
+            "score": float32(found.score),
+            "probs": _shares(found.probabilities),
             "pair": {"a": _entity(a), "b": _entity(b)},
         }
         for (a, b), found in zip(result.pairs, result.relations, strict=True)
@@ -38,14 +39,14 @@ def answered(result: Answered) -> dict[str, Any]:
         "answers": [
             {
                 "text": item.text,
-                "probability": item.probability,
+                "probability": float32(item.probability),
                 "context": item.context,
                 "start": item.start,
                 "end": item.end,
             }
             for item in result.answers
         ],
-        "no_answer_probability": result.no_answer_probability,
+        "no_answer_probability": float32(result.no_answer_probability),
         "no_answer": result.no_answer,
         **_told(result.told),
     }
@@ -55,7 +56,12 @@ def classified(results: Sequence[tuple[Classified, bool]], told: Told) -> dict[s
     """ClassifyResponse"""
     return {
         "results": [
-            {"label": one.label, "score": one.score, "probs": dict(one.probabilities), "truncated": truncated}
+            {
+                "label": one.label,
+                "score": float32(one.score),
+                "probs": _shares(one.probabilities),
+                "truncated": truncated,
+            }
             for one, truncated in results
         ],
         **_told(told),
@@ -63,7 +69,17 @@ def classified(results: Sequence[tuple[Classified, bool]], told: Told) -> dict[s
 
 
 def _entity(item: Entity) -> dict[str, Any]:
-    return {"start": item.start, "end": item.end, "type": item.type, "text": item.text, "score": item.score}
+    return {
+        "start": item.start,
+        "end": item.end,
+        "type": item.type,
+        "text": item.text,
+        "score": float32(item.score),
+    }
+
+
+def _shares(probabilities: Mapping[str, float]) -> dict[str, float]:
+    return {label: float32(value) for label, value in probabilities.items()}
 
 
 def _told(told: Told) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 
@@ -60,3 +61,16 @@ def test_R10_a_run_is_kept_where_nothing_can_be_written(whole: bytes, tmp_path: 
 
     assert pieces == PIECES[:2]
     assert PartFile(path, RUN, restart=False).pieces == PIECES[:2]
+
+
+@pytest.mark.parametrize("line", [b"{half", b"\xff", b"[1]", b""])
+def test_R10_a_damaged_line_is_told_with_its_number(whole: bytes, tmp_path: Path, line: bytes) -> None:
+    """And the file stays as it is: the other pieces are good. Inverse seen red: the line read as it stands."""
+    path = tmp_path / "damaged"
+    lines = whole.split(b"\n")
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines))
+
+    with pytest.raises(ResumeError, match=re.escape("damaged:3 is damaged. Take the line out, or add --restart.")):
+        PartFile(path, RUN, restart=False)
+    assert path.read_bytes() == b"\n".join(lines)

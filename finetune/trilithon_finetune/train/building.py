@@ -27,6 +27,7 @@ from trilithon_parallel.checkpoint import Base, Piece, Retention, RunFacts, Save
 from trilithon_parallel.collectives import barrier
 from trilithon_parallel.config import QUERY_DIR, RETRIEVER_DIR, ModelConfig, ModelError
 from trilithon_parallel.costs import model_flops
+from trilithon_parallel.data.publish import sync
 from trilithon_parallel.grid import Grid
 from trilithon_parallel.lora.peft import read_adapter
 from trilithon_parallel.lora.training import begin
@@ -251,7 +252,9 @@ def references_of(work: Work, model: TrainingModel) -> tuple[list[float], list[f
         if grid.rank == 0:
             part_file = path.with_suffix(".part")
             save_file(made, part_file)
+            sync(part_file)
             part_file.replace(path)
+            sync(path.parent)
     barrier(grid.world, label="references")
     found = load_file(path)
     return found["train"].tolist(), found["valid"].tolist()

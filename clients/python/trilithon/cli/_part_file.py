@@ -25,7 +25,7 @@ class PartFile:
         models: who does the work, by part; None before `begin` has been called for the first time.
         pieces: so far, in the order in which they were done.
     Raises:
-        ResumeError: an earlier run was another one.
+        ResumeError: an earlier run was another one, or what it left is damaged.
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], *, restart: bool) -> None:
@@ -41,7 +41,7 @@ class PartFile:
         raw = self.path.read_bytes()
         # What stands behind the last line feed was cut off in the middle of a piece, perhaps of a character.
         end = raw.rfind(b"\n") + 1
-        whole = [json.loads(line) for line in raw[:end].decode("utf-8").split("\n")[:-1]]
+        whole = [self._line(number, line) for number, line in enumerate(raw[:end].split(b"\n")[:-1], start=1)]
         if not whole:
             self.path.unlink()
             return
@@ -50,6 +50,15 @@ class PartFile:
             raise ResumeError(f"{self.path.name} was begun with another corpus or other settings. Add --restart.")
         self.models = head["models"]
         os.truncate(self.path, end)  # in place: a run that is killed here has lost nothing
+
+    def _line(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(line)
+        except ValueError:  # UnicodeDecodeError, too
+            found = None
+        if not isinstance(found, dict):
+            raise ResumeError(f"{self.path.name}:{number} is damaged. Take the line out, or add --restart.")
+        return found
 
     def begin(self, models: Mapping[str, str]) -> None:
         """
