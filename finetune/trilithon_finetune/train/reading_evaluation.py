@@ -32,6 +32,9 @@ from trilithon_server.tasks.reader_format import read_answer
 
 TOP = (1, 5)
 
+AT_ONCE = 64
+"""Batches that are made before the model reads them: enough to keep a pipeline full, few enough for the memory."""
+
 NOTHING = -1.0
 """Behind the end of an answer; in place of the row of a passage that is not of the evidence."""
 
@@ -94,17 +97,19 @@ class ReadingEvaluator:
         mine = units[grid.dp.rank :: grid.dp.size]
         groups = [mine[first : first + each] for first in range(0, len(mine), each)]
         width = max(TOP) + 2 * readings.num_passages + 1 + (readings.options.max_answer_tokens if written else 0)
-        best, batches = [], []
-        for group in groups:
-            count = max(readings.num_passages, *TOP)
-            found = readings.found(part, group, model=model, index=index, count=count)
-            some = [readings.reading(part, unit, rows) for unit, rows in zip(group, found, strict=True)]
-            ids = [part.samples_of(unit)[0] for unit in group]
-            batches.append(readings.batch(some, ids, device=grid.device, written=written))
-            best += [[*_padded(rows, max(TOP)), *item.rows] for rows, item in zip(found, some, strict=True)]
-        made = torch.cat([torch.zeros(0, width - max(TOP) - readings.num_passages), *model.predict(batches)])
-        chosen = torch.tensor(best, dtype=torch.float32).view(len(made), max(TOP) + readings.num_passages)
-        return _of_all(model, units, torch.cat((chosen, made), 1))
+        count = max(readings.num_passages, *TOP)
+        best, made = [], [torch.zeros(0, width - max(TOP) - readings.num_passages)]
+        for first in range(0, len(groups), AT_ONCE):
+            batches = []
+            for group in groups[first : first + AT_ONCE]:
+                found = readings.found(part, group, model=model, index=index, count=count)
+                some = [readings.reading(part, unit, rows) for unit, rows in zip(group, found, strict=True)]
+                ids = [part.samples_of(unit)[0] for unit in group]
+                batches.append(readings.batch(some, ids, device=grid.device, written=written))
+                best += [[*_padded(rows, max(TOP)), *item.rows] for rows, item in zip(found, some, strict=True)]
+            made += model.predict(batches)
+        chosen = torch.tensor(best, dtype=torch.float32).view(len(best), max(TOP) + readings.num_passages)
+        return _of_all(model, units, torch.cat((chosen, torch.cat(made)), 1))
 
     def _without_passages(self, model: TrainingModel) -> dict[int, float]:
         """Of each unit, on every rank, log p(a|q) from the empty passage alone."""
