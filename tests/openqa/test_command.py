@@ -144,6 +144,7 @@ def test_an_upload_does_not_outlive_its_build(
     after = [kept()]
     failed = told(capsys, "build", "unsound", str(bad), *place, *encoder(place, served), code=2)
     after.append(kept())
+    assert "bad.jsonl:1 must have the field" in failed["error"]["message"]
     refused = told(capsys, "build", "none", file, *place, "--model", "nobody", code=2)
     after.append(kept())
     count = len(sent)
@@ -167,7 +168,7 @@ def test_an_upload_stays_where_its_build_may_go_on(
     removed: list[Any] = []
     monkeypatch.setattr(Files, "delete", lambda *given: removed.append(given))
 
-    def lost(*_: Any) -> None:
+    def lost(*_: Any, **__: Any) -> None:
         raise ConnectionFailed("gone")
 
     monkeypatch.setattr(_index_doors.ServerDoor, "_followed", lost)
@@ -196,6 +197,25 @@ def test_E3_a_folder_finds_what_a_server_finds(
 
     assert ids["server"] == ids["folder"]
     assert scores["server"] == pytest.approx(scores["folder"], abs=1e-6)
+
+
+def test_R11_each_bad_line_is_a_line_of_the_message(
+    served: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its file's name, also where a server has read it. Inverses seen: both in one line; the upload's id."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n[]\n")
+    found = {}
+    for where in ("folder", "server"):
+        place = flags(where, served, tmp_path, monkeypatch)
+        capsys.readouterr()
+        assert main(["index", "build", "lined", str(bad), *place, *encoder(place, served)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        found[where] = [line[line.index("bad.jsonl:") :] for line in lines if "bad.jsonl:" in line]
+    told(capsys, "rm", "lined", *place)
+
+    assert [line.partition(" ")[0] for line in found["folder"]] == ["bad.jsonl:1", "bad.jsonl:2"]
+    assert found["server"] == found["folder"]
 
 
 @pytest.mark.parametrize(

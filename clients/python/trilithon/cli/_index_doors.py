@@ -90,7 +90,7 @@ class ServerDoor:
         given: Any = backend
         try:
             self._client.retrieval.create_index(name, file=uploaded.id, backend=given, **self._options)
-            index = self._followed(name)
+            index = self._followed(name, told=lambda words: words.replace(uploaded.id, file.name))
         except TrilithonError as error:
             if not isinstance(error, _UNTOLD):
                 self._forget(uploaded.id)
@@ -133,14 +133,21 @@ class ServerDoor:
         with suppress(TrilithonError):  # what the build came to matters more
             self._client.files.delete(file_id)
 
-    def _followed(self, name: str) -> Index:
-        """The index at the end of its build; raises FailedPrecondition where that failed."""
+    def _followed(self, name: str, *, told: Callable[[str], str] = str) -> Index:
+        """
+        The index at the end of its build.
+
+        Args:
+            told: makes the server's words the caller's.
+        Raises:
+            FailedPrecondition: `index_build_failed`.
+        """
         with Progress("encode, in %", total=100) as progress:
             while (index := self._client.retrieval.get_index(name)).state == "building":
                 progress.update(int(100 * index.progress))
                 time.sleep(POLL_S)
         if index.error:
-            raise FailedPrecondition(f"index {name!r} was not built: {index.error}", code="index_build_failed")
+            raise FailedPrecondition(f"index {name!r} was not built: {told(index.error)}", code="index_build_failed")
         return index
 
 

@@ -54,6 +54,9 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE
 
 
+_PREFIX = "trilithon:"
+
+
 def explain(error: Exception, code: int | None = None, *, as_json: bool = False) -> int:
     """Print an error for its reader; returns the exit code."""
     if as_json:
@@ -62,12 +65,13 @@ def explain(error: Exception, code: int | None = None, *, as_json: bool = False)
             described |= {"type": type(error).__name__, "code": error.code, "request_id": error.request_id}
         print(json.dumps({"error": described}), file=sys.stderr)
     else:
-        print(f"trilithon: {printable(str(error))}", file=sys.stderr)
+        lines = str(error).split("\n")
         if isinstance(error, TrilithonError):
-            for violation in error.details[1:]:
-                print(f"           {printable(violation.message)}", file=sys.stderr)
+            lines += [violation.message for violation in error.details[1:]]
             if error.request_id and not isinstance(error, ConnectionFailed):
-                print(f"           (request {printable(error.request_id)})", file=sys.stderr)
+                lines.append(f"(request {error.request_id})")
+        for i, line in enumerate(lines):
+            print(" " * len(_PREFIX) if i else _PREFIX, printable(line), file=sys.stderr)
     return exit_code(error) if code is None else code
 
 
