@@ -103,10 +103,10 @@ def qed() -> Corpus:
     return Corpus(passages, questions)
 
 
-def search(
+def accuracies(
     corpus: Corpus, questions: Sequence[Question], model: Path, *, pooling: str = "", modes: Sequence[Mode] = MODES
-) -> dict[Mode, list[tuple[Hit, ...]]]:
-    """The first passages of each question, by each way of searching."""
+) -> dict[str, Any]:
+    """Top-1, top-5 and top-20 of each way of searching, in percent; so many are asked for each time."""
     texts = [question.text for question in questions]
     with LocalEncoder(model, name=model.name) as encoder:
         if pooling:
@@ -114,22 +114,19 @@ def search(
         known_MH, asked_NH = encoder.passages(corpus.passages), encoder.queries(texts)
         scale = encoder.facts.score_scale
     queries = Queries(texts=texts, vectors_NH=asked_NH)
-    return {
-        mode: search_passages(corpus.passages, queries, max(TOP), mode=mode, vectors_MH=known_MH, scale=scale)
-        for mode in modes
-    }
+    found = {}
+    for mode in modes:
+        hits = {
+            k: search_passages(corpus.passages, queries, k, mode=mode, vectors_MH=known_MH, scale=scale) for k in TOP
+        }
+        found[mode] = {f"top_{k}": accuracy(hits[k], questions, k) for k in TOP}
+    return found
 
 
-def accuracy(hits: Sequence[Sequence[Hit]], questions: Sequence[Question]) -> dict[str, float]:
-    """Top-1, top-5 and top-20, in percent."""
+def accuracy(hits: Sequence[Sequence[Hit]], questions: Sequence[Question], k: int) -> float:
+    """How often one of the first `k` holds an answer, in percent."""
     texts = [[hit.passage.text for hit in found] for found in hits]
-    reached = top_k_accuracy(texts, [question.answers for question in questions], TOP)
-    return {f"top_{k}": 100 * reached[k] for k in TOP}
-
-
-def accuracies(corpus: Corpus, questions: Sequence[Question], model: Path, **how: Any) -> dict[str, Any]:
-    """By each way of searching."""
-    return {mode: accuracy(hits, questions) for mode, hits in search(corpus, questions, model, **how).items()}
+    return 100 * top_k_accuracy(texts, [question.answers for question in questions], (k,))[k]
 
 
 def zero_shot(limit: int | None) -> dict[str, Any]:

@@ -253,6 +253,24 @@ def test_log_probabilities_are_of_what_was_retrieved(index: IndexVersion) -> Non
     assert [hit.logprob for hit in words] == pytest.approx([hit.score - math.log(total) for hit in words])
 
 
+def test_what_is_first_of_one_ranking_is_not_lost_behind_what_is_far_down_in_both(tmp_path: Path) -> None:
+    """
+    The eleven nearest passages have no word of the question, the ten with most of its words are the farthest, and forty
+    others stand behind both in one order. Of five that are asked for, the nearest is one. Inverse seen: a hundred of
+    each kind fused, which begin with those forty.
+    """
+    texts = ["elsewhere"] * 11 + ["word " * (50 - i) for i in range(40)] + ["word " * 80] * 10
+    vectors_MH = np.zeros((len(texts), WIDTH), np.float32)
+    vectors_MH[:, 0] = np.linspace(1, 0.1, len(texts))
+    passages = [Passage(str(i), "", text) for i, text in enumerate(texts)]
+    store = IndexStore(tmp_path)
+    store.publish("wiki", passages, vectors_MH, encoder=ENCODER.model_copy(update={"model_digest": "a1"}), created=0)
+    asked = Queries(texts=["word"], vectors_NH=np.eye(1, WIDTH, dtype=np.float32), model_digest="a1")
+    index = store.open("wiki", model_digest="a1")
+
+    assert [hit.row for hit in index.search(asked, 5, mode="hybrid")[0]] == [0, 51, 1, 52, 2]
+
+
 @given(st.lists(st.floats(-1e4, 1e4, width=32), max_size=20), st.sampled_from([0.05, 1.0, 20.0]))
 def test_probabilities_sum_to_one(scores: list[float], scale: float) -> None:
     """Whatever the scores, without overflow; of nothing there is nothing."""

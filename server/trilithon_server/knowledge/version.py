@@ -28,8 +28,11 @@ from trilithon_server.knowledge.words import search_words
 
 Mode = Literal["dense", "bm25", "hybrid"]
 
-HYBRID_DEPTH = 100
-"""Results of each kind that are fused, at least: what is far down in both lists may still be first of the sum."""
+HYBRID_DEPTH = 10
+"""
+Results of each kind that are fused, at least. Not many more than are asked for: what stands far down in both lists
+would have a larger sum than what is first of one alone.
+"""
 
 _NOTHING = Ranking(np.empty(0, np.int64), np.empty(0, np.float32))
 
